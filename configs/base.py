@@ -1,0 +1,112 @@
+"""Every key of every experiment, with its default. An experiment's config starts here and changes what it must."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the default configuration, locked: a key that is not here cannot be set."""
+    c = ml_collections.ConfigDict()
+    c.name = "base"  # Goes into results.json.
+    c.seed = 0
+
+    # The checkpoint that both models start from: a hub folder, a hub id, or "stylebook" (the tiny one in the package).
+    c.model = ml_collections.ConfigDict()
+    c.model.path = "stylebook"
+    c.model.compute_dtype = "float32"
+    c.model.remat = False  # Rematerialise each layer in the backward pass.
+    c.model.shape = ml_collections.ConfigDict()  # Random weights of this shape in place of a checkpoint's (compile).
+    c.model.tokenizer = ""  # Another tokenizer than the checkpoint's own.
+
+    # rank = 0: both models are fine-tuned in full. rank > 0: one frozen base, one adapter per role.
+    c.lora = ml_collections.ConfigDict()
+    c.lora.rank = 0
+    c.lora.alpha = 16.0
+    c.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
+
+    c.data = ml_collections.ConfigDict()
+    c.data.dataset = "stylebook"  # stylebook, psoups or users.
+    c.data.path = ""  # psoups: the json file. users: the training users.jsonl.
+    c.data.test_path = ""  # users: the test users.jsonl; empty: a share of the users is held out.
+    c.data.prepared_dir = ""  # Where TFDS keeps prepared data; empty: <workdir>/data.
+    c.data.seed = 0  # Draws the split and the signals; kept apart from the run's seed.
+    c.data.test_fraction = 0.3  # psoups and users.
+    c.data.signals = "disjoint"  # psoups: disjoint or shipped.
+    c.data.signals_per_user = 4  # stylebook and psoups (disjoint).
+    c.data.train_users = 0  # 0: all that there are. stylebook draws this many.
+    c.data.test_users = 0
+    c.data.queries_per_user = 1  # M: queries that share one user's K summaries in a step.
+    c.data.test_queries_per_user = 1
+
+    c.limits = ml_collections.ConfigDict()  # Tokens. What exceeds a limit is cut or refused as on_overflow says, and counted.
+    c.limits.signals = 1024
+    c.limits.prompt = 512  # The generator's whole prompt: summary, question and template.
+    c.limits.response = 256
+    c.limits.summary = 48
+    c.limits.on_overflow = "error"  # error, or drop (drops whole signals, oldest first; counted and logged).
+    c.limits.buckets = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+
+    c.prompts = ml_collections.ConfigDict()  # See data/templates.py for the fields that are filled in.
+    c.prompts.inference_instruction = (
+        "The examples above show which responses a user prefers. Describe in one short sentence what kind of responses"
+        " this user prefers, so that it helps to answer any other prompt."
+    )
+    c.prompts.generator_instruction = "Answer the prompt below in the way this user prefers."
+
+    c.sampling = ml_collections.ConfigDict()  # How summaries are drawn in training.
+    c.sampling.k = 4  # K summaries per user.
+    c.sampling.temperature = 1.0
+    c.sampling.top_p = 1.0
+
+    c.objective = ml_collections.ConfigDict()
+    c.objective.loss = "dpo"  # dpo or ipo.
+    c.objective.beta = 0.1
+    c.objective.logp_reduction = "sum"  # sum or mean over response tokens, EOS included.
+    c.objective.reference_context = "prompt"  # prompt, summary or signals.
+    c.objective.advantage = "rloo"  # rloo, reinforce, group_mean or grpo.
+    c.objective.baseline_decay = 0.9  # reinforce: the moving average's decay.
+    c.objective.kl = "exact"  # exact, k1_reward or k3_loss.
+    c.objective.kl_coef = 2e-3  # lambda.
+
+    c.schedule = ml_collections.ConfigDict()
+    c.schedule.name = "joint"  # joint, alternate, two_phase, inference_only or generator_only.
+    c.schedule.steps = 100
+    c.schedule.n_phi = 1  # alternate: inference steps, then n_theta generator steps. two_phase: all phi steps, then theta.
+    c.schedule.n_theta = 1
+
+    # What the generator is told of the user: the method that this run trains.
+    c.method = "popi"  # popi, base, population, raw_signals, zero_shot_summary or oracle.
+
+    c.optim = ml_collections.ConfigDict()
+    c.optim.lr_inference = 1e-6
+    c.optim.lr_generator = 1e-6
+    c.optim.schedule = "cosine"  # cosine or constant, after warmup_steps of linear warm-up.
+    c.optim.warmup_steps = 0
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+    c.optim.weight_decay = 0.0
+    c.optim.clip_inference = 1.0  # Global gradient norm; 0: no clipping.
+    c.optim.clip_generator = 10.0
+
+    c.train = ml_collections.ConfigDict()
+    c.train.users_per_step = 8
+    c.train.accumulation = 1  # Micro-batches per step; divides users_per_step.
+    c.train.checkpoint_every = 20
+    c.train.checkpoints_kept = 2
+    c.train.profile_steps = ()  # (first, last): a profiler trace of these steps.
+
+    c.eval = ml_collections.ConfigDict()
+    c.eval.every = 0  # Steps; 0: only at the end.
+    c.eval.users = 0  # Test users in a periodic evaluation; 0: all. The final one takes all.
+    c.eval.users_per_batch = 16
+    c.eval.summaries_per_user = 4
+    c.eval.temperature = 0.6
+    c.eval.top_p = 1.0
+    c.eval.samples = 8  # Users shown in samples.jsonl with generated responses.
+    c.eval.response_tokens = 64
+    c.eval.bootstrap = 2000  # Resamples behind each 95% interval.
+
+    c.mesh = ml_collections.ConfigDict()
+    c.mesh.data = -1  # -1 fills what is left.
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+    return c.lock()
