@@ -34,6 +34,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.signals_per_user = 4  # stylebook and psoups (disjoint).
     c.data.train_users = 0  # 0: all that there are. stylebook draws this many.
     c.data.test_users = 0
+    c.data.train_draws = 1  # psoups (disjoint): draws of signals per training row.
+    c.data.test_draws = 1
     c.data.queries_per_user = 1  # M: queries that share one user's K summaries in a step.
     c.data.test_queries_per_user = 1
 
