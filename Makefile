@@ -1,0 +1,59 @@
+# make quickstart and make test are all that a newcomer needs. `make help` lists the rest.
+# PYTHON chooses the interpreter of a new .venv (3.11 or newer): make setup PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/quickstart.py
+WORKDIR ?= runs/quickstart
+
+BIN := $(VENV)/bin
+REQUIREMENTS := setup.py $(wildcard constraints/*.txt)
+# The exact versions for this interpreter, where we have them; setup.py's ranges otherwise.
+CONSTRAINT = file=constraints/py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])').txt; \
+	if [ -f $$file ]; then echo "-c $$file"; fi
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test smollm2 lint format types clean
+
+help:  ## Lists these commands.
+	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is missing or older than 3.11; name another: make setup PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp per set of extras: a second `make` installs nothing.
+$(VENV)/.setup: $(REQUIREMENTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e . $$($(CONSTRAINT))
+	@touch $@
+
+$(VENV)/.setup-test: $(REQUIREMENTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[test]' $$($(CONSTRAINT))
+	@touch $@ $(VENV)/.setup
+
+setup: $(VENV)/.setup  ## Creates .venv and installs popi_jax.
+
+quickstart: $(VENV)/.setup  ## Trains, evaluates and compares every method on stylebook; prints the table.
+	$(BIN)/python experiments/results_table.py --config=$(CONFIG) --workdir=$(WORKDIR)
+
+test: lint types  ## Runs everything that CI runs.
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/.setup-test  ## Checks style and formatting.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.setup-test  ## Checks types.
+	$(BIN)/mypy
+
+format: $(VENV)/.setup-test  ## Formats the code in place.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+smollm2: $(VENV)/.setup  ## Fetches SmolLM2-135M-Instruct and leaves it as a hub folder in checkpoints/.
+	$(BIN)/python -m popi_jax.model.gguf --output=checkpoints/SmolLM2-135M-Instruct
+
+clean:  ## Removes .venv and what the tools leave behind; runs/ and checkpoints/ stay.
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,64 @@
+"""Installs popi_jax: `pip install -e .`, or `make setup` for the pinned environment of constraints/."""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "popi_jax" / "__init__.py").read_text()).group(1)
+
+# Flax follows JAX's internals closely: 0.12.8 fails at import on jax 0.11, 0.12.12 needs it and Python 3.12.
+JAX = [
+    'jax==0.10.2; python_version < "3.12"',
+    'flax==0.12.8; python_version < "3.12"',
+    'jax>=0.11.1; python_version >= "3.12"',
+    'flax>=0.12.12; python_version >= "3.12"',
+]
+
+setuptools.setup(
+    name="popi_jax",
+    version=VERSION,
+    description="POPI in JAX: personalizing language models through optimized natural-language preference summaries",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    package_dir={"": "."},  # An editable install puts the root on the path, so that configs/ is found from anywhere.
+    packages=setuptools.find_packages(include=["popi_jax", "popi_jax.*"]),
+    package_data={"popi_jax": ["assets/*", "assets/*/*", "assets/*/*/*"]},
+    install_requires=[
+        *JAX,
+        "absl-py>=2.1",
+        "array_record>=0.8",
+        "chex>=0.1.90",
+        "gguf>=0.17",
+        "grain>=0.2.18",
+        "matplotlib>=3.9",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12.8",
+        "rich>=13.9",
+        "safetensors>=0.6",
+        "tensorboardX>=2.6.4",
+        "tensorflow-datasets>=4.9.10",  # Prepares data sets; TensorFlow itself is never imported.
+        "tokenizers>=0.22",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "test": ["ipykernel", "mypy", "nbclient", "pytest", "ruff"],
+        "torch": ["torch==2.13.0"],  # Parity tests only.
+        "wandb": ["wandb"],
+        "openai": ["openai"],  # Summaries for a generator behind an API.
+        "libtpu": ["libtpu"],  # --mode=compile: a TPU slice's compiler without the slice.
+        "gpu": ['jax[cuda12]==0.10.2; python_version < "3.12"', 'jax[cuda12]>=0.11.1; python_version >= "3.12"'],
+        "tpu": ['jax[tpu]==0.10.2; python_version < "3.12"', 'jax[tpu]>=0.11.1; python_version >= "3.12"'],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
+)
