@@ -1,0 +1,117 @@
+"""Checks on records that a person wrote: each failure is one line that names the place, the field and the remedy."""
+
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from popi_jax.errors import UserError
+
+
+def read_text(path: str | pathlib.Path, remedy: str) -> str:
+    """Returns a UTF-8 file's text without its byte order mark; UserError if it cannot be had."""
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+
+
+def parse_json(text: str, where: str, line: int | None = None) -> Any:
+    """Parses JSON, refusing repeated keys, of which `json` would silently keep the last.
+
+    Args:
+        text: the JSON.
+        where: the file, for the error.
+        line: the line of the file that `text` is; None if it is the whole file.
+
+    Raises:
+        UserError: naming the line.
+    """
+
+    place = where if line is None else f"{where}:{line}"
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in record:
+                raise UserError(f"{place}: field {key!r} occurs twice in one object; keep one")
+            record[key] = value
+        return record
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        place = f"{where}:{error.lineno}" if line is None else place
+        raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno}); mend this line") from None
+    except RecursionError:
+        raise UserError(f"{place}: JSON nested too deep; flatten it") from None
+
+
+def as_object(value: Any, where: str) -> dict[str, Any]:
+    """Returns `value` if it is a JSON object."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected an object in braces, found {_kind(value)}")
+    return value
+
+
+def text_field(record: dict[str, Any], field: str, where: str) -> str:
+    """Returns record[field], a string with something in it."""
+    if field not in record:
+        raise UserError(f"{where}: field {field!r} is missing; add it as a non-empty string")
+    value = record[field]
+    if not isinstance(value, str):
+        raise UserError(f"{where}: field {field!r} must be a string, found {_kind(value)}")
+    if not value.strip():
+        raise UserError(f"{where}: field {field!r} is empty; give it a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: field {field!r} holds half a surrogate pair (\\ud800-\\udfff); remove it") from None
+    return value
+
+
+def list_field(record: dict[str, Any], field: str, where: str) -> list[Any]:
+    """Returns record[field], a list with something in it."""
+    if field not in record:
+        raise UserError(f"{where}: field {field!r} is missing; add it as a list with at least one entry")
+    value = record[field]
+    if not isinstance(value, list):
+        raise UserError(f"{where}: field {field!r} must be a list, found {_kind(value)}")
+    if not value:
+        raise UserError(f"{where}: field {field!r} is an empty list; give at least one entry")
+    return value
+
+
+def only_fields(record: dict[str, Any], known: Iterable[str], where: str) -> None:
+    """Refuses a field that nobody would read."""
+    known = tuple(known)
+    for field in record:
+        if field not in known:
+            raise UserError(f"{where}: unknown field {field!r}; the fields here are {', '.join(known)}")
+
+
+def pair_fields(record: dict[str, Any], where: str) -> dict[str, str]:
+    """Returns prompt, chosen and rejected; the two responses must differ, else there is no preference in them."""
+    pair = {field: text_field(record, field, where) for field in ("prompt", "chosen", "rejected")}
+    if pair["chosen"] == pair["rejected"]:
+        raise UserError(f"{where}: fields 'chosen' and 'rejected' are the same text; a pair must differ, remove it")
+    return pair
+
+
+def _kind(value: Any) -> str:
+    """Names a JSON value's type in JSON's words."""
+    if value is None:
+        return "null"
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+        dict: "an object",
+    }
+    return names[type(value)]

@@ -1,0 +1,112 @@
+"""users.jsonl: anyone's own data, one user a line.
+
+{"user": "u1",
+ "signals": [{"kind": "pair", "prompt": "...", "chosen": "...", "rejected": "..."},
+             {"kind": "comment", "prompt": "...", "text": "..."},
+             {"kind": "profile", "text": "..."}],
+ "queries": [{"prompt": "...", "chosen": "...", "rejected": "..."}],
+ "persona": "... (optional)"}
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from popi_jax.data import checks
+from popi_jax.data.schema import Example, Query, Signal
+from popi_jax.errors import UserError
+
+FIELDS = ("user", "signals", "queries", "persona")
+SIGNAL_FIELDS = {"pair": ("prompt", "chosen", "rejected"), "comment": ("prompt", "text"), "profile": ("text",)}
+QUERY_FIELDS = ("prompt", "chosen", "rejected")
+
+
+def read_users(path: str | pathlib.Path, split: str = "train", require_queries: bool = True) -> list[Example]:
+    """Reads users.jsonl; every signal and query gets "FILE:LINE/signals/INDEX" as its provenance.
+
+    Args:
+        path: the file. Blank lines are skipped.
+        split: the split that its users belong to.
+        require_queries: False where queries are not read (summaries): then the field may be absent or an empty list.
+
+    Raises:
+        UserError: one line that names the file, the line, the field and the remedy.
+    """
+    path = pathlib.Path(path)
+    text = checks.read_text(path, "give the path of a users.jsonl file")
+    line_of: dict[str, int] = {}
+    examples = []
+    # Only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        record = checks.as_object(checks.parse_json(line, str(path), number), f"{path}:{number}")
+        example = _parse_user(record, path, number, split, require_queries)
+        if example.user in line_of:
+            first = line_of[example.user]
+            raise UserError(
+                f"{path}:{number}: field 'user': {example.user!r} is also on line {first}; merge or rename one"
+            )
+        line_of[example.user] = number
+        examples.append(example)
+    if not examples:
+        raise UserError(f"{path}: holds no users; write one JSON object a line")
+    return examples
+
+
+def write_users(path: str | pathlib.Path, examples: Iterable[Example]) -> None:
+    """Writes users.jsonl; `read_users` gives the examples back, but for their provenance, split and group."""
+    lines = [json.dumps(_user_record(example), ensure_ascii=False) for example in examples]
+    pathlib.Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _parse_user(record: dict[str, Any], path: pathlib.Path, number: int, split: str, require_queries: bool) -> Example:
+    where = f"{path}:{number}"
+    source = f"{path.name}:{number}"
+    checks.only_fields(record, FIELDS, where)
+    user = checks.text_field(record, "user", where)
+    signals = tuple(
+        _parse_signal(value, f"{where}: signals[{i}]", f"{source}/signals/{i}")
+        for i, value in enumerate(checks.list_field(record, "signals", where))
+    )
+    no_queries = "queries" not in record or record["queries"] == []
+    values = [] if no_queries and not require_queries else checks.list_field(record, "queries", where)
+    queries = tuple(
+        _parse_query(value, f"{where}: queries[{i}]", f"{source}/queries/{i}") for i, value in enumerate(values)
+    )
+    persona = checks.text_field(record, "persona", where) if "persona" in record else ""
+    return Example(user, split, signals, queries, persona, group=user)
+
+
+def _parse_signal(value: Any, where: str, provenance: str) -> Signal:
+    record = checks.as_object(value, where)
+    kind = checks.text_field(record, "kind", where)
+    if kind not in SIGNAL_FIELDS:
+        raise UserError(f"{where}: field 'kind': unknown kind {kind!r}; the kinds are {', '.join(SIGNAL_FIELDS)}")
+    checks.only_fields(record, ("kind", *SIGNAL_FIELDS[kind]), where)
+    if kind == "pair":
+        return Signal("pair", provenance=provenance, **checks.pair_fields(record, where))
+    text = checks.text_field(record, "text", where)
+    if kind == "comment":
+        return Signal("comment", prompt=checks.text_field(record, "prompt", where), text=text, provenance=provenance)
+    return Signal("profile", text=text, provenance=provenance)
+
+
+def _parse_query(value: Any, where: str, provenance: str) -> Query:
+    record = checks.as_object(value, where)
+    checks.only_fields(record, QUERY_FIELDS, where)
+    return Query(provenance=provenance, **checks.pair_fields(record, where))
+
+
+def _user_record(example: Example) -> dict[str, Any]:
+    signals = []
+    for signal in example.signals:
+        fields = dataclasses.asdict(signal)
+        signals.append({"kind": signal.kind} | {name: fields[name] for name in SIGNAL_FIELDS[signal.kind]})
+    queries = [{"prompt": q.prompt, "chosen": q.chosen, "rejected": q.rejected} for q in example.queries]
+    record: dict[str, Any] = {"user": example.user, "signals": signals, "queries": queries}
+    if example.persona:
+        record["persona"] = example.persona
+    return record
