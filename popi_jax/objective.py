@@ -203,8 +203,8 @@ def kl_terms(
     """Returns the terms of the KL estimator `name`, per sequence: summed over S, never averaged.
 
     "exact": sum_t KL_t + log q(z_t|z_<t) * stop_grad(KL-to-go strictly after t - baseline), KL_t the full-vocabulary
-    KL at t. The first part differentiates the next token's choice, the second the prefix's. Unbiased for grad KL. The
-    baseline is the mean KL-to-go at t of the user's other summaries: independent of this one, so still unbiased.
+    KL at t. The first part differentiates the choice of token t, the second that of the prefix. Unbiased for grad KL.
+    The baseline is the mean KL-to-go at t of the user's other summaries: independent of this one, so still unbiased.
 
     "k1_reward": sum_t log q - log q_0, a penalty on the reward; the score function makes it unbiased for grad KL. (The
     same term differentiated in the loss has expected gradient E[grad log q] = 0: no control at all.)
@@ -248,13 +248,58 @@ def kl_terms(
 def _exact_kl_loss(kl_UxKxS: jax.Array, logp_UxKxS: jax.Array, mask_UxKxS: jax.Array) -> jax.Array:
     """Returns, [U, K], the surrogate whose gradient is that of the sequence KL; see `kl_terms`."""
     constant_kl_UxKxS = jax.lax.stop_gradient(kl_UxKxS)
-    # Strictly after t: what precedes z_t does not depend on it, and KL_t is already summed over its values.
+    # Strictly after t: KL_t and what precedes it do not depend on z_t and would add nothing but variance.
     to_go_UxKxS = jnp.cumsum(constant_kl_UxKxS[..., ::-1], axis=-1)[..., ::-1] - constant_kl_UxKxS
     coefficient_UxKxS = to_go_UxKxS
     if kl_UxKxS.shape[1] > 1:
         coefficient_UxKxS = to_go_UxKxS - _mean_of_others(to_go_UxKxS)
     score_UxKxS = jnp.where(mask_UxKxS, logp_UxKxS * coefficient_UxKxS, 0.0)
     return jnp.sum(kl_UxKxS + score_UxKxS, axis=-1)
+
+
+# The inference model's whole loss.
+
+
+class InferenceLoss(NamedTuple):
+    """`inference_loss` of a batch."""
+
+    loss: SumCount  # Surrogate: sum / count has the gradient (3).
+    reward_UxK: jax.Array  # The reward that the advantages saw, the KL penalty subtracted: for `update_baseline`.
+    kl: SumCount  # The measured sequence KL, in nats per summary: for the log.
+
+
+def inference_loss(
+    *,
+    advantage: str,
+    kl: str,
+    kl_coef: float,
+    reward_UxK: jax.Array,
+    baseline: jax.Array | float,
+    logp_UxKxS: jax.Array,
+    ref_logp_UxKxS: jax.Array,
+    mask_UxKxS: jax.Array,
+    position_kl_UxKxS: jax.Array | None = None,
+    valid_U: jax.Array | None = None,
+) -> InferenceLoss:
+    """Puts (3) together: reward less penalty, advantages, score function, KL. Arguments as in the functions it calls.
+
+    Args:
+        advantage: one of ADVANTAGES.
+        kl: one of KL_ESTIMATORS.
+        kl_coef: lambda.
+        reward_UxK: r_k = - mean_m l(h(x_m, z_k)); no gradient flows through it.
+        baseline: scalar, of earlier steps, for "reinforce".
+        logp_UxKxS: see `kl_terms`, as the rest.
+        ref_logp_UxKxS: constant.
+        mask_UxKxS: bool.
+        position_kl_UxKxS: for "exact" alone.
+        valid_U: bool.
+    """
+    terms = kl_terms(kl, logp_UxKxS, ref_logp_UxKxS, mask_UxKxS, position_kl_UxKxS, valid_U)
+    penalised_UxK = jax.lax.stop_gradient(reward_UxK) - kl_coef * terms.penalty_UxK
+    advantage_UxK = advantages(advantage, penalised_UxK, baseline, valid_U)
+    score_sum, count = score_function_loss(reduce_logp(logp_UxKxS, mask_UxKxS, "sum"), advantage_UxK, valid_U)
+    return InferenceLoss((score_sum + kl_coef * terms.loss[0], count), penalised_UxK, terms.estimate)
 
 
 def _mean_of_others(values_UxK: jax.Array) -> jax.Array:
