@@ -34,8 +34,11 @@ setuptools.setup(
         "chex>=0.1.90",
         "gguf>=0.17",
         "grain>=0.2.18",
+        "huggingface_hub>=1.0",
+        "jinja2>=3.1",  # Chat templates; transformers does not require it by itself.
         "matplotlib>=3.9",
         "ml-collections>=1.1",
+        "ml_dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12.8",

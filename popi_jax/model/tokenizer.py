@@ -1,0 +1,145 @@
+"""Text to token ids and back, with the checkpoint's own chat template; transformers' fast tokenizer, never torch.
+
+The template is the checkpoint's, unchanged. Some (SmolLM2, Qwen 2.5) put a default system turn before messages that
+have none; every prompt of this package is made of user turns only, so reference and policy both read that turn.
+Templates that ask for the date or for a thinking mode get fixed answers, so that a prompt is the same, token for token,
+on every day and after every restart.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+# transformers tells every process without torch that models are missing; ours are not.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+import jinja2  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
+
+from popi_jax.errors import UserError  # noqa: E402
+
+# date_string: Llama 3.2 writes today's date into the system turn; this is the date that its template falls back to.
+# enable_thinking: a summary of a few dozen tokens leaves Qwen 3 no room to think; without it the turn starts at once.
+_TEMPLATE_ARGUMENTS: dict[str, Any] = {"date_string": "26 Jul 2024", "enable_thinking": False}
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_MARK = "popi"  # Stands for an assistant's answer when the template is asked what follows one.
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer and chat template.
+
+    Attributes:
+        vocab_size: ids are below this.
+        pad_id: fills up rows; never read, since lengths and masks say where a row ends.
+        end_id: ends every response in training: what the chat template puts after an assistant's answer.
+        stop_ids: end decoding: end_id and the end-of-sequence ids of the tokenizer and of generation_config.json.
+        fingerprint: sha256 of the tokenizer's files.
+    """
+
+    def __init__(self, backend: PreTrainedTokenizerFast, folder: pathlib.Path):
+        """Use load()."""
+        self._backend = backend
+        self._folder = folder
+        self.vocab_size = len(backend)
+        self.end_id = self._find_end_id()
+        self.stop_ids = self._find_stop_ids()
+        self.pad_id = self.end_id if backend.pad_token_id is None else backend.pad_token_id
+        self.fingerprint = _fingerprint(folder)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
+        """Loads tokenizer.json and the chat template from a hub folder, offline.
+
+        Raises:
+            UserError: tokenizer.json is missing or broken, or the folder has no chat template.
+        """
+        folder = pathlib.Path(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise UserError(f"{folder}/tokenizer.json: no such file; a fast tokenizer is needed (tokenizer.json)")
+        try:
+            # Not AutoTokenizer: a model's own class may rebuild the tokenizer and drop what tokenizer.json says.
+            backend = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # The Rust parser raises bare Exception.
+            raise UserError(f"{folder}/tokenizer.json: not a readable tokenizer ({_first_line(error)})") from error
+        if not backend.chat_template:
+            raise UserError(f"{folder}/tokenizer_config.json: no chat_template; take an instruct checkpoint or add one")
+        return cls(backend, folder)
+
+    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
+        """Renders chat messages ({"role", "content"}) and tokenises the whole once.
+
+        A begin-of-sequence token is in the ids only where the template writes it, so it is never doubled.
+
+        Raises:
+            UserError: the template refuses the messages (e.g. a role that it does not know).
+        """
+        text = self._render_text(messages, add_generation_prompt)
+        return self._backend.encode(text, add_special_tokens=False, split_special_tokens=False)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: nothing is added, and what looks like a special token is taken as its characters."""
+        return self._backend.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens left out."""
+        ids = [int(token) for token in ids]
+        return str(self._backend.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _render_text(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
+        try:
+            text = self._backend.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **_TEMPLATE_ARGUMENTS
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(f"{self._folder}: the chat template refuses the messages: {_first_line(error)}") from error
+        return str(text)
+
+    def _special_ids(self) -> set[int]:
+        return {index for index, token in self._backend.added_tokens_decoder.items() if token.special}
+
+    def _find_end_id(self) -> int:
+        turns = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
+        text = self._render_text(turns, add_generation_prompt=False)
+        tail = text[text.rindex(_MARK) + len(_MARK) :]
+        special = self._special_ids()
+        for token in self._backend.encode(tail, add_special_tokens=False, split_special_tokens=False):
+            if token in special:
+                return token
+        if self._backend.eos_token_id is None:
+            raise UserError(f"{self._folder}: neither the chat template nor eos_token says how a response ends")
+        return self._backend.eos_token_id
+
+    def _find_stop_ids(self) -> tuple[int, ...]:
+        stop = {self.end_id}
+        if self._backend.eos_token_id is not None:
+            stop.add(self._backend.eos_token_id)
+        path = self._folder / "generation_config.json"
+        if path.is_file():
+            try:
+                eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            except ValueError as error:
+                raise UserError(f"{path}: not valid JSON ({error})") from error
+            stop.update([eos] if isinstance(eos, int) else eos or [])
+        return tuple(sorted(stop))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _fingerprint(folder: pathlib.Path) -> str:
+    digest = hashlib.sha256()
+    for name in FILES:
+        path = folder / name
+        if path.is_file():
+            digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
