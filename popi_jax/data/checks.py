@@ -31,7 +31,6 @@ def parse_json(text: str, where: str, line: int | None = None) -> Any:
     Raises:
         UserError: naming the line.
     """
-
     place = where if line is None else f"{where}:{line}"
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,250 @@
+"""P-Soups by path: a JSON list of preference rows, each with its persona and pairs that show what the user prefers.
+
+Source: Jang et al. 2023 (arXiv 2310.11564), in the shape that AlignX (arXiv 2503.15463) evaluates on. Both protocols
+split by query prompt: a prompt seldom occurs under more than one persona, so it can give its persona away.
+"""
+
+import collections
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from popi_jax.data import checks
+from popi_jax.data.schema import Example, Query, Signal
+from popi_jax.errors import UserError
+
+FEEDBACK = "Pair-wise Comparative Feedback"
+PERSONA = "ground_truth_persona"
+_SPLIT_STREAM, _TRAIN_STREAM, _TEST_STREAM = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the file: the triple that it asks about, and the signals that it ships with."""
+
+    index: int
+    query: Query
+    persona: str
+    shipped: tuple[Signal, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """How one split's rows become examples.
+
+    Attributes:
+        protocol: "disjoint" or "shipped".
+        signals_per_user: disjoint only.
+        draws: how many times the rows are used, each time with new signals and new partners; shipped has one.
+        queries_per_user: the most queries that one example holds.
+    """
+
+    protocol: str
+    signals_per_user: int
+    draws: int
+    queries_per_user: int
+
+    def __post_init__(self) -> None:
+        """Refuses what no data could satisfy."""
+        if self.protocol not in ("disjoint", "shipped"):
+            raise UserError(f"data.signals = {self.protocol!r} is unknown; use 'disjoint' or 'shipped'")
+        for name in ("signals_per_user", "draws", "queries_per_user"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data: {name} = {getattr(self, name)} of the psoups data; use 1 or more")
+
+
+def read_psoups(
+    path: str | pathlib.Path,
+    *,
+    signals: str = "disjoint",
+    seed: int = 0,
+    test_fraction: float = 0.3,
+    signals_per_user: int = 4,
+    train_draws: int = 1,
+    test_draws: int = 1,
+    queries_per_user: int = 1,
+    test_queries_per_user: int = 1,
+    counts: collections.Counter[str] | None = None,
+) -> dict[str, list[Example]]:
+    """Reads a file of P-Soups' shape into examples whose train and test share no query prompt.
+
+    The split depends on the file, `seed` and `test_fraction` alone, so that both protocols, and any number of draws or
+    of queries per user, are tested on the same rows. Within a draw each row is a query of one example. Examples come in
+    random order, draw after draw, so that the first n are a fair sample.
+
+    Args:
+        path: the file.
+        signals: "disjoint": a user's signals are drawn from query rows of the same persona in the same split, with
+            prompts that differ from each other and from the example's queries. "shipped": the feedback pairs of the
+            example's first row, less those that show one of its own queries (the answer would be in the signals).
+        seed: draws the split and the signals.
+        test_fraction: the share of rows to test on, in (0, 1). Prompts that are in nobody's shipped signals come first;
+            where they do not suffice, "shipped" drops the training rows whose signals show a test prompt.
+        signals_per_user: see `Draws`.
+        train_draws: see `Draws`.
+        test_draws: see `Draws`.
+        queries_per_user: of a training example: all of one persona, no prompt twice. See `Draws`.
+        test_queries_per_user: of a test example.
+        counts: gains the number of dropped rows and signals, by reason.
+
+    Returns:
+        {"train": [...], "test": [...]}. An example's group is its first query's prompt.
+
+    Raises:
+        UserError: a bad file or setting, or too few rows.
+    """
+    counts = collections.Counter() if counts is None else counts
+    path = pathlib.Path(path)
+    plans = {
+        "train": Draws(signals, signals_per_user, train_draws, queries_per_user),
+        "test": Draws(signals, signals_per_user, test_draws, test_queries_per_user),
+    }
+    rows = split_rows(read_rows(path), test_fraction, seed, path)
+    if signals == "shipped":
+        rows["train"] = _unseen_by_test(rows["train"], rows["test"], counts)
+        if not rows["train"]:
+            raise UserError(f"{path}: every training row's signals show a test prompt; use data.signals = 'disjoint'")
+    streams = {"train": _TRAIN_STREAM, "test": _TEST_STREAM}
+    return {
+        split: _examples(rows[split], split, plans[split], np.random.default_rng((seed, streams[split])), path, counts)
+        for split in ("train", "test")
+    }
+
+
+def read_rows(path: pathlib.Path) -> list[Row]:
+    """Reads and checks the file; provenance is "FILE#ROW", and "FILE#ROW/feedback/I" for a shipped signal."""
+    text = checks.read_text(path, "set data.path to the P-Soups json file, which does not come with this package")
+    records = checks.parse_json(text, str(path))
+    if not isinstance(records, list) or not records:
+        raise UserError(f"{path}: expected a JSON list of rows with prompt, chosen, rejected, {PERSONA}, {FEEDBACK}")
+    rows = []
+    for index, value in enumerate(records):
+        where = f"{path}: row {index}"
+        record = checks.as_object(value, where)
+        query = Query(provenance=f"{path.name}#{index}", **checks.pair_fields(record, where))
+        shipped = []
+        for i, pair in enumerate(checks.list_field(record, FEEDBACK, where)):
+            pair_where = f"{where}: {FEEDBACK}[{i}]"
+            fields = checks.pair_fields(checks.as_object(pair, pair_where), pair_where)
+            shipped.append(Signal("pair", provenance=f"{query.provenance}/feedback/{i}", **fields))
+        rows.append(Row(index, query, checks.text_field(record, PERSONA, where), tuple(shipped)))
+    return rows
+
+
+def split_rows(rows: Sequence[Row], test_fraction: float, seed: int, path: pathlib.Path) -> dict[str, list[Row]]:
+    """Splits by query prompt: whole prompts go to test, in random order, while they fit into `test_fraction`."""
+    if not 0 < test_fraction < 1:
+        raise UserError(f"data.test_fraction = {test_fraction}; use a share between 0 and 1, such as 0.3")
+    sizes = collections.Counter(row.query.prompt for row in rows)
+    shown = {signal.prompt for row in rows for signal in row.shipped}
+    rng = np.random.default_rng((seed, _SPLIT_STREAM))
+    prompts = [list(sizes)[i] for i in rng.permutation(len(sizes))]
+    unshown = [prompt for prompt in prompts if prompt not in shown]
+    target = round(test_fraction * len(rows))
+    if sum(sizes[prompt] for prompt in unshown) < target:
+        unshown += [prompt for prompt in prompts if prompt in shown]
+    taken: set[str] = set()
+    room = target
+    for prompt in unshown:
+        if sizes[prompt] <= room:
+            taken.add(prompt)
+            room -= sizes[prompt]
+    test = [row for row in rows if row.query.prompt in taken]
+    train = [row for row in rows if row.query.prompt not in taken]
+    if not test or not train:
+        raise UserError(
+            f"{path}: {len(rows)} rows of {len(sizes)} prompts cannot be split at data.test_fraction = {test_fraction};"
+            " give more rows or another share"
+        )
+    return {"train": train, "test": test}
+
+
+def _unseen_by_test(train: list[Row], test: list[Row], counts: collections.Counter[str]) -> list[Row]:
+    """Drops the training rows whose signals show a test prompt."""
+    test_prompts = {row.query.prompt for row in test}
+    kept = [row for row in train if not any(signal.prompt in test_prompts for signal in row.shipped)]
+    if len(kept) < len(train):
+        counts["training rows whose signals show a test prompt"] += len(train) - len(kept)
+    return kept
+
+
+def _examples(
+    rows: Sequence[Row],
+    split: str,
+    plan: Draws,
+    rng: np.random.Generator,
+    path: pathlib.Path,
+    counts: collections.Counter[str],
+) -> list[Example]:
+    """Makes one split's examples, draw after draw, each draw in random order."""
+    by_persona: dict[str, list[Row]] = {}
+    for row in rows:
+        by_persona.setdefault(row.persona, []).append(row)
+    examples = []
+    for draw in range(1 if plan.protocol == "shipped" else plan.draws):
+        drawn = []
+        for persona, persona_rows in by_persona.items():
+            for group in _groups(persona_rows, plan.queries_per_user, rng):
+                prompts = {row.query.prompt for row in group}
+                if plan.protocol == "disjoint":
+                    signals = _drawn_signals(persona_rows, prompts, plan.signals_per_user, rng, f"{path}: {split} rows")
+                else:
+                    signals = _shipped_signals(group[0], prompts, counts)
+                if not signals:
+                    counts[f"{split} examples whose shipped signals all show their own queries"] += 1
+                    continue
+                user = f"{group[0].query.provenance}/draw/{draw}"
+                queries = tuple(row.query for row in group)
+                drawn.append(Example(user, split, signals, queries, persona, group=group[0].query.prompt))
+        examples += [drawn[i] for i in rng.permutation(len(drawn))]
+    return examples
+
+
+def _groups(rows: Sequence[Row], size: int, rng: np.random.Generator) -> list[list[Row]]:
+    """Deals rows into random groups of at most `size`, of nearly equal size, none with a prompt twice.
+
+    Rows of one prompt lie side by side and are dealt out in turn, so with at least as many groups as the most frequent
+    prompt has rows, no two of them meet.
+    """
+    by_prompt: dict[str, list[Row]] = {}
+    for row in rows:
+        by_prompt.setdefault(row.query.prompt, []).append(row)
+    prompts = list(by_prompt)
+    ordered = []
+    for p in rng.permutation(len(prompts)):
+        same = by_prompt[prompts[p]]
+        ordered += [same[i] for i in rng.permutation(len(same))]
+    n_groups = max(-(-len(rows) // size), max(len(same) for same in by_prompt.values()))
+    return [ordered[start::n_groups] for start in range(n_groups)]
+
+
+def _drawn_signals(
+    rows: Sequence[Row], query_prompts: set[str], count: int, rng: np.random.Generator, where: str
+) -> tuple[Signal, ...]:
+    """Draws `count` prompts other than the queries', and one of each prompt's rows."""
+    by_prompt: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.query.prompt not in query_prompts:
+            by_prompt.setdefault(row.query.prompt, []).append(row)
+    if len(by_prompt) < count:
+        raise UserError(
+            f"{where} of persona {rows[0].persona!r} have {len(by_prompt)} other prompts, too few for"
+            f" data.signals_per_user = {count}; lower it or give more rows"
+        )
+    prompts = list(by_prompt)
+    signals = []
+    for p in rng.choice(len(prompts), size=count, replace=False):
+        same = by_prompt[prompts[p]]
+        query = same[rng.integers(len(same))].query
+        signals.append(Signal("pair", query.prompt, query.chosen, query.rejected, provenance=query.provenance))
+    return tuple(signals)
+
+
+def _shipped_signals(row: Row, query_prompts: set[str], counts: collections.Counter[str]) -> tuple[Signal, ...]:
+    """Returns the row's own signals, less those that show one of the queries."""
+    signals = tuple(signal for signal in row.shipped if signal.prompt not in query_prompts)
+    if len(signals) < len(row.shipped):
+        counts["shipped signals that show their own query"] += len(row.shipped) - len(signals)
+    return signals
