@@ -1,4 +1,4 @@
-"""What the two models are shown: signals and queries as chat messages. Pure text; a tokenizer's chat template comes after.
+"""What the two models are shown: signals and queries as chat messages, before a tokenizer's chat template.
 
 Each conversation is a single user turn, so that every chat template renders it and no system turn of ours displaces a
 checkpoint's own. The part that a user's queries share comes first, the query's prompt last.
@@ -38,8 +38,9 @@ def generator_messages(prompt: str, context: str | None, instruction: str) -> Me
 
     Args:
         prompt: the query's x.
-        context: what the generator is told of the user: a summary, a persona text or `signals_text(signals)`. None gives
-            the bare prompt without `instruction`: what base, population and the reference pi_ref see (POPI section 2).
+        context: what the generator is told of the user: a summary, a persona text or `signals_text(signals)`. None
+            gives the bare prompt without `instruction`: what the reference pi_ref sees (POPI section 2), and what
+            base and population are given.
         instruction: how to use the context.
     """
     if context is None:
