@@ -1,0 +1,393 @@
+"""Checkpoints as hub folders (config.json + safetensors, in one file or in shards): load, save, fingerprint. No torch.
+
+Loading reads one tensor at a time and, given shardings, only the slices that this process's devices hold.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from popi_jax.errors import UserError
+from popi_jax.model import tokenizer as tokenizer_lib
+from popi_jax.model.config import ModelConfig
+from popi_jax.model.policy import Policy
+
+Params = dict[str, Any]
+
+STYLEBOOK = pathlib.Path(__file__).resolve().parent.parent / "assets" / "stylebook"
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_DOWNLOADED = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    _INDEX,
+    "tokenizer*",
+    "special*",
+    "chat_template*",
+)
+_STORED_DTYPES = {"F32", "F16", "BF16"}
+# Copied from the training code of older checkpoints; what they hold is computed here.
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+
+
+_VECTOR, _TABLE = ((0,),), ((0,), (1,))
+_MATRIX = ((1,), (0,))  # Ours is [in, out], the hub's [out, in].
+_HEADS_OUT = ((1, 2), (0,))  # Ours is [D, H, Dh], the hub's [H * Dh, D].
+# Path in our tree -> hub tensor (within "model.layers.N." for "layers") and, for each of its axes, those of ours that
+# are flattened into it. Llama, Qwen 2.5 and Qwen 3 share these names.
+_HUB_TENSORS: dict[tuple[str, ...], tuple[str, tuple[tuple[int, ...], ...]]] = {
+    ("embed", "embedding"): ("model.embed_tokens.weight", _TABLE),
+    ("layers", "attn_norm", "scale"): ("input_layernorm.weight", _VECTOR),
+    ("layers", "q", "kernel"): ("self_attn.q_proj.weight", _HEADS_OUT),
+    ("layers", "k", "kernel"): ("self_attn.k_proj.weight", _HEADS_OUT),
+    ("layers", "v", "kernel"): ("self_attn.v_proj.weight", _HEADS_OUT),
+    ("layers", "q", "bias"): ("self_attn.q_proj.bias", ((0, 1),)),
+    ("layers", "k", "bias"): ("self_attn.k_proj.bias", ((0, 1),)),
+    ("layers", "v", "bias"): ("self_attn.v_proj.bias", ((0, 1),)),
+    ("layers", "o", "kernel"): ("self_attn.o_proj.weight", ((2,), (0, 1))),
+    ("layers", "q_norm", "scale"): ("self_attn.q_norm.weight", _VECTOR),
+    ("layers", "k_norm", "scale"): ("self_attn.k_norm.weight", _VECTOR),
+    ("layers", "mlp_norm", "scale"): ("post_attention_layernorm.weight", _VECTOR),
+    ("layers", "gate", "kernel"): ("mlp.gate_proj.weight", _MATRIX),
+    ("layers", "up", "kernel"): ("mlp.up_proj.weight", _MATRIX),
+    ("layers", "down", "kernel"): ("mlp.down_proj.weight", _MATRIX),
+    ("final_norm", "scale"): ("model.norm.weight", _VECTOR),
+    ("head", "kernel"): ("lm_head.weight", _MATRIX),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A loaded hub folder.
+
+    Attributes:
+        config: the model's shape.
+        params: the parameter tree (every leaf of "layers" has a leading n_layers axis).
+        tokenizer_path: the folder to give to Tokenizer.load.
+        fingerprint: sha256 of the weight files.
+    """
+
+    config: ModelConfig
+    params: Params
+    tokenizer_path: pathlib.Path
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """How one parameter of ours lies in hub tensors.
+
+    Attributes:
+        path: keys in the parameter tree.
+        name: hub tensor; "{}" stands for the layer where there is one per layer.
+        shape: ours, without the layer axis.
+        hub_axes: for each axis of the hub tensor, those of our axes that are flattened into it.
+    """
+
+    path: tuple[str, ...]
+    name: str
+    shape: tuple[int, ...]
+    hub_axes: tuple[tuple[int, ...], ...]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether there is one hub tensor per layer."""
+        return "{}" in self.name
+
+    @property
+    def hub_shape(self) -> tuple[int, ...]:
+        """Shape of the hub tensor."""
+        return tuple(math.prod(self.shape[axis] for axis in axes) for axes in self.hub_axes)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Our axes in the order in which the hub tensor has them."""
+        return tuple(axis for axes in self.hub_axes for axis in axes)
+
+    def to_hub(self, value: np.ndarray) -> np.ndarray:
+        """One layer's parameter -> the hub tensor."""
+        return np.ascontiguousarray(value.transpose(self.order).reshape(self.hub_shape))
+
+    def from_hub(self, tensor: Any, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads param[index] of one layer from a hub tensor that supports slicing; nothing beyond it is read,
+        except that head_dim is always read whole (it is the inner part of a flattened axis).
+        """
+        bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
+        hub_index, sizes = [], []
+        for outer, *inner in self.hub_axes:
+            width = math.prod(self.shape[axis] for axis in inner)
+            start, stop = bounds[outer]
+            hub_index.append(slice(start * width, stop * width))
+            sizes += [stop - start, *(self.shape[axis] for axis in inner)]
+        value = tensor[tuple(hub_index)].reshape(sizes).transpose(np.argsort(self.order))
+        for _, *inner in self.hub_axes:
+            for axis in inner:
+                value = value[(slice(None),) * axis + (slice(*bounds[axis]),)]
+        return value
+
+
+def leaves(config: ModelConfig) -> list[Leaf]:
+    """Every parameter that the decoder declares, with its hub tensors."""
+    flat = jax.tree_util.tree_leaves_with_path(Policy(config).abstract_base())
+    table = []
+    for keys, value in flat:
+        path = tuple(key.key for key in keys)
+        name, hub_axes = _HUB_TENSORS[path]
+        stacked = path[0] == "layers"
+        shape = value.shape[1:] if stacked else value.shape
+        table.append(Leaf(path, f"model.layers.{{}}.{name}" if stacked else name, shape, hub_axes))
+    return table
+
+
+class _Weights:
+    """The tensors of a folder's safetensors files, opened (memory-mapped) as they are needed."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.files = _weight_files(folder)
+        self._file_of: dict[str, pathlib.Path] = {}
+        self._handles: dict[pathlib.Path, Any] = {}
+        for path in self.files:
+            try:
+                self._handles[path] = safetensors.safe_open(path, framework="np")
+            except (OSError, safetensors.SafetensorError) as error:
+                raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+            self._file_of.update(dict.fromkeys(self._handles[path].keys(), path))
+        self._where = folder / (_SINGLE if self.files == [folder / _SINGLE] else _INDEX)
+
+    def tensor(self, name: str) -> Any:
+        """A lazily read tensor: get_shape(), get_dtype(), slicing."""
+        return self._handles[self._file_of[name]].get_slice(name)
+
+    def check(self, table: list[Leaf], config: ModelConfig) -> None:
+        """Raises UserError unless the files hold the model's tensors, all of them, and nothing else."""
+        unknown = set(self._file_of)
+        for leaf in table:
+            for name in _names(leaf, config.n_layers):
+                if name not in self._file_of:
+                    raise UserError(f"{self._where}: tensor {name} is missing; config.json asks for it")
+                unknown.discard(name)
+                shape, dtype = tuple(self.tensor(name).get_shape()), self.tensor(name).get_dtype()
+                if shape != leaf.hub_shape:
+                    raise UserError(
+                        f"{self._file_of[name]}: tensor {name} has shape {list(shape)}, config.json means"
+                        f" {list(leaf.hub_shape)}"
+                    )
+                if dtype not in _STORED_DTYPES:
+                    raise UserError(
+                        f"{self._file_of[name]}: tensor {name} is stored as {dtype}, not as a float of 16 or 32"
+                    )
+        if config.tie_embeddings:  # Some tied checkpoints store the embedding twice.
+            unknown.discard("lm_head.weight")
+        for name in sorted(unknown):
+            if not name.endswith(_IGNORED_SUFFIXES):
+                raise UserError(
+                    f"{self._file_of[name]}: tensor {name} has no place in the model that config.json states"
+                )
+
+
+def _names(leaf: Leaf, n_layers: int) -> list[str]:
+    return [leaf.name.format(layer) for layer in range(n_layers)] if leaf.stacked else [leaf.name]
+
+
+def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    if (folder / _INDEX).is_file():
+        weight_map = _read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{folder / _INDEX}: weight_map is missing; it names the file of every tensor")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+    else:
+        files = [folder / _SINGLE]
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; weights are read from safetensors only")
+    return files
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; a checkpoint is a hub folder with config.json and weights") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def resolve(path_or_id: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder behind a path, a hub id (downloaded, or taken from the hub's cache) or "stylebook".
+
+    Raises:
+        UserError: there is no such folder and the hub does not provide it.
+    """
+    if path_or_id == "stylebook":
+        return STYLEBOOK
+    folder = pathlib.Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(str(path_or_id), allow_patterns=list(_DOWNLOADED)))
+    except Exception as error:  # Validation, HTTP, connection and cache errors have no base in common.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"model {path_or_id}: no such folder, and the hub did not provide it ({reason}); give a hub folder's path"
+            " (make smollm2 makes checkpoints/SmolLM2-135M-Instruct)"
+        ) from error
+
+
+def fingerprint(folder: pathlib.Path) -> str:
+    """sha256 over the bytes of the weight files."""
+    digest = hashlib.sha256()
+    for path in _weight_files(folder):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def load(
+    path_or_id: str | os.PathLike[str],
+    compute_dtype: str = "float32",
+    remat: bool = False,
+    *,
+    param_dtype: str = "float32",
+    shardings: Params | None = None,
+) -> Checkpoint:
+    """Loads a hub folder, a hub id or "stylebook".
+
+    Args:
+        path_or_id: see resolve().
+        compute_dtype: "float32" or "bfloat16", of activations.
+        remat: rematerialise each layer in the backward pass.
+        param_dtype: dtype of the parameters in memory, whatever the file has.
+        shardings: a tree of shardings with the parameters' structure; each process then reads only the slices of its
+            own devices. None: everything on the default device.
+
+    Raises:
+        UserError: a file is missing or broken, the architecture is not supported, or a tensor is missing, superfluous,
+            of another shape or of a dtype other than float32, float16 and bfloat16.
+    """
+    folder = resolve(path_or_id)
+    path = folder / "config.json"
+    config = ModelConfig.from_hub(_read_json(path), str(path), compute_dtype, remat)
+    weights = _Weights(folder)
+    table = leaves(config)
+    weights.check(table, config)
+    params: Params = {}
+    for leaf in table:
+        sharding = None if shardings is None else _get(shardings, leaf.path)
+        _set(params, leaf.path, _load_leaf(weights, leaf, config.n_layers, np.dtype(param_dtype), sharding))
+    return Checkpoint(config, params, folder, fingerprint(folder))
+
+
+def _load_leaf(
+    weights: _Weights, leaf: Leaf, n_layers: int, dtype: np.dtype, sharding: jax.sharding.Sharding | None
+) -> jax.Array:
+    shape = (n_layers, *leaf.shape) if leaf.stacked else leaf.shape
+
+    def read(index: Any) -> np.ndarray:
+        if not leaf.stacked:
+            return leaf.from_hub(weights.tensor(leaf.name), index).astype(dtype)
+        names = _names(leaf, n_layers)[index[0]]
+        return np.stack([leaf.from_hub(weights.tensor(name), index[1:]).astype(dtype) for name in names])
+
+    if sharding is None:
+        return jax.device_put(read((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+def save(
+    folder: str | os.PathLike[str],
+    config: ModelConfig,
+    params: Params,
+    tokenizer_path: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    shard_bytes: int = 4 * 2**30,
+) -> None:
+    """Writes a hub folder that load() and transformers read; files of the same name are replaced.
+
+    Args:
+        folder: made if missing.
+        config: the model's shape.
+        params: the full parameter tree (an adapter is fused first).
+        tokenizer_path: a folder; its tokenizer files are copied.
+        dtype: of the weights on disk. float32 makes save + load exact to the bit for float32 parameters.
+        shard_bytes: weights beyond this are split into several files with an index, one of them in memory at a time.
+    """
+    folder, tokenizer_path = pathlib.Path(folder), pathlib.Path(tokenizer_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in (*folder.glob("model*.safetensors"), folder / _INDEX):
+        stale.unlink(missing_ok=True)
+    tokenizer = tokenizer_lib.Tokenizer.load(tokenizer_path)
+    ids = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
+    hub_config = {**config.to_hub(), **ids, "torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(hub_config, indent=2) + "\n", encoding="utf-8")
+    for name in tokenizer_lib.FILES:
+        if (tokenizer_path / name).is_file() and tokenizer_path.resolve() != folder.resolve():
+            shutil.copyfile(tokenizer_path / name, folder / name)
+    _save_weights(folder, config, params, jnp.dtype(dtype), shard_bytes)
+
+
+def _save_weights(folder: pathlib.Path, config: ModelConfig, params: Params, dtype: np.dtype, shard_bytes: int) -> None:
+    table = leaves(config)
+    sizes = {name: math.prod(leaf.shape) * dtype.itemsize for leaf in table for name in _names(leaf, config.n_layers)}
+    shards = _shards(sizes, shard_bytes)
+    tensors = _hub_tensors(table, config.n_layers, params, dtype)
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map.update(dict.fromkeys(shard, file))
+        # transformers asks for the "format" entry.
+        content = dict(itertools.islice(tensors, len(shard)))
+        safetensors.numpy.save_file(content, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _hub_tensors(table: list[Leaf], n_layers: int, params: Params, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    for leaf in table:
+        value = jax.device_get(_get(params, leaf.path))
+        for name, one in zip(_names(leaf, n_layers), value if leaf.stacked else [value], strict=True):
+            yield name, leaf.to_hub(one.astype(dtype))
+
+
+def _shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
+    """Splits tensor names, in order, into groups of at most shard_bytes; a larger tensor stands alone."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def _get(tree: Params, path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _set(tree: Params, path: tuple[str, ...], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
