@@ -188,6 +188,15 @@ def test_shipped_drops_training_rows_that_show_a_test_prompt_where_unshown_promp
     assert 1 <= dropped <= 3
 
 
+def test_a_prompt_with_many_rows_never_meets_itself_in_an_example(tmp_path: pathlib.Path) -> None:
+    rows = synthetic_rows()
+    common = pair("common", "simple") | {psoups.PERSONA: "simple", psoups.FEEDBACK: rows[0][psoups.FEEDBACK]}
+    data = psoups.read_psoups(write(tmp_path, rows + [common] * 60), queries_per_user=8, test_fraction=0.2)
+    sizes = collections.Counter(query.prompt for example in data["train"] for query in example.queries)
+    assert sizes["common"] == 60
+    assert all(len({q.prompt for q in example.queries}) == len(example.queries) for example in data["train"])
+
+
 def broken(**changes: Any) -> list[dict[str, Any]]:
     rows = [dict(row) for row in synthetic_rows()]
     rows[5] = {key: value for key, value in (rows[5] | changes).items() if value is not ...}
@@ -232,8 +241,8 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path: pathlib.Path) -> None:
     ("setting", "message"),
     [
         ({"signals": "both"}, "data.signals = 'both' is unknown"),
-        ({"test_fraction": 0.0}, "data.test_fraction = 0.0"),
-        ({"test_fraction": 1.0}, "data.test_fraction = 1.0"),
+        ({"test_fraction": 0.0}, "data.test_fraction = 0.0; use a share"),
+        ({"test_fraction": 1.0}, "data.test_fraction = 1.0; use a share"),
         ({"signals_per_user": 0}, "signals_per_user = 0"),
         ({"train_draws": 0}, "draws = 0"),
         ({"test_queries_per_user": 0}, "queries_per_user = 0"),
