@@ -1,0 +1,75 @@
+"""Flags to mode, nothing else: python -m popi_jax.main --config=configs/NAME.py[:arg] --workdir=DIR [--mode=MODE]."""
+
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from popi_jax.errors import UserError
+
+MODES = ("train", "evaluate", "summarize", "generate", "export")
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: configs/NAME.py[:arg].", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go; a run found there is gone on with.")
+_MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+_STEP = flags.DEFINE_integer("step", None, "The checkpoint to use; the newest by default.")
+_INPUT = flags.DEFINE_string("input", None, "summarize: users.jsonl. generate: prompts.jsonl.")
+_OUTPUT = flags.DEFINE_string("output", None, "summarize, generate: the jsonl to write. export: a folder.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs one mode."""
+    if len(argv) > 1:
+        raise UserError(f"argument {argv[1]!r} is not a flag; write --name=value")
+    for flag in (_CONFIG, _WORKDIR):
+        if flag.value is None:
+            raise UserError(f"--{flag.name} is missing")
+    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+    # Imported late, so that a mistake in the flags is told at once.
+    from popi_jax import personalize, train
+
+    if _MODE.value == "train":
+        train.train(config, workdir)
+    elif _MODE.value == "evaluate":
+        personalize.evaluate_checkpoint(config, workdir, _STEP.value)
+    elif _MODE.value == "summarize":
+        personalize.summarize(config, workdir, _path(_INPUT), _path(_OUTPUT), _STEP.value)
+    elif _MODE.value == "generate":
+        personalize.generate(config, workdir, _path(_INPUT), _path(_OUTPUT), _STEP.value)
+    else:
+        personalize.export(config, workdir, _path(_OUTPUT), _STEP.value)
+
+
+def _path(flag: flags.FlagHolder) -> pathlib.Path:
+    if flag.value is None:
+        raise UserError(f"--mode={_MODE.value} needs --{flag.name}")
+    return pathlib.Path(flag.value)
+
+
+def run() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app.run(main, flags_parser=_parse_flags)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        # A run that SIGTERM ended has saved itself: 143 is what a scheduler expects of it.
+        from popi_jax.runfiles import Stopped
+
+        if not isinstance(error, Stopped):
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(143)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+if __name__ == "__main__":
+    run()

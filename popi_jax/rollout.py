@@ -1,0 +1,247 @@
+"""Between text and arrays: draws summaries for users, and lays out the rows that the steps and the evaluation score.
+
+The two models are joined by text: a sampled summary is decoded, and the generator's prompt is tokenised afresh with it,
+exactly as a user of the trained pair would do.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from popi_jax import sampler, sharding, steps
+from popi_jax.data import batches, templates
+from popi_jax.data.schema import Example, Query
+from popi_jax.model.policy import Policy
+from popi_jax.system import System
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One thing to score: a query, and what the generator is told of the user (None: nothing)."""
+
+    query: Query
+    context: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Summaries of U users, K each, with what the inference step needs; rows beyond U are padding."""
+
+    texts_UxK: list[list[str]]
+    prefixes_U: list[list[int]]
+    samples: sampler.Samples  # numpy
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("policy", "branches", "max_tokens", "temperature", "top_p", "stop_ids", "pad_id"),
+)
+def _draw(base, delta, prompt_BxT, prompt_length_B, key, *, policy: Policy, **options) -> sampler.Samples:
+    return sampler.sample(policy.bind(base, delta), prompt_BxT, prompt_length_B, key, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "reduction"))
+def _pair_logps(base, theta, rows, *, policy: Policy, reduction: str) -> jax.Array:
+    return steps.pair_logps(policy, base, theta, rows, reduction)
+
+
+def draw_text(
+    system: System,
+    delta,
+    prefixes: Sequence[list[int]],
+    key: jax.Array,
+    *,
+    branches: int,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    rows: int,
+) -> tuple[list[list[str]], sampler.Samples]:
+    """Draws `branches` texts after each prompt (at most `rows` of them) with the base model and this adapter."""
+    tokenizer = system.tokenizer
+    empty = [[[]]] * len(prefixes)
+    packed = pack(system, prefixes, empty, rows)
+    samples = _draw(
+        system.base,
+        delta,
+        packed.prefix_BxT,
+        packed.prefix_length_B,
+        key,
+        policy=system.policy,
+        branches=branches,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+    )
+    samples = jax.device_get(samples)
+    texts = [
+        [tokenizer.decode(samples.tokens_BxNxS[b, n, : samples.length_BxN[b, n]].tolist()).strip() for n in range(branches)]
+        for b in range(len(prefixes))
+    ]
+    return texts, samples
+
+
+def draw_summaries(
+    system: System, phi, examples: Sequence[Example], key: jax.Array, *, k: int, temperature: float, top_p: float, rows: int
+) -> Drawn:
+    """Draws K summaries z ~ q_phi(.|s) for each user; phi None is the untrained inference model q_0."""
+    prefixes = [encode_signals(system, example) for example in examples]
+    texts, samples = draw_text(
+        system,
+        phi,
+        prefixes,
+        key,
+        branches=k,
+        max_tokens=system.config.limits.summary,
+        temperature=temperature,
+        top_p=top_p,
+        rows=rows,
+    )
+    return Drawn(texts, prefixes, samples)
+
+
+def encode_signals(system: System, example: Example) -> list[int]:
+    """Tokens of what the inference model reads of a user."""
+    config = system.config
+    return batches.encode_signals(
+        example, system.tokenizer, config.prompts.inference_instruction, config.limits.signals, config.limits.on_overflow
+    )
+
+
+def encode_prompt(system: System, prompt: str, context: str | None) -> list[int]:
+    """Tokens of what the generator reads for a prompt."""
+    messages = templates.generator_messages(prompt, context, system.config.prompts.generator_instruction)
+    return system.tokenizer.render(messages)
+
+
+def context_tokens(system: System, context: str | None) -> int:
+    """What telling the generator `context` costs, in tokens of its text."""
+    return len(system.tokenizer.encode(context)) if context else 0
+
+
+def pack(system: System, prefixes, branches, rows: int) -> batches.PrefixBatch:
+    """Pads rows to a bucket and lays them over the mesh; the row count is rounded up to the devices that share it."""
+    shards = system.mesh.shape["data"] * system.mesh.shape["fsdp"]
+    packed = batches.pack(
+        prefixes, branches, tuple(system.config.limits.buckets), system.tokenizer.pad_id, rows=-(-rows // shards) * shards
+    )
+    return jax.device_put(packed, sharding.batch_sharding(system.mesh))
+
+
+def inference_batch(system: System, drawn: Drawn, rows: int) -> steps.InferenceBatch:
+    """The users' signals with their sampled summaries as branches, token for token as they were drawn."""
+    samples = drawn.samples
+    branches = [
+        [samples.tokens_BxNxS[u, k, : samples.length_BxN[u, k]].tolist() for k in range(samples.length_BxN.shape[1])]
+        for u in range(len(drawn.prefixes_U))
+    ]
+    packed = pack(system, drawn.prefixes_U, branches, rows)
+    U, K, S = packed.branches_BxNxR.shape
+    logp_UxKxS = np.zeros((U, K, S), np.float32)
+    width = min(S, samples.logp_BxNxS.shape[-1])
+    logp_UxKxS[: len(branches), :, :width] = samples.logp_BxNxS[: len(branches), :, :width]
+    return steps.InferenceBatch(packed, jax.device_put(logp_UxKxS, sharding.batch_sharding(system.mesh)))
+
+
+def pair_rows(system: System, items: Sequence[Item | None], rows: int) -> batches.PrefixBatch:
+    """Prompts with y+ and y-; a None is a row of padding that keeps its place."""
+    prefixes, branches = [], []
+    for item in items:
+        if item is None:
+            prefixes.append([])
+            branches.append([[], []])
+            continue
+        prefix, chosen, rejected = _encode_item(system, item)
+        prefixes.append(prefix)
+        branches.append([chosen, rejected])
+    return pack(system, prefixes, branches, rows)
+
+
+def _encode_item(system: System, item: Item) -> tuple[list[int], list[int], list[int]]:
+    config = system.config
+    return batches.encode_query(
+        item.query, item.context, system.tokenizer, config.prompts.generator_instruction, config.limits
+    )
+
+
+def pair_logps(system: System, theta, items: Sequence[Item], rows: int) -> np.ndarray:
+    """log pi(y+|x,z) and log pi(y-|x,z) of every item, [n, 2], in batches of rows of about the same length."""
+    lengths = [sum(len(ids) for ids in _encode_item(system, item)) for item in items]
+    order = np.argsort(lengths, kind="stable")
+    logps = np.zeros((len(items), 2), np.float32)
+    for start in range(0, len(items), rows):
+        part = order[start : start + rows]
+        packed = pair_rows(system, [items[i] for i in part], rows)
+        reduction = system.config.objective.logp_reduction
+        out = _pair_logps(system.base, theta, packed, policy=system.policy, reduction=reduction)
+        logps[part] = jax.device_get(out)[: len(part)]
+    return logps
+
+
+class References:
+    """log pi_ref of query pairs: a constant of the data set, computed in one pass and kept (POPI section 2).
+
+    The file's name is a hash of all that the values depend on but the pairs; each pair is found by its own hash.
+    """
+
+    def __init__(self, system: System, folder: pathlib.Path, rows: int):
+        self._system, self._rows = system, rows
+        config = system.config
+        identity = (
+            f"{system.fingerprint}|{system.tokenizer.fingerprint}|{config.prompts.generator_instruction}"
+            f"|{config.objective.logp_reduction}|{config.model.compute_dtype}"
+        )
+        self._path = folder / f"reference_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
+        self._known: dict[str, np.ndarray] = {}
+        if self._path.exists():
+            with np.load(self._path, allow_pickle=False) as stored:
+                self._known = dict(zip(stored["keys"].tolist(), stored["logps"], strict=True))
+
+    def remember(self, items: Sequence[Item]) -> None:
+        """Computes what is not known yet and writes it down."""
+        missing = list({_item_key(item): item for item in items if _item_key(item) not in self._known}.items())
+        if not missing:
+            return
+        logps = pair_logps(self._system, None, [item for _, item in missing], self._rows)
+        self._known.update(zip([key for key, _ in missing], logps, strict=True))
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self._path.with_suffix(".tmp.npz")
+        np.savez(scratch, keys=np.array(list(self._known)), logps=np.stack(list(self._known.values())))
+        scratch.replace(self._path)
+
+    def lookup(self, items: Sequence[Item]) -> np.ndarray:
+        """log pi_ref of y+ and y-, [n, 2]; what `remember` has not seen is computed, in the order given, and not kept."""
+        unknown = [item for item in items if _item_key(item) not in self._known]
+        fresh = iter(pair_logps(self._system, None, unknown, self._rows)) if unknown else iter(())
+        return np.stack([self._known[key] if (key := _item_key(item)) in self._known else next(fresh) for item in items])
+
+
+def _item_key(item: Item) -> str:
+    parts = (item.query.prompt, item.query.chosen, item.query.rejected, "" if item.context is None else "\0" + item.context)
+    return hashlib.sha256("\1".join(parts).encode()).hexdigest()
+
+
+def reference_item(system: System, query: Query, context: str | None, signals: str) -> Item:
+    """What the reference is shown for this row: the question only, unless config.objective.reference_context differs."""
+    which = system.config.objective.reference_context
+    return Item(query, {"prompt": None, "summary": context, "signals": signals}[which])
+
+
+def generator_batch(
+    system: System, items: Sequence[Item | None], signals: Sequence[str], references: References, rows: int
+) -> steps.GeneratorBatch:
+    """Rows for the steps, with their reference log-probabilities."""
+    packed = pair_rows(system, items, rows)
+    ref_logp_Rx2 = np.zeros((packed.prefix_length_B.shape[0], 2), np.float32)
+    present = [i for i, item in enumerate(items) if item is not None]
+    wanted = [reference_item(system, items[i].query, items[i].context, signals[i]) for i in present]  # type: ignore[union-attr]
+    if wanted:
+        ref_logp_Rx2[present] = references.lookup(wanted)
+    return steps.GeneratorBatch(packed, jax.device_put(ref_logp_Rx2, sharding.batch_sharding(system.mesh)))

@@ -1,0 +1,147 @@
+"""Log-probabilities of responses under a prefix that they share: the prefix is read once, the vocabulary in chunks.
+
+A row is one prefix with N branches (y+ and y- under a prompt; K summaries under a user's signals), laid out as
+[prefix | branch 1 | ... | branch N]. A branch sees the prefix and itself, so its log-probabilities and gradients are
+those of the separate sequence prefix + branch.
+Shapes: B rows, T prefix length, N branches, R branch length, L = T + N * R, D model width, V vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from popi_jax.model.decoder import Decoder
+
+Array = jax.Array | np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PrefixBatch:
+    """Right-padded token ids, int32. A row of length 0 is padding."""
+
+    prefix_BxT: Array
+    prefix_length_B: Array
+    branches_BxNxR: Array
+    branch_length_BxN: Array
+
+    @property
+    def mask_BxNxR(self) -> jax.Array:
+        """True at the branches' real tokens."""
+        return jnp.arange(self.branches_BxNxR.shape[-1])[None, None, :] < self.branch_length_BxN[:, :, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenScores:
+    """Per-token scores of the branches, float32, zero at padding.
+
+    Attributes:
+        logp_BxNxR: log-probability of each branch token, in nats.
+        ref_logp_BxNxR: the same under the reference, or None without one.
+        kl_BxNxR: KL(policy || reference) of the full next-token distribution at each position, or None.
+    """
+
+    logp_BxNxR: jax.Array
+    ref_logp_BxNxR: jax.Array | None = None
+    kl_BxNxR: jax.Array | None = None
+
+
+def layout(batch: PrefixBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns tokens, rope positions and segments, each [B, L], of the rows (see Decoder for segments)."""
+    B, T = batch.prefix_BxT.shape
+    _, N, R = batch.branches_BxNxR.shape
+    prefix_index_1xT, branch_index_1x1xR = jnp.arange(T)[None, :], jnp.arange(R)[None, None, :]
+    prefix_segment_BxT = jnp.where(prefix_index_1xT < batch.prefix_length_B[:, None], 0, -1)
+    branch_segment_BxNxR = jnp.where(batch.mask_BxNxR, 1 + jnp.arange(N)[None, :, None], -1)
+    branch_position_BxNxR = jnp.broadcast_to(batch.prefix_length_B[:, None, None] + branch_index_1x1xR, (B, N, R))
+
+    def join(prefix_BxT: Array, branches_BxNxR: Array) -> jax.Array:
+        return jnp.concatenate([prefix_BxT, branches_BxNxR.reshape(B, N * R)], axis=1)
+
+    tokens_BxL = join(batch.prefix_BxT, batch.branches_BxNxR)
+    positions_BxL = join(jnp.broadcast_to(prefix_index_1xT, (B, T)), branch_position_BxNxR)
+    return tokens_BxL, positions_BxL, join(prefix_segment_BxT, branch_segment_BxNxR)
+
+
+def predictors(decoder: Decoder, batch: PrefixBatch) -> jax.Array:
+    """The hidden state that predicts each branch token, [B, N, R, D]: the prefix's last one, then the branch's own."""
+    B, T = batch.prefix_BxT.shape
+    _, N, R = batch.branches_BxNxR.shape
+    hidden_BxLxD = decoder(*layout(batch))
+    last_B = jnp.maximum(batch.prefix_length_B - 1, 0)
+    last_Bx1xD = jnp.take_along_axis(hidden_BxLxD, last_B[:, None, None], axis=1)
+    first_BxNx1xD = jnp.broadcast_to(last_Bx1xD[:, None], (B, N, 1, hidden_BxLxD.shape[-1]))
+    rest_BxNxRxD = hidden_BxLxD[:, T:].reshape(B, N, R, -1)[:, :, :-1]
+    return jnp.concatenate([first_BxNx1xD, rest_BxNxRxD], axis=2)
+
+
+def score(
+    decoder: Decoder,
+    batch: PrefixBatch,
+    *,
+    temperature: float = 1.0,
+    reference: Decoder | None = None,
+    chunk: int = 1024,
+) -> TokenScores:
+    """Scores every branch token under its prefix.
+
+    Args:
+        temperature: log-probabilities are of softmax(logits / temperature), the distribution that is sampled from.
+        reference: another decoder to score the same tokens with; its KL to the policy is then computed too.
+        chunk: positions whose logits exist at the same time, forward and backward.
+    """
+    shape = batch.branches_BxNxR.shape
+    hidden_PxD = _flatten(predictors(decoder, batch))
+    target_P = jnp.asarray(batch.branches_BxNxR).reshape(-1)
+    mask_BxNxR = batch.mask_BxNxR
+
+    def unflatten(values_P: jax.Array) -> jax.Array:
+        return jnp.where(mask_BxNxR, values_P.reshape(shape), 0.0)
+
+    if reference is None:
+
+        def one(hidden_CxD: jax.Array, target_C: jax.Array) -> jax.Array:
+            return _gather(_log_softmax(decoder, hidden_CxD, temperature), target_C)
+
+        return TokenScores(unflatten(_in_chunks(one, chunk, hidden_PxD, target_P)))
+
+    ref_hidden_PxD = _flatten(predictors(reference, batch))
+
+    def both(hidden_CxD: jax.Array, ref_hidden_CxD: jax.Array, target_C: jax.Array) -> tuple[jax.Array, ...]:
+        logp_CxV = _log_softmax(decoder, hidden_CxD, temperature)
+        ref_logp_CxV = _log_softmax(reference, ref_hidden_CxD, temperature)
+        kl_C = jnp.sum(jnp.exp(logp_CxV) * (logp_CxV - ref_logp_CxV), axis=-1)
+        return _gather(logp_CxV, target_C), _gather(ref_logp_CxV, target_C), kl_C
+
+    logp_P, ref_logp_P, kl_P = _in_chunks(both, chunk, hidden_PxD, ref_hidden_PxD, target_P)
+    return TokenScores(unflatten(logp_P), unflatten(ref_logp_P), unflatten(kl_P))
+
+
+def _flatten(hidden_BxNxRxD: jax.Array) -> jax.Array:
+    return hidden_BxNxRxD.reshape(-1, hidden_BxNxRxD.shape[-1])
+
+
+def _log_softmax(decoder: Decoder, hidden_CxD: jax.Array, temperature: float) -> jax.Array:
+    return jax.nn.log_softmax(decoder.logits(hidden_CxD) / temperature, axis=-1)
+
+
+def _gather(logp_CxV: jax.Array, target_C: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logp_CxV, target_C[:, None], axis=-1)[:, 0]
+
+
+def _in_chunks(fn, chunk: int, *args_Px: jax.Array):
+    """Maps fn over chunks of the leading axis, rematerialised, so that no [P, V] array exists at full length."""
+    P = args_Px[0].shape[0]
+    if P <= chunk:
+        return jax.checkpoint(fn)(*args_Px)
+    padding = -P % chunk
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(-1, chunk, *x.shape[1:])
+
+    out = jax.lax.map(lambda xs: jax.checkpoint(fn)(*xs), tuple(split(x) for x in args_Px))
+    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:P], out)

@@ -1,0 +1,251 @@
+"""The train steps: pure functions of (state, frozen base, batch), jitted once in train.py.
+
+A batch has U users with K summaries each and M queries per user, so R = U * K * M generator rows, user-major: row
+(u, k, m) shows the generator query m and summary k of user u. Without summaries (population, say) K is 1.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from popi_jax import objective, scoring
+from popi_jax.model.policy import Policy
+from popi_jax.scoring import PrefixBatch
+
+Params = Any
+Terms = dict[str, objective.SumCount]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a step is compiled for; see configs/base.py for the meanings."""
+
+    policy: Policy
+    tx_phi: optax.GradientTransformation
+    tx_theta: optax.GradientTransformation
+    loss: str
+    beta: float
+    logp_reduction: str
+    advantage: str
+    baseline_decay: float
+    kl: str
+    kl_coef: float
+    temperature: float
+    accumulation: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that training changes. phi is q_phi's adapter (or weights), theta is pi_theta's; see Policy.bind."""
+
+    step: jax.Array
+    phi: Params
+    theta: Params
+    opt_phi: Any
+    opt_theta: Any
+    baseline: jax.Array  # The moving average of the rewards; advantage = "reinforce" alone reads it.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InferenceBatch:
+    """rows: users' signals with K sampled summaries each. A user that is padding has prefix length 0."""
+
+    rows: PrefixBatch
+    sampler_logp_UxKxS: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GeneratorBatch:
+    """rows: prompts with y+ and y- (in this order); ref_logp_Rx2 is reduced as Settings.logp_reduction says."""
+
+    rows: PrefixBatch
+    ref_logp_Rx2: jax.Array
+
+
+def init_state(key: jax.Array, base: Params, settings: Settings) -> TrainState:
+    """The state before the first step; both roles start as the base model."""
+    key_phi, key_theta = jax.random.split(key)
+    phi, theta = settings.policy.init_delta(base, key_phi), settings.policy.init_delta(base, key_theta)
+    return TrainState(
+        step=jnp.int32(0),
+        phi=phi,
+        theta=theta,
+        opt_phi=settings.tx_phi.init(phi),
+        opt_theta=settings.tx_theta.init(theta),
+        baseline=jnp.float32(0.0),
+    )
+
+
+def pair_margin(policy: Policy, base: Params, theta: Params | None, batch: GeneratorBatch, reduction: str) -> jax.Array:
+    """h_theta(x, z) of every row, [R] (POPI section 2), in nats."""
+    scores = scoring.score(policy.bind(base, theta), batch.rows)
+    logp_Rx2 = objective.reduce_logp(scores.logp_BxNxR, batch.rows.mask_BxNxR, reduction)
+    return objective.implicit_reward_margin(logp_Rx2, batch.ref_logp_Rx2)
+
+
+def pair_logps(policy: Policy, base: Params, theta: Params | None, rows: PrefixBatch, reduction: str) -> jax.Array:
+    """log pi(y|x, z) of every branch, [B, N], reduced over its tokens."""
+    scores = scoring.score(policy.bind(base, theta), rows)
+    return objective.reduce_logp(scores.logp_BxNxR, rows.mask_BxNxR, reduction)
+
+
+def generator_loss(
+    theta: Params, base: Params, batch: GeneratorBatch, settings: Settings
+) -> tuple[jax.Array, tuple[jax.Array, Terms]]:
+    """Sums l(h_theta(x, z)) over the rows; also returns l of each row and the terms to log as (sum, count)."""
+    valid_R = batch.rows.prefix_length_B > 0
+    h_R = pair_margin(settings.policy, base, theta, batch, settings.logp_reduction)
+    loss_R = objective.preference_loss(settings.loss)(h_R, settings.beta)
+    terms = {
+        "loss": objective.masked_total(loss_R, valid_R),
+        "accuracy": objective.masked_total(objective.preference_accuracy(h_R), valid_R),
+        "nats": objective.masked_total(objective.preference_nats(h_R, settings.beta), valid_R),
+        "margin": objective.masked_total(h_R, valid_R),
+    }
+    return terms["loss"][0], (loss_R, terms)
+
+
+def summary_rewards(loss_R: jax.Array, valid_R: jax.Array, users: int, summaries: int) -> jax.Array:
+    """r_k = - mean over the user's M queries of l(h(x_m, z_k)), [U, K] (POPI section 3); 0 where no query is valid."""
+    shape = (users, summaries, -1)
+    valid_UxKxM = valid_R.reshape(shape)
+    total_UxK = jnp.sum(jnp.where(valid_UxKxM, loss_R.reshape(shape), 0.0), axis=-1)
+    return -total_UxK / jnp.maximum(jnp.sum(valid_UxKxM, axis=-1), 1)
+
+
+def inference_loss(
+    phi: Params, base: Params, batch: InferenceBatch, reward_UxK: jax.Array, baseline: jax.Array, settings: Settings
+) -> tuple[jax.Array, tuple[objective.SumCount, Terms, dict[str, jax.Array]]]:
+    """The score-function surrogate plus lambda KL, summed over summaries (POPI section 3).
+
+    Returns:
+        The sum; and its count with the terms to log: (sum, count) each, and those to take a maximum of.
+    """
+    policy, rows = settings.policy, batch.rows
+    valid_U, mask_UxKxS = rows.prefix_length_B > 0, rows.mask_BxNxR
+    scores = scoring.score(
+        policy.bind(base, phi), rows, temperature=settings.temperature, reference=policy.bind(base, None)
+    )
+    kl = objective.kl_terms(
+        settings.kl, scores.logp_BxNxR, scores.ref_logp_BxNxR, mask_UxKxS, scores.kl_BxNxR, valid_U
+    )
+    penalised_UxK = reward_UxK - settings.kl_coef * kl.penalty_UxK
+    advantage_UxK = objective.advantages(settings.advantage, penalised_UxK, baseline, valid_U)
+    sum_logp_UxK = jnp.sum(scores.logp_BxNxR, axis=-1)
+    surrogate, count = objective.score_function_loss(sum_logp_UxK, advantage_UxK, valid_U)
+    gap_UxKxS = jnp.where(mask_UxKxS, jnp.abs(scores.logp_BxNxR - batch.sampler_logp_UxKxS), 0.0)
+    valid_UxK = jnp.broadcast_to(valid_U[:, None], reward_UxK.shape)
+    spread_UxK = jnp.broadcast_to(jnp.std(reward_UxK, axis=1, keepdims=True), reward_UxK.shape)
+    terms = {
+        "reward": objective.masked_total(reward_UxK, valid_UxK),
+        "reward_std": objective.masked_total(spread_UxK, valid_UxK),
+        "kl": kl.estimate,
+        "summary_tokens": objective.masked_total(rows.branch_length_BxN.astype(jnp.float32), valid_UxK),
+        "summary_logp": objective.masked_total(sum_logp_UxK, valid_UxK),
+        "sampler_gap": objective.masked_total(gap_UxKxS, mask_UxKxS),
+    }
+    return surrogate + settings.kl_coef * kl.loss[0], ((surrogate, count), terms, {"sampler_gap_max": gap_UxKxS.max()})
+
+
+def generator_step(
+    state: TrainState, base: Params, batch: GeneratorBatch, *, settings: Settings
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One preference update of theta. Pure."""
+
+    def sums(micro: GeneratorBatch):
+        (_, (_, terms)), grads = jax.value_and_grad(generator_loss, has_aux=True)(state.theta, base, micro, settings)
+        return {"theta": grads}, terms, {}
+
+    grads, terms, _ = _accumulate(sums, batch, settings.accumulation)
+    state, norms = _update_theta(state, _divide(grads["theta"], terms["loss"][1]), settings)
+    return dataclasses.replace(state, step=state.step + 1), _means(terms) | norms
+
+
+def inference_step(
+    state: TrainState, base: Params, batch: tuple[InferenceBatch, GeneratorBatch], *, settings: Settings
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One REINFORCE update of phi; the generator only gives the rewards. Pure."""
+
+    def sums(micro: tuple[InferenceBatch, GeneratorBatch]):
+        _, (loss_R, terms) = generator_loss(state.theta, base, micro[1], settings)
+        return _inference_sums(state, base, micro, loss_R, terms, settings)
+
+    grads, terms, maxima = _accumulate(sums, batch, settings.accumulation)
+    state, norms = _update_phi(state, grads["phi"], terms, settings)
+    return dataclasses.replace(state, step=state.step + 1), _means(terms) | maxima | norms
+
+
+def joint_step(
+    state: TrainState, base: Params, batch: tuple[InferenceBatch, GeneratorBatch], *, settings: Settings
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of both models from one batch of summaries: the loss that moves theta is phi's reward. Pure."""
+
+    def sums(micro: tuple[InferenceBatch, GeneratorBatch]):
+        value_and_grad = jax.value_and_grad(generator_loss, has_aux=True)
+        (_, (loss_R, terms)), grads = value_and_grad(state.theta, base, micro[1], settings)
+        phi_grads, terms, maxima = _inference_sums(state, base, micro, loss_R, terms, settings)
+        return phi_grads | {"theta": grads}, terms, maxima
+
+    grads, terms, maxima = _accumulate(sums, batch, settings.accumulation)
+    state, phi_norms = _update_phi(state, grads["phi"], terms, settings)
+    state, theta_norms = _update_theta(state, _divide(grads["theta"], terms["loss"][1]), settings)
+    return dataclasses.replace(state, step=state.step + 1), _means(terms) | maxima | phi_norms | theta_norms
+
+
+def _inference_sums(state, base, micro, loss_R, terms, settings):
+    users, summaries = micro[0].rows.branch_length_BxN.shape
+    reward_UxK = summary_rewards(loss_R, micro[1].rows.prefix_length_B > 0, users, summaries)
+    (_, (surrogate, phi_terms, maxima)), grads = jax.value_and_grad(inference_loss, has_aux=True)(
+        state.phi, base, micro[0], jax.lax.stop_gradient(reward_UxK), state.baseline, settings
+    )
+    return {"phi": grads}, terms | phi_terms | {"surrogate": surrogate}, maxima
+
+
+def _accumulate(sums: Callable, batch: Any, accumulation: int) -> Any:
+    """Adds up (grads, terms, maxima) over micro-batches of users: sums and counts, so that unequal ones stay exact."""
+    if accumulation == 1:
+        return sums(batch)
+    micros = jax.tree.map(lambda x: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:]), batch)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(sums, jax.tree.map(lambda x: x[0], micros)))
+
+    def add(carry, micro):
+        (grads, terms, maxima), (more_grads, more_terms, more_maxima) = carry, sums(micro)
+        grads, terms = jax.tree.map(jnp.add, (grads, terms), (more_grads, more_terms))
+        return (grads, terms, jax.tree.map(jnp.maximum, maxima, more_maxima)), None
+
+    return jax.lax.scan(add, zeros, micros)[0]
+
+
+def _update_phi(state: TrainState, grads: Params, terms: Terms, settings: Settings):
+    grads = _divide(grads, terms["surrogate"][1])
+    updates, opt_phi = settings.tx_phi.update(grads, state.opt_phi, state.phi)
+    reward_sum, count = terms["reward"]
+    mean_reward = (reward_sum / jnp.maximum(count, 1.0))[None, None]
+    state = dataclasses.replace(
+        state,
+        phi=optax.apply_updates(state.phi, updates),
+        opt_phi=opt_phi,
+        baseline=objective.update_baseline(state.baseline, mean_reward, count[None] > 0, settings.baseline_decay),
+    )
+    return state, {"grad_norm_inference": optax.global_norm(grads), "update_norm_inference": optax.global_norm(updates)}
+
+
+def _update_theta(state: TrainState, grads: Params, settings: Settings):
+    updates, opt_theta = settings.tx_theta.update(grads, state.opt_theta, state.theta)
+    state = dataclasses.replace(state, theta=optax.apply_updates(state.theta, updates), opt_theta=opt_theta)
+    return state, {"grad_norm_generator": optax.global_norm(grads), "update_norm_generator": optax.global_norm(updates)}
+
+
+def _divide(grads: Params, count: jax.Array) -> Params:
+    return jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
+
+
+def _means(terms: Terms) -> dict[str, jax.Array]:
+    return {name: total / jnp.maximum(count, 1.0) for name, (total, count) in terms.items()}

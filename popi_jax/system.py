@@ -1,0 +1,193 @@
+"""What a config stands for, loaded: mesh, tokenizer, model, optimizers; and the random keys of a run."""
+
+import dataclasses
+import math
+
+import jax
+import ml_collections
+import optax
+
+from popi_jax import sharding, steps
+from popi_jax.errors import UserError
+from popi_jax.model import hub
+from popi_jax.model.config import LoraConfig
+from popi_jax.model.policy import Policy
+from popi_jax.model.tokenizer import Tokenizer
+
+STREAMS = ("init", "sample", "queries", "evaluate", "respond", "personalize")
+METHODS = ("popi", "base", "population", "raw_signals", "zero_shot_summary", "oracle")
+SCHEDULES = ("joint", "alternate", "two_phase", "inference_only", "generator_only")
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """The fixed parts of a run. `base` is the frozen checkpoint: the references, and with LoRA also the trunk."""
+
+    config: ml_collections.ConfigDict
+    mesh: jax.sharding.Mesh
+    tokenizer: Tokenizer
+    tokenizer_path: str
+    policy: Policy
+    base: dict
+    fingerprint: str
+    settings: steps.Settings
+
+
+def load(config: ml_collections.ConfigDict) -> System:
+    """Loads what the config names. Raises UserError for settings that make no sense."""
+    check(config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    checkpoint = hub.load(config.model.path, config.model.compute_dtype, config.model.remat)
+    tokenizer_path = config.model.tokenizer if config.model.tokenizer else checkpoint.tokenizer_path
+    tokenizer = Tokenizer.load(tokenizer_path)
+    lora = None
+    if config.lora.rank:
+        lora = LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha, targets=tuple(config.lora.targets))
+    policy = Policy(checkpoint.config, lora)
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:
+        raise UserError(
+            f"{tokenizer_path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.model.path} only"
+            f" {checkpoint.config.vocab_size}; set config.model.tokenizer to the model's own"
+        )
+    longest = max(config.limits.signals + config.limits.summary, config.limits.prompt + config.limits.response)
+    if longest > checkpoint.config.max_length:
+        raise UserError(
+            f"config.limits: prompts and answers of {longest} tokens exceed the context of {config.model.path},"
+            f" {checkpoint.config.max_length} tokens; lower config.limits.signals, .prompt, .response or .summary"
+        )
+    shardings = sharding.param_shardings(policy.logical_axes_base(), policy.abstract_base(), mesh)
+    return System(
+        config=config,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        tokenizer_path=tokenizer_path,
+        policy=policy,
+        base=jax.device_put(checkpoint.params, shardings),
+        fingerprint=checkpoint.fingerprint,
+        settings=make_settings(config, policy),
+    )
+
+
+def make_settings(config: ml_collections.ConfigDict, policy: Policy) -> steps.Settings:
+    """The static part of the train steps."""
+    n_phi, n_theta = update_counts(config)
+    return steps.Settings(
+        policy=policy,
+        tx_phi=make_optimizer(config.optim, config.optim.lr_inference, config.optim.clip_inference, n_phi),
+        tx_theta=make_optimizer(config.optim, config.optim.lr_generator, config.optim.clip_generator, n_theta),
+        loss=config.objective.loss,
+        beta=config.objective.beta,
+        logp_reduction=config.objective.logp_reduction,
+        advantage=config.objective.advantage,
+        baseline_decay=config.objective.baseline_decay,
+        kl=config.objective.kl,
+        kl_coef=config.objective.kl_coef,
+        temperature=config.sampling.temperature,
+        accumulation=config.train.accumulation,
+    )
+
+
+def make_optimizer(
+    optim: ml_collections.ConfigDict, learning_rate: float, clip: float, updates: int
+) -> optax.GradientTransformation:
+    """AdamW with linear warm-up, then a cosine to 0 (or constant), over `updates` updates of this role."""
+    warmup = optim.warmup_steps
+    if optim.schedule == "cosine":
+        after = optax.cosine_decay_schedule(learning_rate, max(updates - warmup, 1))
+    else:
+        after = optax.constant_schedule(learning_rate)
+    # The first update has count 0: (count + 1) / (warmup + 1) keeps it from being lost.
+    ramp = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, max(warmup, 1))
+    rate = optax.join_schedules([ramp, after], [warmup]) if warmup else after
+    adamw = optax.adamw(rate, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(clip), adamw) if clip else adamw
+
+
+def step_kind(config: ml_collections.ConfigDict, step: int) -> str:
+    """Which update the 0-based `step` makes: "joint", "inference" or "generator"."""
+    if config.method != "popi":
+        return "generator"
+    name, n_phi, n_theta = config.schedule.name, config.schedule.n_phi, config.schedule.n_theta
+    if name == "alternate":
+        return "inference" if step % (n_phi + n_theta) < n_phi else "generator"
+    if name == "two_phase":
+        return "inference" if step < n_phi else "generator"
+    return {"joint": "joint", "inference_only": "inference", "generator_only": "generator"}[name]
+
+
+def total_steps(config: ml_collections.ConfigDict) -> int:
+    """How many steps the run takes; the base method trains nothing."""
+    if config.method == "base":
+        return 0
+    if config.method == "popi" and config.schedule.name == "two_phase":
+        return config.schedule.n_phi + config.schedule.n_theta
+    return config.schedule.steps
+
+
+def update_counts(config: ml_collections.ConfigDict) -> tuple[int, int]:
+    """How many updates phi and theta get in the whole run."""
+    kinds = [step_kind(config, step) for step in range(total_steps(config))]
+    return sum(kind != "generator" for kind in kinds), sum(kind != "inference" for kind in kinds)
+
+
+def stream_key(seed: int, stream: str, step: int) -> jax.Array:
+    """The one source of randomness: fold_in(fold_in(key(seed), stream), step), so that a restart replays it."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream)), step)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError, naming the key and the remedy, for values that no run could use."""
+    _one_of("config.method", config.method, METHODS)
+    _one_of("config.schedule.name", config.schedule.name, SCHEDULES)
+    _one_of("config.objective.loss", config.objective.loss, ("dpo", "ipo"))
+    _one_of("config.objective.advantage", config.objective.advantage, ("rloo", "reinforce", "group_mean", "grpo"))
+    _one_of("config.objective.kl", config.objective.kl, ("exact", "k1_reward", "k3_loss"))
+    _one_of("config.objective.logp_reduction", config.objective.logp_reduction, ("sum", "mean"))
+    _one_of("config.objective.reference_context", config.objective.reference_context, ("prompt", "summary", "signals"))
+    _one_of("config.optim.schedule", config.optim.schedule, ("cosine", "constant"))
+    _one_of("config.limits.on_overflow", config.limits.on_overflow, ("error", "drop"))
+    _one_of("config.data.dataset", config.data.dataset, ("stylebook", "psoups", "users"))
+    for key in (
+        "limits.signals", "limits.prompt", "limits.response", "limits.summary", "sampling.k", "train.users_per_step",
+        "train.accumulation", "train.checkpoint_every", "train.checkpoints_kept", "data.queries_per_user",
+        "eval.summaries_per_user", "eval.users_per_batch", "eval.bootstrap", "eval.response_tokens",
+        "data.signals_per_user", "data.train_draws", "data.test_draws", "data.test_queries_per_user",
+    ):  # fmt: skip
+        _at_least(config, key, 1)
+    for key in ("lora.rank", "schedule.steps", "eval.every", "eval.users", "eval.samples", "optim.warmup_steps"):
+        _at_least(config, key, 0)
+    for key in ("optim.lr_inference", "optim.lr_generator", "objective.kl_coef", "eval.temperature"):
+        _at_least(config, key, 0)
+    if not config.objective.beta > 0:
+        raise UserError(f"config.objective.beta is {config.objective.beta}; it must be greater than 0")
+    if not (config.sampling.temperature > 0 and math.isfinite(config.sampling.temperature)):
+        raise UserError(
+            f"config.sampling.temperature is {config.sampling.temperature}; REINFORCE needs samples, so a value above 0"
+        )
+    if config.sampling.top_p != 1:
+        raise UserError(
+            f"config.sampling.top_p is {config.sampling.top_p}; REINFORCE needs the whole distribution: set it to 1"
+            " (config.eval.top_p is free)"
+        )
+    if config.train.users_per_step % config.train.accumulation:
+        raise UserError(
+            f"config.train.accumulation is {config.train.accumulation}, which does not divide"
+            f" config.train.users_per_step, {config.train.users_per_step}"
+        )
+    learns_phi = config.method == "popi" and config.schedule.name != "generator_only"
+    if learns_phi and config.objective.advantage != "reinforce" and config.sampling.k < 2:
+        raise UserError(
+            f"config.sampling.k is {config.sampling.k}; advantage {config.objective.advantage} compares a user's"
+            " summaries and needs 2 or more"
+        )
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def _at_least(config: ml_collections.ConfigDict, key: str, least: int) -> None:
+    section, name = key.split(".")
+    if not config[section][name] >= least:
+        raise UserError(f"config.{key} is {config[section][name]}; it must be at least {least}")
