@@ -1,0 +1,223 @@
+"""Data sets by name, prepared once as array_record through TFDS (no TensorFlow), read by grain with a resumable state."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+
+from popi_jax.data import psoups, stylebook, users
+from popi_jax.data.schema import Example, Query, Signal
+from popi_jax.errors import UserError
+
+
+@dataclasses.dataclass
+class PreparedConfig(tfds.core.BuilderConfig):
+    """A data set's examples by split; `name` must identify them, since TFDS finds prepared data by name."""
+
+    examples: dict[str, list[Example]] = dataclasses.field(default_factory=dict)
+
+
+class PreferenceExamples(tfds.core.GeneratorBasedBuilder):
+    """Stores examples in their order. The nested part is JSON text: TFDS writes ragged features only with TensorFlow."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text
+        features = tfds.features.FeaturesDict({"user": text(), "split": text(), "example": text()})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {split: self._generate_examples(examples) for split, examples in self.builder_config.examples.items()}
+
+    def _generate_examples(self, examples: Sequence[Example]) -> Iterator[tuple[int, dict[str, str]]]:
+        for i, example in enumerate(examples):
+            yield i, {"user": example.user, "split": example.split, "example": to_json(example)}
+
+
+class ExampleSource:
+    """Random access to prepared examples, as grain reads them."""
+
+    def __init__(self, records: Sequence[dict[str, bytes]]):
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        return from_json(self._records[index]["example"])
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+
+def to_json(example: Example) -> str:
+    """One line that `from_json` turns back into an equal example."""
+    return json.dumps(dataclasses.asdict(example), ensure_ascii=False)
+
+
+def from_json(text: str | bytes) -> Example:
+    """The inverse of `to_json`."""
+    fields = json.loads(text)
+    signals = tuple(Signal(**signal) for signal in fields.pop("signals"))
+    queries = tuple(Query(**query) for query in fields.pop("queries"))
+    return Example(signals=signals, queries=queries, **fields)
+
+
+def content_hash(examples: dict[str, list[Example]]) -> str:
+    """Changes with any text, order or split of the examples."""
+    digest = hashlib.sha256()
+    for split, split_examples in examples.items():
+        for line in (split, *map(to_json, split_examples)):
+            digest.update(line.encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def prepare(
+    source_name: str, examples: dict[str, list[Example]], key: str, data_dir: str | pathlib.Path
+) -> dict[str, ExampleSource]:
+    """Writes the examples as array_record unless the very same ones are there already; returns them for reading.
+
+    Args:
+        source_name: e.g. "psoups"; letters and underscores.
+        examples: the examples of each split, at least one in each.
+        key: whatever else tells this data set from another: its settings, say. It goes into the name with the content.
+        data_dir: the folder; several processes each write their own one in it.
+    """
+    for split, split_examples in examples.items():
+        if not split_examples:
+            raise UserError(f"data set {source_name!r}: the split {split!r} is empty; give it more data")
+    digest = hashlib.sha256(f"{key}\n{content_hash(examples)}".encode()).hexdigest()[:16]
+    folder = pathlib.Path(data_dir)
+    if jax.process_count() > 1:
+        folder /= f"process_{jax.process_index()}"
+    tfds.disable_progress_bar()
+    builder = PreferenceExamples(
+        config=PreparedConfig(name=f"{source_name}_{digest}", examples=examples),
+        data_dir=folder,
+        file_format="array_record",
+    )
+    builder.download_and_prepare()
+    return {split: ExampleSource(builder.as_data_source(split)) for split in examples}
+
+
+def training_iterator(
+    source: ExampleSource,
+    users_per_step: int,
+    seed: int,
+    *,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> grain.DatasetIterator:
+    """Endless lists of examples: every epoch is another permutation of the source, a function of `seed`.
+
+    Args:
+        source: the training examples.
+        users_per_step: of all processes together; each gets its share of the same global batch.
+        seed: of the order, 0 or more.
+        process_index: of this process; None: JAX's.
+        process_count: None: JAX's.
+
+    Returns:
+        An iterator whose get_state() is a small dict that JSON holds, and whose set_state() resumes exactly.
+    """
+    process_index = jax.process_index() if process_index is None else process_index
+    process_count = jax.process_count() if process_count is None else process_count
+    if users_per_step % process_count:
+        raise UserError(f"train.users_per_step = {users_per_step} must be a multiple of the {process_count} processes")
+    # Sliced after shuffle and repeat, so that the global batches are the same for any number of processes.
+    order = grain.MapDataset.source(source).seed(seed).shuffle().repeat()[process_index::process_count]
+    steps = order.batch(users_per_step // process_count, drop_remainder=True, batch_fn=list)
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+def from_config(config: Any, workdir: str | pathlib.Path) -> dict[str, ExampleSource]:
+    """Loads and prepares config.data, in data.prepared_dir or else <workdir>/data; logs what was dropped."""
+    counts: collections.Counter[str] = collections.Counter()
+    examples = load_examples(config, counts)
+    for reason, count in counts.items():
+        logging.warning("data: dropped %d %s", count, reason)
+    logging.info("data: %s", ", ".join(f"{len(part)} {split} examples" for split, part in examples.items()))
+    data_dir = config.data.prepared_dir or pathlib.Path(workdir) / "data"
+    return prepare(config.data.dataset, examples, config.data.to_json(sort_keys=True), data_dir)
+
+
+def load_examples(config: Any, counts: collections.Counter[str] | None = None) -> dict[str, list[Example]]:
+    """Returns {"train": [...], "test": [...]} of the data set that config.data names; see configs/base.py.
+
+    Args:
+        config: the run's config.
+        counts: gains the number of what was dropped, by reason.
+
+    Raises:
+        UserError: bad data, an unknown data set, or fewer examples than config.data asks for.
+    """
+    data = config.data
+    if data.dataset == "stylebook":
+        return stylebook.load(data)
+    if data.dataset == "psoups":
+        examples = psoups.read_psoups(
+            _path(data),
+            signals=data.signals,
+            seed=data.seed,
+            test_fraction=data.test_fraction,
+            signals_per_user=data.signals_per_user,
+            train_draws=data.train_draws,
+            test_draws=data.test_draws,
+            queries_per_user=data.queries_per_user,
+            test_queries_per_user=data.test_queries_per_user,
+            counts=counts,
+        )
+    elif data.dataset == "users":
+        examples = _load_users(data)
+    else:
+        raise UserError(f"config: data.dataset = {data.dataset!r} is unknown; use 'stylebook', 'psoups' or 'users'")
+    return {
+        "train": _first(examples["train"], data.train_users, "train_users"),
+        "test": _first(examples["test"], data.test_users, "test_users"),
+    }
+
+
+def _path(data: Any) -> str:
+    if not data.path:
+        raise UserError(f"config: data.path is empty; data.dataset = {data.dataset!r} reads a file, so give its path")
+    return data.path
+
+
+def _load_users(data: Any) -> dict[str, list[Example]]:
+    """Reads users.jsonl; test users come from another file, or are held out. Both splits in random order."""
+    rng = np.random.default_rng(data.seed)
+    path = _path(data)
+    read = users.read_users(path)
+    everyone = [read[i] for i in rng.permutation(len(read))]
+    if data.test_path:
+        test = users.read_users(data.test_path, split="test")
+        for example in set(e.user for e in test) & set(e.user for e in everyone):
+            raise UserError(f"{data.test_path}: field 'user': {example!r} is also in {path}; test on other users")
+        return {"train": everyone, "test": [test[i] for i in rng.permutation(len(test))]}
+    if not 0 < data.test_fraction < 1:
+        raise UserError(f"config: data.test_fraction = {data.test_fraction}; use a share between 0 and 1, such as 0.3")
+    n_test = round(data.test_fraction * len(everyone))
+    if not 0 < n_test < len(everyone):
+        raise UserError(
+            f"{path}: {len(everyone)} users cannot be split at data.test_fraction = {data.test_fraction};"
+            " give more users, another share or data.test_path"
+        )
+    test = [dataclasses.replace(example, split="test") for example in everyone[:n_test]]
+    return {"train": everyone[n_test:], "test": test}
+
+
+def _first(examples: list[Example], count: int, name: str) -> list[Example]:
+    """The first `count` examples; 0: all."""
+    if count < 0 or count > len(examples):
+        raise UserError(f"config: data.{name} = {count}, but there are {len(examples)} examples; 0 takes all")
+    return examples[:count] if count else examples
