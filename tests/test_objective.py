@@ -1,0 +1,254 @@
+"""The objective's elementwise functions, reductions and sums, against values worked by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from popi_jax import objective
+
+LOG2 = 0.6931471805599453
+LOG_4_3 = 0.28768207245178085  # log(4/3)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 2.0])
+def test_losses_at_zero_margin_have_their_hand_values_and_slope_minus_half(beta):
+    # -log sigmoid(0) / beta = log 2 / beta; (1 / (2 beta))^2 beta / 2 = 1 / (8 beta).
+    np.testing.assert_allclose(objective.dpo_loss(0.0, beta), LOG2 / beta, rtol=1e-6)
+    np.testing.assert_allclose(objective.ipo_loss(0.0, beta), 1 / (8 * beta), rtol=1e-6)
+    for name in objective.LOSSES:
+        np.testing.assert_allclose(jax.grad(objective.preference_loss(name))(0.0, beta), -0.5, rtol=1e-5)
+
+
+def test_losses_away_from_zero():
+    beta = 0.5
+    h = np.log(3.0) / beta  # sigmoid(beta h) = 3/4.
+    np.testing.assert_allclose(objective.dpo_loss(h, beta), LOG_4_3 / beta, rtol=1e-6)
+    np.testing.assert_allclose(objective.preference_nats(h, beta), LOG_4_3, rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(objective.dpo_loss)(h, beta), -0.25, rtol=1e-6)
+    # IPO is least at h = 1 / (2 beta) = 1, and symmetric about it: (3 - 1)^2 * 0.25 = 1.
+    np.testing.assert_allclose(objective.ipo_loss(jnp.array([1.0, 3.0, -1.0]), beta), [0.0, 1.0, 1.0])
+
+
+def test_dpo_does_not_overflow():
+    value, slope = jax.value_and_grad(objective.dpo_loss)(-1e5, 0.1)
+    np.testing.assert_allclose([value, slope], [1e5, -1.0], rtol=1e-6)
+    assert float(objective.dpo_loss(1e5, 0.1)) == 0.0
+
+
+def test_margin_by_hand_and_its_shape():
+    policy_2x3x2 = jnp.broadcast_to(jnp.array([-5.0, -9.0]), (2, 3, 2))
+    ref_2x1x2 = jnp.array([[[-6.0, -7.0]], [[-5.0, -9.0]]])
+    # (-5 + 6) - (-9 + 7) = 3; the policy that equals its reference has no margin.
+    h_2x3 = objective.implicit_reward_margin(policy_2x3x2, ref_2x1x2)
+    np.testing.assert_allclose(h_2x3, [[3.0] * 3, [0.0] * 3])
+
+
+def test_accuracy_is_strict():
+    np.testing.assert_array_equal(objective.preference_accuracy(jnp.array([-1.0, 0.0, 1e-6])), [0.0, 0.0, 1.0])
+
+
+def test_reduce_logp_sums_or_averages_the_masked_tokens_alone():
+    logp = jnp.array([[-1.0, -2.0, jnp.nan], [-3.0, jnp.inf, jnp.nan], [jnp.nan] * 3])
+    mask = jnp.array([[True, True, False], [True, False, False], [False] * 3])
+    np.testing.assert_allclose(objective.reduce_logp(logp, mask, "sum"), [-3.0, -3.0, 0.0])
+    np.testing.assert_allclose(objective.reduce_logp(logp, mask, "mean"), [-1.5, -3.0, 0.0])
+    grad = jax.grad(lambda x: objective.reduce_logp(x, mask, "sum").sum())(logp)
+    np.testing.assert_array_equal(grad, mask.astype(np.float32))
+
+
+def test_reduce_logp_accumulates_in_float32():
+    logp = jnp.full((512,), -1.0, jnp.bfloat16)  # bfloat16 cannot tell 256 from 257.
+    assert float(objective.reduce_logp(logp, jnp.ones(512, bool), "sum")) == -512.0
+
+
+def test_masked_total_counts_what_it_sums():
+    total, count = objective.masked_total(jnp.array([1.0, 2.0, jnp.nan]), jnp.array([True, True, False]))
+    assert (float(total), float(count)) == (3.0, 2.0)
+
+
+def test_advantages_by_hand():
+    reward_UxK = jnp.array([[1.0, 2.0, 6.0]])
+    # Others' means 4, 3.5, 1.5; own mean 3; std sqrt((4 + 1 + 9) / 2) = sqrt 7.
+    np.testing.assert_allclose(objective.advantages("rloo", reward_UxK, 0.0), [[-3.0, -1.5, 4.5]])
+    np.testing.assert_allclose(objective.advantages("group_mean", reward_UxK, 0.0), [[-2.0, -1.0, 3.0]])
+    np.testing.assert_allclose(objective.advantages("reinforce", reward_UxK, 0.5), [[0.5, 1.5, 5.5]])
+    grpo = np.array([[-2.0, -1.0, 3.0]]) / (np.sqrt(7.0) + 1e-4)
+    np.testing.assert_allclose(objective.advantages("grpo", reward_UxK, 0.0), grpo, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", objective.ADVANTAGES)
+def test_advantages_of_padding_are_zero_and_carry_no_gradient(name):
+    reward_UxK = jnp.array([[1.0, 2.0], [jnp.nan, 3.0]])
+    valid_U = jnp.array([True, False])
+    assert np.all(np.asarray(objective.advantages(name, reward_UxK, 0.0, valid_U))[0] != 0.0)
+    np.testing.assert_array_equal(objective.advantages(name, reward_UxK, 0.0, valid_U)[1], [0.0, 0.0])
+    grad = jax.grad(lambda x: objective.advantages(name, x, 0.0)[0, 0])(jnp.array([[1.0, 2.0]]))
+    np.testing.assert_array_equal(grad, [[0.0, 0.0]])
+
+
+def test_grpo_of_equal_rewards_is_zero():
+    np.testing.assert_array_equal(objective.advantages("grpo", jnp.full((1, 4), -3.0), 0.0), np.zeros((1, 4)))
+
+
+def test_baseline_moves_by_the_valid_rewards_and_not_at_all_without():
+    reward_UxK = jnp.array([[2.0, 4.0], [jnp.nan, 100.0]])
+    moved = objective.update_baseline(jnp.float32(1.0), reward_UxK, jnp.array([True, False]), decay=0.9)
+    np.testing.assert_allclose(moved, 0.9 * 1.0 + 0.1 * 3.0, rtol=1e-6)
+    kept = objective.update_baseline(jnp.float32(1.0), reward_UxK, jnp.array([False, False]), decay=0.9)
+    assert float(kept) == 1.0
+
+
+def test_score_function_loss_is_minus_the_mean_over_users_and_k():
+    sum_logp_UxK, advantage_UxK = jnp.array([[-1.0, -2.0], [-3.0, -4.0]]), jnp.array([[1.0, -1.0], [2.0, 0.5]])
+    total, count = objective.score_function_loss(sum_logp_UxK, advantage_UxK)
+    assert (float(total), float(count)) == (1.0 - 2.0 + 6.0 + 2.0, 4.0)
+    grad = jax.grad(lambda x: objective.score_function_loss(x, advantage_UxK)[0])(sum_logp_UxK)
+    np.testing.assert_array_equal(grad, -advantage_UxK)
+
+
+def batch(n_users, n_samples=3, length=5):
+    """Random inputs of inference_loss; log-probabilities shift with a scalar parameter."""
+    rng = np.random.default_rng(0)
+    shape = (n_users, n_samples, length)
+    lengths = rng.integers(1, length + 1, size=shape[:2])
+    return {
+        "reward_UxK": jnp.asarray(rng.normal(size=shape[:2]), jnp.float32),
+        "logp_UxKxS": jnp.asarray(-rng.random(shape), jnp.float32),
+        "ref_logp_UxKxS": jnp.asarray(-rng.random(shape), jnp.float32),
+        "position_kl_UxKxS": jnp.asarray(rng.random(shape), jnp.float32),
+        "mask_UxKxS": jnp.asarray(np.arange(length) < lengths[..., None]),
+    }
+
+
+def loss_and_grad(advantage, kl, inputs, valid_U):
+    """(sum, count) and the gradient of the sum with respect to log-probabilities and KL."""
+
+    def total(logp_UxKxS, position_kl_UxKxS):
+        parts = dict(inputs, logp_UxKxS=logp_UxKxS, position_kl_UxKxS=position_kl_UxKxS)
+        loss = objective.inference_loss(
+            advantage=advantage, kl=kl, kl_coef=0.3, baseline=0.2, valid_U=valid_U, **parts
+        ).loss
+        return loss[0], loss[1]
+
+    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+    return run(inputs["logp_UxKxS"], inputs["position_kl_UxKxS"])
+
+
+@pytest.mark.parametrize("kl", objective.KL_ESTIMATORS)
+@pytest.mark.parametrize("advantage", objective.ADVANTAGES)
+def test_micro_batches_and_padding_change_nothing(advantage, kl):
+    """Two micro-batches, one with a padded user full of NaN, add up to the batch of the three real users."""
+    inputs = batch(4)
+    (whole, count), grads = loss_and_grad(advantage, kl, {k: v[:3] for k, v in inputs.items()}, jnp.ones(3, bool))
+    spoiled = {
+        k: v if v.dtype == bool else v.at[3].set(jnp.nan if k == "reward_UxK" else 1e3) for k, v in inputs.items()
+    }
+    first = loss_and_grad(advantage, kl, {k: v[:2] for k, v in spoiled.items()}, jnp.ones(2, bool))
+    second = loss_and_grad(advantage, kl, {k: v[2:] for k, v in spoiled.items()}, jnp.array([True, False]))
+    assert float(count) == 9.0 == float(first[0][1] + second[0][1])
+    np.testing.assert_allclose(first[0][0] + second[0][0], whole, rtol=1e-5)
+    for grad, grad_1, grad_2 in zip(grads, first[1], second[1], strict=True):
+        np.testing.assert_allclose(jnp.concatenate([grad_1, grad_2[:1]]), grad, atol=1e-6)
+        np.testing.assert_array_equal(grad_2[1], np.zeros_like(grad_2[1]))
+
+
+@pytest.mark.parametrize("kl", objective.KL_ESTIMATORS)
+def test_what_follows_the_end_token_cannot_leak(kl):
+    inputs = batch(2)
+    spoiled = {
+        k: jnp.where(inputs["mask_UxKxS"], v, jnp.nan)
+        if k in ("logp_UxKxS", "ref_logp_UxKxS", "position_kl_UxKxS")
+        else v
+        for k, v in inputs.items()
+    }
+    clean, dirty = (loss_and_grad("rloo", kl, x, jnp.ones(2, bool)) for x in (inputs, spoiled))
+    np.testing.assert_array_equal(dirty[0][0], clean[0][0])
+    for dirty_grad, clean_grad in zip(dirty[1], clean[1], strict=True):
+        np.testing.assert_array_equal(dirty_grad, clean_grad)
+        assert np.all(np.asarray(clean_grad)[~np.asarray(inputs["mask_UxKxS"])] == 0.0)
+
+
+def kl_terms_of_one(kl):
+    """One user, one summary of two tokens and one masked: log q = -1, -2; log q_0 = -1.5, -1; KL 0.4, 0.3."""
+    return objective.kl_terms(
+        kl,
+        jnp.array([[[-1.0, -2.0, -7.0]]]),
+        jnp.array([[[-1.5, -1.0, -3.0]]]),
+        jnp.array([[[True, True, False]]]),
+        jnp.array([[[0.4, 0.3, 9.0]]]),
+    )
+
+
+def test_kl_terms_by_hand():
+    exact, k1, k3 = (kl_terms_of_one(kl) for kl in ("exact", "k1_reward", "k3_loss"))
+    # log q(z_1) = -1 times the KL-to-go 0.3 after it, and none after the last token.
+    np.testing.assert_allclose(exact.loss, (0.4 + 0.3 - 1.0 * 0.3, 1.0), rtol=1e-6)
+    np.testing.assert_allclose(exact.estimate, (0.7, 1.0), rtol=1e-6)
+    # Log-ratios 0.5 and -1.
+    np.testing.assert_allclose(k1.penalty_UxK, [[-0.5]])
+    np.testing.assert_allclose(k1.estimate, (-0.5, 1.0))
+    k3_value = (np.exp(-0.5) + 0.5 - 1) + (np.exp(1.0) - 1.0 - 1)
+    np.testing.assert_allclose(k3.loss, (k3_value, 1.0), rtol=1e-6)
+    np.testing.assert_allclose(k3.estimate, (k3_value, 1.0), rtol=1e-6)
+    for terms in (exact, k3):
+        np.testing.assert_array_equal(terms.penalty_UxK, [[0.0]])
+    assert float(k1.loss[0]) == 0.0
+
+
+def test_inference_loss_penalises_the_reward_and_reports_it():
+    inputs = batch(2)
+    result = objective.inference_loss(
+        advantage="rloo", kl="k1_reward", kl_coef=0.3, baseline=0.0, valid_U=jnp.ones(2, bool), **inputs
+    )
+    ratio = np.where(inputs["mask_UxKxS"], inputs["logp_UxKxS"] - inputs["ref_logp_UxKxS"], 0.0).sum(-1)
+    np.testing.assert_allclose(result.reward_UxK, np.asarray(inputs["reward_UxK"]) - 0.3 * ratio, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(result.kl, (ratio.sum(), 6.0), rtol=1e-5)
+
+
+def test_informativeness_by_hand():
+    mean, error = objective.informativeness(jnp.array([1.0, 2.0, 4.0]), jnp.array([1.0, 1.0, 1.0]))
+    # Gains 0, 1, 3: mean 4/3, variance (16 + 1 + 25) / 9 / 2 = 7/3, error sqrt(7/9).
+    np.testing.assert_allclose([mean, error], [4 / 3, np.sqrt(7 / 9)], rtol=1e-6)
+
+
+def test_informativeness_of_calibrated_generators_is_the_mutual_information():
+    """A summary names one of two tastes, p(o = 1 | z) is 0.9 or 0.2: I = H(0.55) - (H(0.9) + H(0.2)) / 2."""
+    rng = np.random.default_rng(0)
+    z_N = rng.integers(2, size=200_000)
+    p_N = np.where(z_N == 0, 0.9, 0.2)
+    sign_N = np.where(rng.random(len(z_N)) < p_N, 1.0, -1.0)
+    margin_N = np.log(p_N / (1 - p_N)) * sign_N  # beta h of the answer that was preferred, beta = 1.
+    mean, error = objective.informativeness(
+        objective.preference_nats(jnp.asarray(np.log(0.55 / 0.45) * sign_N), 1.0),
+        objective.preference_nats(jnp.asarray(margin_N), 1.0),
+    )
+
+    def entropy(p):
+        return -p * np.log(p) - (1 - p) * np.log(1 - p)
+
+    exact = entropy(0.55) - (entropy(0.9) + entropy(0.2)) / 2
+    assert 0.0 < float(error) < 0.003
+    assert abs(float(mean) - exact) < 3 * float(error)
+
+
+def test_unknown_names_are_refused_with_the_known_ones():
+    inputs = batch(1)
+    with pytest.raises(ValueError, match="'kto'.*'dpo', 'ipo'"):
+        objective.preference_loss("kto")
+    with pytest.raises(ValueError, match="'avg'.*'sum', 'mean'"):
+        objective.reduce_logp(jnp.zeros(2), jnp.ones(2, bool), "avg")
+    with pytest.raises(ValueError, match="'gae'.*'rloo'"):
+        objective.advantages("gae", inputs["reward_UxK"], 0.0)
+    with pytest.raises(ValueError, match="'k1'.*'k1_reward'"):
+        objective.kl_terms("k1", inputs["logp_UxKxS"], inputs["ref_logp_UxKxS"], inputs["mask_UxKxS"])
+
+
+def test_missing_inputs_are_refused():
+    inputs = batch(1)
+    with pytest.raises(ValueError, match="position_kl_UxKxS"):
+        objective.kl_terms("exact", inputs["logp_UxKxS"], inputs["ref_logp_UxKxS"], inputs["mask_UxKxS"])
+    for name in ("rloo", "group_mean", "grpo"):
+        with pytest.raises(ValueError, match="K >= 2, got K = 1"):
+            objective.advantages(name, inputs["reward_UxK"][:, :1], 0.0)
+    assert objective.advantages("reinforce", inputs["reward_UxK"][:, :1], 0.0).shape == (1, 1)
