@@ -136,7 +136,7 @@ def _fitting_signals(
     on_overflow: str,
     log: OverflowLog | None,
 ) -> tuple[Signal, ...]:
-    """The newest signals with which the prompt has at most `limit` tokens; UserError if the last one alone exceeds it."""
+    """The newest signals with which the prompt has at most `limit` tokens; UserError if there are none such."""
     if not example.signals:
         raise UserError(f"user {example.user!r} has no signals; give at least one")
     tokens = length(example.signals)
@@ -220,7 +220,7 @@ def pack(
 def pack_prefixes(
     prefixes: Sequence[Ids], buckets: Sequence[int], pad_id: int, rows: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Right-pads to the smallest bucket that holds the longest: ids [B, T] and lengths [B], int32; `rows` as in `pack`."""
+    """Right-pads to the smallest bucket that holds the longest: ids [B, T], lengths [B], int32; `rows` as in `pack`."""
     B = len(prefixes) if rows is None else rows
     if len(prefixes) > B:
         raise ValueError(f"{len(prefixes)} prefixes do not fit into {B} rows")

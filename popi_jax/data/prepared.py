@@ -1,4 +1,4 @@
-"""Data sets by name, prepared once as array_record through TFDS (no TensorFlow), read by grain with a resumable state."""
+"""Data sets by name, prepared as array_record through TFDS (no TensorFlow), read by grain with a resumable state."""
 
 import collections
 import dataclasses
@@ -23,13 +23,17 @@ from popi_jax.errors import UserError
 class PreparedConfig(tfds.core.BuilderConfig):
     """A data set's examples by split; `name` must identify them, since TFDS finds prepared data by name."""
 
-    examples: dict[str, list[Example]] = dataclasses.field(default_factory=dict)
+    # TFDS logs a config's repr.
+    examples: dict[str, list[Example]] = dataclasses.field(default_factory=dict, repr=False)
 
 
 class PreferenceExamples(tfds.core.GeneratorBasedBuilder):
-    """Stores examples in their order. The nested part is JSON text: TFDS writes ragged features only with TensorFlow."""
+    """Stores examples in their order. The nested part is JSON text: TFDS needs TensorFlow to write ragged features."""
 
     VERSION = tfds.core.Version("1.0.0")
+    # Nothing is downloaded, so no checksums lie beside this file; to look for them, TFDS would import a package that it
+    # does not install (importlib_resources).
+    code_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text
@@ -201,8 +205,9 @@ def _load_users(data: Any) -> dict[str, list[Example]]:
     everyone = [read[i] for i in rng.permutation(len(read))]
     if data.test_path:
         test = users.read_users(data.test_path, split="test")
-        for example in set(e.user for e in test) & set(e.user for e in everyone):
-            raise UserError(f"{data.test_path}: field 'user': {example!r} is also in {path}; test on other users")
+        both = sorted({example.user for example in test} & {example.user for example in everyone})
+        if both:
+            raise UserError(f"{data.test_path}: field 'user': {both[0]!r} is also in {path}; test on other users")
         return {"train": everyone, "test": [test[i] for i in rng.permutation(len(test))]}
     if not 0 < data.test_fraction < 1:
         raise UserError(f"config: data.test_fraction = {data.test_fraction}; use a share between 0 and 1, such as 0.3")

@@ -1,0 +1,180 @@
+"""From examples to padded arrays, with a tokenizer of one token a word so that every length can be counted by eye."""
+
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from popi_jax.data import batches
+from popi_jax.data.schema import Example, Query, Signal
+from popi_jax.errors import UserError
+
+BUCKETS = (4, 8, 16)
+
+
+class WordTokenizer:
+    """One token for each word, and one each for the start and the end of a turn and for the generation prompt."""
+
+    pad_id, start_id, end_id, generation_id = 0, 1, 2, 3
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+
+    def encode(self, text: str) -> list[int]:
+        for word in text.split():
+            if word not in self.words:
+                self.words.append(word)
+        return [4 + self.words.index(word) for word in text.split()]
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
+        ids = []
+        for message in messages:
+            ids += [self.start_id, *self.encode(message["content"]), self.end_id]
+        return ids + [self.generation_id] * add_generation_prompt
+
+    def text(self, ids: list[int]) -> str:
+        return " ".join(f"<{i}>" if i < 4 else self.words[i - 4] for i in ids)
+
+
+TOKENIZER = WordTokenizer()
+SIGNALS = tuple(
+    Signal("profile", text=f"fact{i}") for i in range(4)
+)  # Each: "### Example 1 About the user: fact0", 7 words.
+EXAMPLE = Example("u1", "train", SIGNALS, (Query("why now", "yes indeed", "no", "f#1"), Query("what", "a", "b")))
+SIGNALS_LIMIT = 3 + 4 * 7 + 2  # Special tokens, signals, and the instruction "sum up".
+
+
+def limits(**changes):
+    return types.SimpleNamespace(**({"signals": 100, "prompt": 100, "response": 3, "on_overflow": "error"} | changes))
+
+
+def shown(ids: list[int]) -> list[str]:
+    return [word for word in TOKENIZER.text(ids).split() if word.startswith("fact")]
+
+
+def test_encode_signals_is_the_rendered_inference_prompt_ready_to_generate() -> None:
+    ids = batches.encode_signals(EXAMPLE, TOKENIZER, "sum up", SIGNALS_LIMIT, "error")
+    assert len(ids) == SIGNALS_LIMIT
+    assert TOKENIZER.text(ids).startswith("<1> ### Example 1 About the user: fact0 ### Example 2")
+    assert TOKENIZER.text(ids).endswith("fact3 sum up <2> <3>")
+
+
+def test_too_many_signals_are_an_error_that_names_user_tokens_and_limit() -> None:
+    with pytest.raises(
+        UserError, match=r"user 'u1': .* 4 signals takes 33 tokens, limits.signals is 32; raise it or set"
+    ):
+        batches.encode_signals(EXAMPLE, TOKENIZER, "sum up", SIGNALS_LIMIT - 1, "error")
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(33, 4), (32, 3), (26, 3), (25, 2), (19, 2), (18, 1), (12, 1)])
+def test_drop_loses_the_fewest_oldest_signals(limit: int, kept: int) -> None:
+    log = batches.OverflowLog()
+    ids = batches.encode_signals(EXAMPLE, TOKENIZER, "sum up", limit, "drop", log)
+    assert shown(ids) == [f"fact{i}" for i in range(4 - kept, 4)]
+    assert log.counts() == ({} if kept == 4 else {"limits.signals": (4 - kept, 1)})
+
+
+def test_drop_keeps_at_least_one_signal_or_fails() -> None:
+    with pytest.raises(
+        UserError, match=r"user 'u1'.*limits.signals is 11, which the last signal alone exceeds; raise it"
+    ):
+        batches.encode_signals(EXAMPLE, TOKENIZER, "sum up", 11, "drop")
+
+
+def test_no_signals_are_an_error() -> None:
+    with pytest.raises(UserError, match="'u1' has no signals"):
+        batches.encode_signals(dataclasses.replace(EXAMPLE, signals=()), TOKENIZER, "sum up", 99, "drop")
+
+
+def test_the_log_counts_a_user_once_however_often_encoded() -> None:
+    log = batches.OverflowLog()
+    assert str(log) == "no signals dropped"
+    for _ in range(3):
+        batches.encode_signals(EXAMPLE, TOKENIZER, "sum up", 19, "drop", log)
+        batches.encode_signals(dataclasses.replace(EXAMPLE, user="u2"), TOKENIZER, "sum up", 26, "drop", log)
+    assert log.counts() == {"limits.signals": (3, 2)}
+    assert str(log) == "3 signals of 2 users dropped to fit limits.signals"
+
+
+def test_raw_signals_leave_room_for_the_longest_query() -> None:
+    # "<1> About the user: {signals} please Prompt: why now <2> <3>": 3 + 3 + 7 n + 1 + 3 tokens.
+    log = batches.OverflowLog()
+    context = batches.raw_signals_context(EXAMPLE, TOKENIZER, "please", limits(prompt=30, on_overflow="drop"), log)
+    assert context == "### Example 1\nAbout the user: fact2\n\n### Example 2\nAbout the user: fact3"
+    assert log.counts() == {"limits.prompt": (2, 1)}
+    assert len(batches.encode_query(EXAMPLE.queries[0], context, TOKENIZER, "please", limits(prompt=24))[0]) == 24
+    with pytest.raises(UserError, match=r"user 'u1': .* takes 38 tokens, limits.prompt is 37"):
+        batches.raw_signals_context(EXAMPLE, TOKENIZER, "please", limits(prompt=37))
+
+
+def test_encode_query_ends_each_response_with_the_end_token() -> None:
+    prefix, chosen, rejected = batches.encode_query(EXAMPLE.queries[0], "likes rhymes", TOKENIZER, "please", limits())
+    assert TOKENIZER.text(prefix) == "<1> About the user: likes rhymes please Prompt: why now <2> <3>"
+    assert TOKENIZER.text(chosen) == "yes indeed <2>"
+    assert TOKENIZER.text(rejected) == "no <2>"
+
+
+def test_without_context_the_prefix_is_the_bare_prompt() -> None:
+    prefix, _, _ = batches.encode_query(EXAMPLE.queries[0], None, TOKENIZER, "please", limits())
+    assert TOKENIZER.text(prefix) == "<1> why now <2> <3>"
+
+
+@pytest.mark.parametrize("on_overflow", ["error", "drop"])
+def test_prompts_and_responses_are_never_cut(on_overflow: str) -> None:
+    query = EXAMPLE.queries[0]
+    fits = limits(prompt=5, on_overflow=on_overflow)
+    assert len(batches.encode_query(query, None, TOKENIZER, "please", fits)[0]) == 5
+    with pytest.raises(UserError, match=r"query f#1: the generator's prompt takes 5 tokens, limits.prompt is 4; raise"):
+        batches.encode_query(query, None, TOKENIZER, "please", limits(prompt=4, on_overflow=on_overflow))
+    with pytest.raises(UserError, match=r"query f#1: chosen takes 3 tokens, limits.response is 2"):
+        batches.encode_query(query, None, TOKENIZER, "please", limits(response=2, on_overflow=on_overflow))
+    swapped = Query(query.prompt, query.rejected, query.chosen)
+    with pytest.raises(UserError, match=r"query 'why now': rejected takes 3 tokens, limits.response is 2"):
+        batches.encode_query(swapped, None, TOKENIZER, "please", limits(response=2, on_overflow=on_overflow))
+
+
+@pytest.mark.parametrize(("length", "expected"), [(0, 4), (4, 4), (5, 8), (16, 16)])
+@pytest.mark.parametrize("buckets", [BUCKETS, BUCKETS[::-1]])
+def test_bucket_is_the_smallest_that_holds(length: int, expected: int, buckets: tuple[int, ...]) -> None:
+    assert batches.bucket(length, buckets) == expected
+
+
+def test_bucket_beyond_the_largest_names_the_limit() -> None:
+    with pytest.raises(UserError, match=r"17 tokens exceed the largest of limits.buckets \(16\)"):
+        batches.bucket(17, BUCKETS)
+
+
+def test_pack_pads_right_to_buckets_and_rows() -> None:
+    batch = batches.pack([[7, 8, 9], [5] * 5], [[[1], [2, 3]], [[4], []]], BUCKETS, pad_id=99, rows=3)
+    _ = 99
+    np.testing.assert_array_equal(
+        batch.prefix_BxT, [[7, 8, 9, _, _, _, _, _], [5, 5, 5, 5, 5, _, _, _], [_] * 8], strict=False
+    )
+    np.testing.assert_array_equal(batch.prefix_length_B, [3, 5, 0])
+    np.testing.assert_array_equal(
+        batch.branches_BxNxR, [[[1, _, _, _], [2, 3, _, _]], [[4, _, _, _], [_] * 4], [[_] * 4, [_] * 4]]
+    )
+    np.testing.assert_array_equal(batch.branch_length_BxN, [[1, 2], [1, 0], [0, 0]])
+    assert {leaf.dtype for leaf in jax.tree.leaves(batch)} == {np.dtype(np.int32)}
+    assert len(jax.tree.leaves(batch)) == 4
+
+
+def test_pack_then_cut_gives_back_what_went_in() -> None:
+    rng = np.random.default_rng(0)
+    prefixes = [rng.integers(1, 50, n).tolist() for n in rng.integers(1, 16, 6)]
+    rows = [[rng.integers(1, 50, n).tolist() for n in rng.integers(0, 9, 3)] for _ in prefixes]
+    batch = batches.pack(prefixes, rows, BUCKETS, pad_id=0)
+    assert [batch.prefix_BxT[b, : batch.prefix_length_B[b]].tolist() for b in range(6)] == prefixes
+    lengths = batch.branch_length_BxN
+    assert [[batch.branches_BxNxR[b, n, : lengths[b, n]].tolist() for n in range(3)] for b in range(6)] == rows
+
+
+def test_pack_refuses_what_does_not_line_up() -> None:
+    with pytest.raises(ValueError, match="2 prefixes do not fit into 1 rows"):
+        batches.pack([[1], [2]], [[[1]], [[1]]], BUCKETS, 0, rows=1)
+    with pytest.raises(ValueError, match=r"rows of \[1, 2\] branches"):
+        batches.pack([[1], [2]], [[[1]], [[1], [2]]], BUCKETS, 0)
+    with pytest.raises(ValueError, match="1 prefixes, 2 rows"):
+        batches.pack([[1]], [[[1]], [[1]]], BUCKETS, 0)

@@ -1,0 +1,256 @@
+"""Prepared data comes back as it went in, in an order that resumes exactly; and each data set is found by its name."""
+
+import collections
+import json
+import pathlib
+import sys
+
+import pytest
+
+from configs import base
+from popi_jax.data import prepared, users
+from popi_jax.data.schema import Example, Query, Signal
+from popi_jax.errors import UserError
+
+
+def make(n: int, split: str = "train") -> list[Example]:
+    return [
+        Example(
+            user=f"{split}{i} ü",
+            split=split,
+            signals=(
+                Signal("pair", "p\n", f"c{i}", "r", provenance=f"f#{i}"),
+                Signal("comment", prompt="q", text="日本 \u2028 😀"),
+                Signal("profile", text="t"),
+            )[: 1 + i % 3],
+            queries=tuple(Query(f"x{m}", "y", "z", f"f#{i}") for m in range(i % 3)),
+            persona="kind" if i % 2 else "",
+            group=f"g{i}",
+        )
+        for i in range(n)
+    ]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> prepared.ExampleSource:
+    data = {"train": make(23), "test": make(5, "test")}
+    return prepared.prepare("fake", data, "key", tmp_path_factory.mktemp("data"))["train"]
+
+
+def names(batch: list[Example]) -> list[str]:
+    return [example.user for example in batch]
+
+
+def test_examples_come_back_equal_and_in_order(tmp_path: pathlib.Path) -> None:
+    data = {"train": make(7), "test": make(2, "test")}
+    sources = prepared.prepare("fake", data, "", tmp_path)
+    assert {split: list(source) for split, source in sources.items()} == data
+    assert (len(sources["train"]), sources["train"][6]) == (7, data["train"][6])
+
+
+def test_prepared_data_is_reused_and_never_stale(tmp_path: pathlib.Path) -> None:
+    def folders() -> set[str]:
+        return {path.name for path in (tmp_path / "preference_examples").iterdir()}
+
+    data = {"train": make(4)}
+    prepared.prepare("fake", data, "k", tmp_path)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.array_record*")}
+    assert files
+    prepared.prepare("fake", data, "k", tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.array_record*")} == files
+    assert len(folders()) == 1
+    changed = {"train": make(3) + make(1)}
+    assert list(prepared.prepare("fake", changed, "k", tmp_path)["train"]) == changed["train"]
+    prepared.prepare("fake", data, "other", tmp_path)
+    assert len(folders()) == 3
+
+
+def test_content_hash_sees_texts_order_and_splits() -> None:
+    a, b = make(2)
+    hashes = [
+        prepared.content_hash(data)
+        for data in (
+            {"train": [a, b]},
+            {"train": [b, a]},
+            {"train": [a], "test": [b]},
+            {"train": [a, a]},
+            {"test": [a, b]},
+        )
+    ]
+    assert len(set(hashes)) == len(hashes)
+    assert hashes[0] == prepared.content_hash({"train": make(2)})
+
+
+def test_an_interrupted_preparation_is_done_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies_after_two(builder, examples):
+        for i, example in enumerate(examples):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield i, {"user": example.user, "split": example.split, "example": prepared.to_json(example)}
+
+    data = {"train": make(4)}
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared.PreferenceExamples, "_generate_examples", dies_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            prepared.prepare("fake", data, "k", tmp_path)
+    assert list(prepared.prepare("fake", data, "k", tmp_path)["train"]) == data["train"]
+
+
+def test_an_empty_split_is_the_users_mistake(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="data set 'fake': the split 'test' is empty"):
+        prepared.prepare("fake", {"train": make(1), "test": []}, "", tmp_path)
+
+
+def test_works_without_tensorflow(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorflow", None)  # Any import of it raises.
+    assert len(prepared.prepare("fake", {"train": make(2)}, "", tmp_path)["train"]) == 2
+
+
+def test_every_epoch_is_another_permutation_that_the_seed_decides(source: prepared.ExampleSource) -> None:
+    def draw(seed: int) -> list[str]:
+        iterator = prepared.training_iterator(source, 1, seed)
+        return [name for _ in range(2 * len(source)) for name in names(next(iterator))]
+
+    order = draw(0)
+    everyone = {example.user for example in source}
+    first, second = order[: len(source)], order[len(source) :]
+    assert set(first) == set(second) == everyone
+    assert first != second
+    assert first != [example.user for example in source]
+    assert order == draw(0)
+    assert order != draw(1)
+
+
+def test_batches_have_their_size_and_run_across_epochs(source: prepared.ExampleSource) -> None:
+    iterator = prepared.training_iterator(source, 4, 0)
+    batches = [next(iterator) for _ in range(23)]  # 92 = 4 epochs of 23.
+    assert {len(batch) for batch in batches} == {4}
+    assert set(collections.Counter(name for batch in batches for name in names(batch)).values()) == {4}
+    assert isinstance(batches[0], list)
+
+
+@pytest.mark.parametrize("taken", [0, 3, 6, 17])
+def test_a_state_resumes_exactly_also_in_mid_epoch_and_through_json(source: prepared.ExampleSource, taken: int) -> None:
+    iterator = prepared.training_iterator(source, 4, 0)
+    for _ in range(taken):
+        next(iterator)
+    state = json.loads(json.dumps(iterator.get_state()))
+    rest = [names(next(iterator)) for _ in range(12)]
+    resumed = prepared.training_iterator(source, 4, 0)
+    next(resumed)  # The state, not the position of a fresh iterator, decides.
+    resumed.set_state(state)
+    assert [names(next(resumed)) for _ in range(12)] == rest
+
+
+def test_processes_share_the_same_global_batches(source: prepared.ExampleSource) -> None:
+    whole = prepared.training_iterator(source, 4, 0)
+    parts = [prepared.training_iterator(source, 4, 0, process_index=i, process_count=2) for i in range(2)]
+    for _ in range(12):
+        together = names(next(whole))
+        assert sorted(name for part in parts for name in names(next(part))) == sorted(together)
+    with pytest.raises(UserError, match="train.users_per_step = 4 must be a multiple of the 3 processes"):
+        prepared.training_iterator(source, 4, 0, process_index=0, process_count=3)
+
+
+def users_config(tmp_path: pathlib.Path, n: int = 10):
+    config = base.get_config()
+    config.data.dataset = "users"
+    config.data.path = str(tmp_path / "users.jsonl")
+    people = [Example(f"u{i}", "train", (Signal("profile", text="t"),), (Query("q", "y", "z"),)) for i in range(n)]
+    users.write_users(config.data.path, people)
+    return config
+
+
+def test_users_are_held_out_whole_and_each_is_somewhere(tmp_path: pathlib.Path) -> None:
+    config = users_config(tmp_path)
+    data = prepared.load_examples(config)
+    train, test = ({example.user for example in data[split]} for split in ("train", "test"))
+    assert (len(train), len(test)) == (7, 3)
+    assert train | test == {f"u{i}" for i in range(10)}
+    assert {example.split for example in data["test"]} == {"test"}
+    assert {example.split for example in data["train"]} == {"train"}
+    config.data.seed = 1
+    assert {example.user for example in prepared.load_examples(config)["test"]} != test
+
+
+def test_test_users_may_come_from_their_own_file(tmp_path: pathlib.Path) -> None:
+    config = users_config(tmp_path)
+    config.data.test_path = str(tmp_path / "test.jsonl")
+    users.write_users(
+        config.data.test_path, [Example("v", "test", (Signal("profile", text="t"),), (Query("q", "y", "z"),))]
+    )
+    data = prepared.load_examples(config)
+    assert [(e.user, e.split) for e in data["test"]] == [("v", "test")]
+    assert len(data["train"]) == 10
+    config.data.test_path = config.data.path
+    with pytest.raises(UserError, match="users.jsonl: field 'user': 'u0' is also in"):
+        prepared.load_examples(config)
+
+
+def test_numbers_of_users_are_honoured_or_refused(tmp_path: pathlib.Path) -> None:
+    config = users_config(tmp_path)
+    everyone = prepared.load_examples(config)
+    config.data.train_users, config.data.test_users = 4, 2
+    data = prepared.load_examples(config)
+    assert (data["train"], data["test"]) == (everyone["train"][:4], everyone["test"][:2])
+    config.data.train_users = 8
+    with pytest.raises(UserError, match="data.train_users = 8, but there are 7 examples"):
+        prepared.load_examples(config)
+
+
+def test_mistakes_in_the_data_config(tmp_path: pathlib.Path) -> None:
+    config = users_config(tmp_path, n=1)
+    with pytest.raises(UserError, match="1 users cannot be split at data.test_fraction = 0.3"):
+        prepared.load_examples(config)
+    config.data.test_fraction = 1.5
+    with pytest.raises(UserError, match="data.test_fraction = 1.5; use a share"):
+        prepared.load_examples(config)
+    config.data.path = ""
+    with pytest.raises(UserError, match="data.path is empty; data.dataset = 'users' reads a file"):
+        prepared.load_examples(config)
+    config.data.dataset = "psoups"
+    with pytest.raises(UserError, match="data.path is empty"):
+        prepared.load_examples(config)
+    config.data.dataset = "elsewhere"
+    with pytest.raises(UserError, match="data.dataset = 'elsewhere' is unknown"):
+        prepared.load_examples(config)
+
+
+@pytest.mark.parametrize("separate_folder", [False, True])
+def test_from_config_prepares_where_the_config_says(tmp_path: pathlib.Path, separate_folder: bool) -> None:
+    config = users_config(tmp_path)
+    if separate_folder:
+        config.data.prepared_dir = str(tmp_path / "elsewhere")
+    sources = prepared.from_config(config, tmp_path / "run")
+    assert {split: list(source) for split, source in sources.items()} == prepared.load_examples(config)
+    where = tmp_path / "elsewhere" if separate_folder else tmp_path / "run" / "data"
+    assert list(where.rglob("*.array_record*"))
+
+
+def test_stylebook_is_found_by_name(tmp_path: pathlib.Path) -> None:
+    config = base.get_config()
+    config.data.train_users, config.data.test_users = 3, 2
+    data = prepared.load_examples(config)
+    assert (len(data["train"]), len(data["test"])) == (3, 2)
+
+
+def test_psoups_settings_reach_the_reader(tmp_path: pathlib.Path) -> None:
+    def pair(i: int) -> dict[str, str]:
+        return {"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"}
+
+    rows = [
+        pair(i) | {"ground_truth_persona": "a", "Pair-wise Comparative Feedback": [pair(i), pair(99)]}
+        for i in range(40)
+    ]
+    config = base.get_config()
+    config.data.dataset, config.data.path = "psoups", str(tmp_path / "rows.json")
+    pathlib.Path(config.data.path).write_text(json.dumps(rows))
+    config.data.signals_per_user, config.data.train_draws, config.data.test_draws = 2, 3, 2
+    config.data.queries_per_user, config.data.test_queries_per_user, config.data.test_fraction = 5, 2, 0.5
+    data = prepared.load_examples(config)
+    assert (len(data["train"]), len(data["test"])) == (3 * 20 // 5, 2 * 20 // 2)
+    assert {len(example.signals) for example in data["train"] + data["test"]} == {2}
+    config.data.signals = "shipped"
+    counts: collections.Counter[str] = collections.Counter()
+    prepared.load_examples(config, counts)
+    assert counts["shipped signals that show their own query"] > 0
