@@ -1,0 +1,83 @@
+"""Attention over packed sequences and, in decoding, over a prefix that all branches of a row share.
+
+Both functions know nothing of the model, so that a kernel with the same signature can stand in for either. Scores and
+softmax are in float32. Query head h reads kv head h // G (G = H / Kv); kv heads are grouped in the products, never
+repeated in memory.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# Finite, so that a row with nothing to attend to gives an average of values, not NaN, and finite gradients.
+_MASKED = -1e30
+
+
+def attend(q_BxLxHxDh: jax.Array, k_BxLxKvxDh: jax.Array, v_BxLxKvxDh: jax.Array, segments_BxL: jax.Array) -> jax.Array:
+    """Causal attention within segments.
+
+    A query attends to the keys at its own or an earlier index that are not padding and belong to the prefix or to its
+    own branch.
+
+    Args:
+        q_BxLxHxDh: queries, rope applied.
+        k_BxLxKvxDh: keys, rope applied.
+        v_BxLxKvxDh: values.
+        segments_BxL: -1 padding, 0 the shared prefix, n >= 1 branch n.
+
+    Returns:
+        out_BxLxHxDh in the type of v. Rows of padding are finite and mean nothing.
+    """
+    B, L, H, Dh = q_BxLxHxDh.shape
+    Kv = k_BxLxKvxDh.shape[2]
+    q_BxLxKvxGxDh = q_BxLxHxDh.reshape(B, L, Kv, H // Kv, Dh)
+    s_BxKvxGxLxS = jnp.einsum("blkgd,bskd->bkgls", q_BxLxKvxGxDh, k_BxLxKvxDh, preferred_element_type=jnp.float32)
+    query_BxLx1 = segments_BxL[:, :, None]
+    key_Bx1xS = segments_BxL[:, None, :]
+    earlier_1xLxS = jnp.tril(jnp.ones((1, L, L), bool))
+    mask_BxLxS = ((key_Bx1xS == 0) | ((key_Bx1xS == query_BxLx1) & (key_Bx1xS > 0))) & earlier_1xLxS
+    s_BxKvxGxLxS = jnp.where(mask_BxLxS[:, None, None], s_BxKvxGxLxS * Dh**-0.5, _MASKED)
+    p_BxKvxGxLxS = jax.nn.softmax(s_BxKvxGxLxS, axis=-1).astype(v_BxLxKvxDh.dtype)
+    return jnp.einsum("bkgls,bskd->blkgd", p_BxKvxGxLxS, v_BxLxKvxDh).reshape(B, L, H, Dh)
+
+
+def attend_decode(
+    q_BxNxHxDh: jax.Array,
+    prefix_k_BxTxKvxDh: jax.Array,
+    prefix_v_BxTxKvxDh: jax.Array,
+    prefix_valid_BxT: jax.Array,
+    own_k_BxNxRxKvxDh: jax.Array,
+    own_v_BxNxRxKvxDh: jax.Array,
+    index: jax.Array,
+) -> jax.Array:
+    """One query of each of N branches per row: one softmax over the row's prefix and the branch's own earlier tokens.
+
+    Args:
+        q_BxNxHxDh: queries, rope applied.
+        prefix_k_BxTxKvxDh: keys of the prefix, one copy for all branches.
+        prefix_v_BxTxKvxDh: its values.
+        prefix_valid_BxT: which slots of the prefix hold a token.
+        own_k_BxNxRxKvxDh: keys of each branch; the slots 0..index are filled.
+        own_v_BxNxRxKvxDh: its values.
+        index: scalar, the slot of the query's own token.
+
+    Returns:
+        out_BxNxHxDh in the type of the values.
+    """
+    B, N, H, Dh = q_BxNxHxDh.shape
+    T, Kv = prefix_k_BxTxKvxDh.shape[1:3]
+    R = own_k_BxNxRxKvxDh.shape[2]
+    q_BxNxKvxGxDh = q_BxNxHxDh.reshape(B, N, Kv, H // Kv, Dh)
+    prefix_s_BxNxKvxGxT = jnp.einsum(
+        "bnkgd,btkd->bnkgt", q_BxNxKvxGxDh, prefix_k_BxTxKvxDh, preferred_element_type=jnp.float32
+    )
+    own_s_BxNxKvxGxR = jnp.einsum(
+        "bnkgd,bnrkd->bnkgr", q_BxNxKvxGxDh, own_k_BxNxRxKvxDh, preferred_element_type=jnp.float32
+    )
+    prefix_s_BxNxKvxGxT = jnp.where(prefix_valid_BxT[:, None, None, None], prefix_s_BxNxKvxGxT * Dh**-0.5, _MASKED)
+    written_R = jnp.arange(R) <= index
+    own_s_BxNxKvxGxR = jnp.where(written_R[None, None, None, None], own_s_BxNxKvxGxR * Dh**-0.5, _MASKED)
+    s_BxNxKvxGxS = jnp.concatenate([prefix_s_BxNxKvxGxT, own_s_BxNxKvxGxR], axis=-1)
+    p_BxNxKvxGxS = jax.nn.softmax(s_BxNxKvxGxS, axis=-1).astype(own_v_BxNxRxKvxDh.dtype)
+    out_BxNxKvxGxDh = jnp.einsum("bnkgt,btkd->bnkgd", p_BxNxKvxGxS[..., :T], prefix_v_BxTxKvxDh)
+    out_BxNxKvxGxDh += jnp.einsum("bnkgr,bnrkd->bnkgd", p_BxNxKvxGxS[..., T:], own_v_BxNxRxKvxDh)
+    return out_BxNxKvxGxDh.reshape(B, N, H, Dh)

@@ -1,0 +1,298 @@
+"""The one decoder: a pre-norm transformer with rope, grouped queries and a gated MLP, its layers stacked and scanned.
+
+Shapes: n layers, B batch rows, T prefix length, L query length, S key length, N branches per prefix, R branch length,
+D model width, H heads, Kv kv heads, G = H / Kv, Dh head width, I = Dh / 2, F MLP width, V vocabulary.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from popi_jax import sharding
+from popi_jax.model import attention
+from popi_jax.model import lora as lora_lib
+from popi_jax.model.config import LoraConfig, ModelConfig
+from popi_jax.model.weights import Tree, Weight, fan_in, init_tree, merge_trees
+
+
+def declare(config: ModelConfig) -> Tree:
+    """Declares every weight of the base model; all of a layer's weights are stacked along a leading layer axis."""
+    n, D, F, V = config.n_layers, config.d_model, config.d_ff, config.vocab_size
+    H, Kv, Dh = config.n_heads, config.n_kv_heads, config.head_dim
+    # Two residual branches per layer: scaled so that the stream's variance at the end does not grow with depth.
+    residual = 1.0 / math.sqrt(2 * n)
+
+    def scale(width: int, axis: str) -> dict[str, Weight]:
+        return {"scale": Weight((n, width), ("layers", axis), "ones")}
+
+    def projection(heads: int, axis: str) -> dict[str, Weight]:
+        weights = {"kernel": Weight((n, D, heads, Dh), ("layers", "embed", axis, "head_dim"), fan_in(D))}
+        if config.qkv_bias:
+            weights["bias"] = Weight((n, heads, Dh), ("layers", axis, "head_dim"), "zeros")
+        return weights
+
+    layers = {
+        "attn_norm": scale(D, "norm"),
+        "q": projection(H, "heads"),
+        "k": projection(Kv, "kv_heads"),
+        "v": projection(Kv, "kv_heads"),
+        "o": {"kernel": Weight((n, H, Dh, D), ("layers", "heads", "head_dim", "embed"), residual * fan_in(H, Dh))},
+        "mlp_norm": scale(D, "norm"),
+        "gate": {"kernel": Weight((n, D, F), ("layers", "embed", "mlp"), fan_in(D))},
+        "up": {"kernel": Weight((n, D, F), ("layers", "embed", "mlp"), fan_in(D))},
+        "down": {"kernel": Weight((n, F, D), ("layers", "mlp", "embed"), residual * fan_in(F))},
+    }
+    if config.qk_norm:
+        layers["q_norm"] = scale(Dh, "head_dim")
+        layers["k_norm"] = scale(Dh, "head_dim")
+    declared = {
+        "embed": {"embedding": Weight((V, D), ("vocab", "embed"), 0.02)},
+        "layers": layers,
+        "final_norm": {"scale": Weight((D,), ("norm",), "ones")},
+    }
+    if not config.tie_embeddings:
+        declared["head"] = {"kernel": Weight((D, V), ("embed", "vocab"), fan_in(D))}
+    return declared
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys (rope applied) and values of a row's prefix, held once, and of its N branches."""
+
+    prefix_k_nxBxTxKvxDh: jax.Array
+    prefix_v_nxBxTxKvxDh: jax.Array
+    prefix_valid_BxT: jax.Array
+    own_k_nxBxNxRxKvxDh: jax.Array
+    own_v_nxBxNxRxKvxDh: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rope:
+    """Cosines and sines of the rope angles, float32, with an axis for the heads."""
+
+    cos_BxLx1xI: jax.Array
+    sin_BxLx1xI: jax.Array
+
+    def __call__(self, x_BxLxHxDh: jax.Array) -> jax.Array:
+        # The hub's convention: feature i is paired with feature i + Dh/2, not with its neighbour.
+        first, second = jnp.split(x_BxLxHxDh.astype(jnp.float32), 2, axis=-1)
+        cos, sin = self.cos_BxLx1xI, self.sin_BxLx1xI
+        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return turned.astype(x_BxLxHxDh.dtype)
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Angle per position of each of the Dh/2 feature pairs, with Llama 3.1's scaling where the config has it."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    frequency = config.rope_theta**-exponent
+    if config.rope_scaling is not None:
+        s = config.rope_scaling
+        # Turns within the original context: with many the frequency stays, with few it is slowed; blended between.
+        turns = s.original_max_length * frequency / (2 * np.pi)
+        kept = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
+        frequency = kept * frequency + (1 - kept) * frequency / s.factor
+    return frequency.astype(np.float32)
+
+
+def _rope(config: ModelConfig, positions_BxL: jax.Array) -> _Rope:
+    angle_BxLx1xI = positions_BxL.astype(jnp.float32)[:, :, None, None] * rope_frequencies(config)[None, None, None]
+    return _Rope(jnp.cos(angle_BxLx1xI), jnp.sin(angle_BxLx1xI))
+
+
+class Norm(nnx.Module):
+    """RMSNorm over the last axis, in float32."""
+
+    def __init__(self, values: dict[str, jax.Array], eps: float):
+        self.scale = nnx.Param(values["scale"])
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(jnp.float32)
+        return (normed * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """A product over the last `input_dims` axes, with a bias and an adapter where the values have them."""
+
+    def __init__(self, values: dict[str, jax.Array], input_dims: int, lora_scale: float):
+        self.kernel = nnx.Param(values["kernel"])
+        self.bias = nnx.Param(values["bias"]) if "bias" in values else None
+        self.a = nnx.LoRAParam(values["a"]) if "a" in values else None
+        self.b = nnx.LoRAParam(values["b"]) if "b" in values else None
+        self.input_dims = input_dims
+        self.lora_scale = lora_scale
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.input_dims)
+        if self.bias is not None:
+            bias = self.bias[...].astype(x.dtype)
+            y += jnp.expand_dims(bias, range(y.ndim - bias.ndim))
+        if self.a is not None and self.b is not None:
+            inner = jnp.tensordot(x, self.a[...].astype(x.dtype), axes=self.input_dims)
+            y += self.lora_scale * jnp.tensordot(inner, self.b[...].astype(x.dtype), axes=1)
+        return y
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each on the normed stream and added to it.
+
+    Built with the weights of all layers, stacked; a scan slices them, so that its methods see one layer's.
+    """
+
+    def __init__(self, values: Tree, config: ModelConfig, lora: LoraConfig | None):
+        lora_scale = 0.0 if lora is None else lora.scale
+
+        def linear(name: str) -> Linear:
+            return Linear(values[name], lora_lib.INPUT_DIMS[name], lora_scale)
+
+        self.attn_norm = Norm(values["attn_norm"], config.norm_eps)
+        self.q, self.k, self.v, self.o = linear("q"), linear("k"), linear("v"), linear("o")
+        self.q_norm = Norm(values["q_norm"], config.norm_eps) if config.qk_norm else None
+        self.k_norm = Norm(values["k_norm"], config.norm_eps) if config.qk_norm else None
+        self.mlp_norm = Norm(values["mlp_norm"], config.norm_eps)
+        self.gate, self.up, self.down = linear("gate"), linear("up"), linear("down")
+
+    def project(self, x_BxLxD: jax.Array, rope: _Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns the layer's queries and keys, rope applied, and its values."""
+        with jax.named_scope("qkv"):
+            normed_BxLxD = self.attn_norm(x_BxLxD)
+            q_BxLxHxDh = self.q(normed_BxLxD)
+            k_BxLxKvxDh = self.k(normed_BxLxD)
+            if self.q_norm is not None and self.k_norm is not None:
+                q_BxLxHxDh = self.q_norm(q_BxLxHxDh)
+                k_BxLxKvxDh = self.k_norm(k_BxLxKvxDh)
+            return rope(q_BxLxHxDh), rope(k_BxLxKvxDh), self.v(normed_BxLxD)
+
+    def finish(self, x_BxLxD: jax.Array, attended_BxLxHxDh: jax.Array) -> jax.Array:
+        """Returns the stream after this layer."""
+        with jax.named_scope("o"):
+            x_BxLxD = x_BxLxD + self.o(attended_BxLxHxDh)
+        with jax.named_scope("mlp"):
+            normed_BxLxD = self.mlp_norm(x_BxLxD)
+            return x_BxLxD + self.down(nnx.silu(self.gate(normed_BxLxD)) * self.up(normed_BxLxD))
+
+
+class Decoder(nnx.Module):
+    """Tokens to hidden states to logits.
+
+    Segments: -1 is padding, 0 the shared prefix, n >= 1 branch n. A token attends to tokens at its own or an earlier
+    index whose segment is 0 or its own, never to padding. Positions are rope positions; every branch restarts where the
+    prefix ended.
+    """
+
+    def __init__(self, config: ModelConfig, lora: LoraConfig | None, *, rngs: nnx.Rngs):
+        declared = declare(config)
+        if lora is not None:
+            declared = merge_trees(declared, lora_lib.declare(declared["layers"], lora))
+        values = init_tree(declared, rngs.params())
+        self.config = config
+        self.embed = nnx.Dict(embedding=nnx.Param(values["embed"]["embedding"]))
+        self.layers = Layer(values["layers"], config, lora)
+        self.final_norm = Norm(values["final_norm"], config.norm_eps)
+        self.head = None if config.tie_embeddings else nnx.Dict(kernel=nnx.Param(values["head"]["kernel"]))
+
+    def __call__(self, tokens_BxL: jax.Array, positions_BxL: jax.Array, segments_BxL: jax.Array) -> jax.Array:
+        """Returns hidden_BxLxD after the final norm, in the compute type."""
+        return self._forward(tokens_BxL, positions_BxL, segments_BxL, keep=False)[0]
+
+    def prefill(
+        self,
+        tokens_BxT: jax.Array,
+        positions_BxT: jax.Array,
+        segments_BxT: jax.Array,
+        branches: int,
+        branch_length: int,
+    ) -> tuple[jax.Array, Cache]:
+        """Reads the prefixes (segment 0; -1 where padded) and makes room for branches of `branch_length` each.
+
+        Returns:
+            hidden_BxTxD after the final norm, and the cache that decode goes on from.
+        """
+        hidden_BxTxD, (k_nxBxTxKvxDh, v_nxBxTxKvxDh) = self._forward(tokens_BxT, positions_BxT, segments_BxT, keep=True)
+        n, B, _, Kv, Dh = k_nxBxTxKvxDh.shape
+        own = (n, B, branches, branch_length, Kv, Dh)
+        dtype = k_nxBxTxKvxDh.dtype
+        valid_BxT = segments_BxT == 0
+        return hidden_BxTxD, Cache(
+            k_nxBxTxKvxDh, v_nxBxTxKvxDh, valid_BxT, jnp.zeros(own, dtype), jnp.zeros(own, dtype)
+        )
+
+    def decode(
+        self, tokens_BxN: jax.Array, positions_BxN: jax.Array, cache: Cache, index: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """Reads one token of each branch.
+
+        Args:
+            tokens_BxN: branch n's token.
+            positions_BxN: its rope position.
+            cache: from prefill or the last call.
+            index: scalar, how many tokens of each branch are in the cache already: the slot that these take.
+
+        Returns:
+            hidden_BxNxD after the final norm, and the cache with slot `index` filled.
+        """
+        rope = _rope(self.config, positions_BxN)
+
+        def body(carry: Any, xs: Any) -> tuple[Any, None]:
+            x_BxNxD, own_k, own_v = carry
+            layer, i, prefix_k_BxTxKvxDh, prefix_v_BxTxKvxDh = xs
+            q_BxNxHxDh, k_BxNxKvxDh, v_BxNxKvxDh = layer.project(x_BxNxD, rope)
+            at = (i, 0, 0, index, 0, 0)
+            own_k = jax.lax.dynamic_update_slice(own_k, k_BxNxKvxDh[None, :, :, None], at)
+            own_v = jax.lax.dynamic_update_slice(own_v, v_BxNxKvxDh[None, :, :, None], at)
+            attended_BxNxHxDh = attention.attend_decode(
+                q_BxNxHxDh,
+                prefix_k_BxTxKvxDh,
+                prefix_v_BxTxKvxDh,
+                cache.prefix_valid_BxT,
+                jax.lax.dynamic_index_in_dim(own_k, i, keepdims=False),
+                jax.lax.dynamic_index_in_dim(own_v, i, keepdims=False),
+                index,
+            )
+            return (layer.finish(x_BxNxD, attended_BxNxHxDh), own_k, own_v), None
+
+        # The branches' cache rides in the carry and each layer writes one slot of it, so that XLA updates it in place.
+        carry = (self._embed(tokens_BxN), cache.own_k_nxBxNxRxKvxDh, cache.own_v_nxBxNxRxKvxDh)
+        layer_ids = jnp.arange(self.config.n_layers)
+        xs = (self.layers, layer_ids, cache.prefix_k_nxBxTxKvxDh, cache.prefix_v_nxBxTxKvxDh)
+        (x_BxNxD, own_k, own_v), _ = jax.lax.scan(body, carry, xs)
+        cache = dataclasses.replace(cache, own_k_nxBxNxRxKvxDh=own_k, own_v_nxBxNxRxKvxDh=own_v)
+        return self.final_norm(x_BxNxD), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Returns float32 logits [..., V] of hidden states [..., D]."""
+        with jax.named_scope("logits"):
+            if self.head is None:
+                embedding_VxD = self.embed["embedding"][...].astype(hidden.dtype)
+                return jnp.einsum("...d,vd->...v", hidden, embedding_VxD, preferred_element_type=jnp.float32)
+            kernel_DxV = self.head["kernel"][...].astype(hidden.dtype)
+            return jnp.einsum("...d,dv->...v", hidden, kernel_DxV, preferred_element_type=jnp.float32)
+
+    def _embed(self, tokens_BxL: jax.Array) -> jax.Array:
+        return self.embed["embedding"][...][tokens_BxL].astype(self.config.compute_dtype)
+
+    def _forward(
+        self, tokens_BxL: jax.Array, positions_BxL: jax.Array, segments_BxL: jax.Array, keep: bool
+    ) -> tuple[jax.Array, Any]:
+        """Returns hidden_BxLxD and, if kept, the keys and values of all layers."""
+        rope = _rope(self.config, positions_BxL)
+
+        def body(x_BxLxD: jax.Array, layer: Layer) -> tuple[jax.Array, Any]:
+            x_BxLxD = sharding.constrain(x_BxLxD, ("batch", "length", "activation"))
+            q_BxLxHxDh, k_BxLxKvxDh, v_BxLxKvxDh = layer.project(x_BxLxD, rope)
+            with jax.named_scope("attend"):
+                attended_BxLxHxDh = attention.attend(q_BxLxHxDh, k_BxLxKvxDh, v_BxLxKvxDh, segments_BxL)
+            return layer.finish(x_BxLxD, attended_BxLxHxDh), (k_BxLxKvxDh, v_BxLxKvxDh) if keep else None
+
+        if self.config.remat:
+            body = jax.checkpoint(body, prevent_cse=False)  # A scan's body is safe from the merging that this prevents.
+        x_BxLxD, kept = jax.lax.scan(body, self._embed(tokens_BxL), self.layers)
+        return self.final_norm(x_BxLxD), kept

@@ -1,0 +1,176 @@
+"""The mesh (data, fsdp, tensor) and the one table that says which logical axis lies on which of its axes."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from popi_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. Rows are split over data and fsdp; weights over fsdp (gathered when used) and tensor.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": (),
+    "activation": (),  # An activation's model width: whole on every device, unlike a weight's.
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "head_dim": (),
+    "lora_rank": (),
+    "norm": (),
+    "layers": (),
+}
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Builds the mesh; a size of -1 takes the devices that the others leave.
+
+    Without a -1, a single process may use fewer devices than there are: the first ones.
+
+    Args:
+        data: replicas, each with its own rows.
+        fsdp: rows and weights split.
+        tensor: heads, MLP and vocabulary split.
+        devices: all devices unless given.
+
+    Raises:
+        UserError: a size that is neither -1 nor positive, more than one -1, or sizes that the devices do not fit.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    shown = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    if any(size < 1 and size != -1 for size in sizes.values()) or len(open_axes) > 1:
+        raise UserError(f"{shown}: every size must be at least 1, but for one -1, which takes what is left")
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % taken:
+        raise UserError(f"{shown}: {taken} does not divide the {len(devices)} devices")
+    if open_axes:
+        sizes[open_axes[0]] = len(devices) // taken
+    elif taken < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"{shown}: uses {taken} of {len(devices)} devices; set one size to -1 to use those of every host"
+        )
+    # Auto: with Explicit axes (jax's default) a product over an fsdp-sharded dimension is an error, not a gather.
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh, name: str) -> PartitionSpec:
+    """The partition of an array with these logical axes.
+
+    Args:
+        axes: one logical axis per dimension.
+        shape: the array's shape.
+        mesh: whose sizes count.
+        name: the array's name, for messages.
+
+    Raises:
+        UserError: two dimensions want the same mesh axis, or a dimension is not divisible.
+    """
+    taken: dict[str, str] = {}
+    parts: list[tuple[str, ...] | None] = []
+    for axis, size in zip(axes, shape, strict=True):
+        mesh_axes = RULES[axis]
+        for mesh_axis in mesh_axes:
+            if mesh_axis in taken:
+                raise UserError(f"{name}: {taken[mesh_axis]!r} and {axis!r} both lie on mesh axis {mesh_axis!r}")
+            taken[mesh_axis] = axis
+        pieces = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
+        if size % pieces:
+            along = " x ".join(f"mesh.{mesh_axis}={mesh.shape[mesh_axis]}" for mesh_axis in mesh_axes)
+            raise UserError(f"{name}: {axis!r} of size {size} does not divide over {along}")
+        parts.append(mesh_axes or None)
+    return PartitionSpec(*parts)
+
+
+def param_shardings(logical_axes: Any, abstract: Any, mesh: Mesh) -> Any:
+    """The sharding of every weight.
+
+    Args:
+        logical_axes: tree whose leaves are tuples of logical axis names.
+        abstract: the same tree with leaves that have a shape.
+        mesh: from make_mesh.
+
+    Raises:
+        UserError: see spec; the message names the weight.
+    """
+
+    def one(path: Any, leaf: Any, axes: tuple[str, ...]) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, spec(axes, leaf.shape, mesh, name))
+
+    return jax.tree_util.tree_map_with_path(one, abstract, logical_axes)
+
+
+def optimizer_shardings(tx: optax.GradientTransformation, abstract: Any, shardings: Any, mesh: Mesh) -> Any:
+    """The sharding of an optimizer's state: moments as their weights, counters on every device.
+
+    jit(tx.init) alone would put every moment on one device: zeros do not depend on the weights' data.
+
+    Args:
+        tx: the optimizer.
+        abstract: shapes and types of the weights that it updates.
+        shardings: those weights' shardings.
+        mesh: from make_mesh.
+    """
+    return optax.tree_utils.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, abstract),
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows (the leading dimension) split over data and fsdp; for arrays of any rank."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def shard_tree(tree: Any, shardings: Any) -> Any:
+    """Lays a tree of arrays out as told.
+
+    Args:
+        tree: arrays on the host or on devices.
+        shardings: the same tree of shardings, or one for all leaves.
+
+    Raises:
+        UserError: rows that do not divide over the mesh; sizes are named.
+    """
+
+    def check(path: Any, leaf: Any, sharding: NamedSharding) -> None:
+        for size, mesh_axes in zip(leaf.shape, sharding.spec, strict=False):  # A spec may be shorter than the shape.
+            names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+            pieces = math.prod(sharding.mesh.shape[name] for name in names)
+            if size % pieces:
+                along = " x ".join(f"mesh.{name}={sharding.mesh.shape[name]}" for name in names)
+                what = jax.tree_util.keystr(path, simple=True, separator="/") or "array"
+                raise UserError(f"{what}: size {size} does not divide over {along}")
+
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    jax.tree_util.tree_map_with_path(check, tree, shardings)
+    return jax.device_put(tree, shardings)
+
+
+def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Holds an activation to its logical axes where a mesh is set (jax.set_mesh); does nothing where none is.
+
+    Without it the compiler may split activations as it finds the weights, along the model width, instead of by rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh, "activation"))
