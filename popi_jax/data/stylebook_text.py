@@ -36,25 +36,17 @@ QUESTIONS = (
 # (taste, value) -> the ways in which a response expresses it.
 STYLES: Mapping[tuple[int, int], tuple[str, ...]] = {
     (0, 1): ("That is all.", "Enough said.", "Done."),
-    (0, -1): (
-        "There is much more to say, so let us go on and on.",
-        "This is only the start of a story with many more parts.",
-        "We could fill many pages here, and we will.",
-    ),
-    (1, 1): ("Ha, fun one!", "Oh, what a treat!", "Whee, here we go!"),
-    (1, -1): ("Thank you for your question.", "It is a pleasure to reply.", "Good day to you."),
-    (2, 1): ("1) look 2) try 3) rest.", "* plan * act * check.", "(a) begin (b) repeat."),
-    (2, -1): (
-        "You look, then try, and later rest.",
-        "We plan and act before we check.",
-        "One begins, and after a while repeats.",
-    ),
-    (3, 1): ("My neighbor did it last week.", "For example, take my aunt.", "As one case, see our club."),
-    (3, -1): ("The rule is care before speed.", "In principle, patience wins.", "The law of it is balance."),
-    (4, 1): ("{topic} is a slow river", "{topic} is a bridge of glass", "{topic} is a garden in spring"),
+    (0, -1): ("There is far more here.", "This is only the start.", "Many more pages follow."),
+    (1, 1): ("Ha, fun one!", "Oh, a treat!", "Yippee, here goes!"),
+    (1, -1): ("Thank you for asking.", "Your question honors me.", "Good day to you."),
+    (2, 1): ("* plan * act.", "- try - rest.", "+ look + learn."),
+    (2, -1): ("We plan before we act.", "You try and later rest.", "One looks, then learns."),
+    (3, 1): ("My neighbor did it.", "Take my aunt.", "Our club shows how."),
+    (3, -1): ("The rule is patience.", "In principle, care wins.", "The law is balance."),
+    (4, 1): ("{topic} is a slow river", "{topic} is a glass bridge", "{topic} is a spring garden"),
     (4, -1): ("{topic} takes practice", "{topic} needs some time", "{topic} can be learned"),
     (5, 1): ("Surely", "Without doubt", "Of course"),
-    (5, -1): ("Perhaps", "Maybe", "It seems that"),
+    (5, -1): ("Perhaps", "Maybe", "Possibly"),
 }
 
 # (taste, value) -> what a user who has this taste says of a response.
