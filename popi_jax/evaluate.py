@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from popi_jax import rollout, stats
-from popi_jax.data import templates
 from popi_jax.data.schema import Example, Query
 from popi_jax.rollout import Item, References
 from popi_jax.system import System, stream_key
@@ -49,7 +48,7 @@ def contexts(system: System, phi, examples: Sequence[Example], key: jax.Array) -
     if method == "oracle":
         return [[example.persona] for example in examples]
     if method == "raw_signals":
-        return [[templates.signals_text(example.signals)] for example in examples]
+        return [[rollout.signals_context(system, example)] for example in examples]
     delta = None if method == "zero_shot_summary" else phi
     order = sorted(range(len(examples)), key=lambda i: len(rollout.encode_signals(system, examples[i])))
     out: list[list[str | None]] = [[] for _ in examples]
@@ -88,7 +87,7 @@ def evaluate(
         for query in example.queries:
             found += [(row, example, query, text) for text in texts]
             row += 1
-    signals = {example.user: templates.signals_text(example.signals) for example in examples}
+    signals = {example.user: rollout.signals_context(system, example) for example in examples}
     # Many summaries of a trained model are the same text: each pair is scored once under each.
     unique = list(dict.fromkeys(Item(query, text) for _, _, query, text in found))
     rows = config.eval.users_per_batch * config.eval.summaries_per_user
@@ -195,7 +194,8 @@ def respond(system: System, phi, theta, examples: Sequence[Example], step: int) 
     key = stream_key(config.seed, "respond", step)
     texts = [own[0] for own in contexts(system, phi, examples, key)]
     queries = [example.queries[0] for example in examples]
-    prompts = [rollout.encode_prompt(system, q.prompt, text) for q, text in zip(queries, texts, strict=True)]
+    items = [Item(query, text) for query, text in zip(queries, texts, strict=True)]
+    prompts = [rollout.encode_item(system, item)[0] for item in items]
     delta = None if config.method == "base" else theta
     responses, _ = rollout.draw_text(
         system,
@@ -208,13 +208,13 @@ def respond(system: System, phi, theta, examples: Sequence[Example], step: int) 
         top_p=config.eval.top_p,
         rows=len(prompts),
     )
-    logps = rollout.pair_logps(system, delta, [Item(q, t) for q, t in zip(queries, texts, strict=True)], len(queries))
+    logps = rollout.pair_logps(system, delta, items, len(items))
     return [
         {
             "user": example.user,
             "persona": example.persona,
-            "signals": templates.signals_text(example.signals),
-            "signal_tokens": rollout.context_tokens(system, templates.signals_text(example.signals)),
+            "signals": rollout.signals_context(system, example),
+            "signal_tokens": rollout.context_tokens(system, rollout.signals_context(system, example)),
             "summary": text if config.method in ("popi", "zero_shot_summary") else "",
             "prompt": query.prompt,
             "response": response[0],

@@ -16,7 +16,9 @@ import numpy as np
 from popi_jax import sampler, sharding, steps
 from popi_jax.data import batches, templates
 from popi_jax.data.schema import Example, Query
+from popi_jax.errors import UserError
 from popi_jax.model.policy import Policy
+from popi_jax.scoring import PrefixBatch
 from popi_jax.system import System
 
 
@@ -111,14 +113,42 @@ def encode_signals(system: System, example: Example) -> list[int]:
     """Tokens of what the inference model reads of a user."""
     config = system.config
     return batches.encode_signals(
-        example, system.tokenizer, config.prompts.inference_instruction, config.limits.signals, config.limits.on_overflow
+        example,
+        system.tokenizer,
+        config.prompts.inference_instruction,
+        config.limits.signals,
+        config.limits.on_overflow,
+        system.overflow,
+    )
+
+
+def signals_context(system: System, example: Example) -> str:
+    """The user's raw signals as a context: what raw_signals shows the generator."""
+    config = system.config
+    return batches.raw_signals_context(
+        example, system.tokenizer, config.prompts.generator_instruction, config.limits, system.overflow
+    )
+
+
+def encode_item(system: System, item: Item) -> tuple[list[int], list[int], list[int]]:
+    """Tokens of the generator's prompt, of y+ and of y-."""
+    config = system.config
+    return batches.encode_query(
+        item.query, item.context, system.tokenizer, config.prompts.generator_instruction, config.limits
     )
 
 
 def encode_prompt(system: System, prompt: str, context: str | None) -> list[int]:
-    """Tokens of what the generator reads for a prompt."""
-    messages = templates.generator_messages(prompt, context, system.config.prompts.generator_instruction)
-    return system.tokenizer.render(messages)
+    """Tokens of what the generator reads for a prompt that has no known responses."""
+    ids = system.tokenizer.render(
+        templates.generator_messages(prompt, context, system.config.prompts.generator_instruction)
+    )
+    if len(ids) > system.config.limits.prompt:
+        raise UserError(
+            f"prompt {prompt[:40]!r} takes {len(ids)} tokens, config.limits.prompt is {system.config.limits.prompt};"
+            " raise it or shorten the prompt"
+        )
+    return ids
 
 
 def context_tokens(system: System, context: str | None) -> int:
@@ -126,7 +156,7 @@ def context_tokens(system: System, context: str | None) -> int:
     return len(system.tokenizer.encode(context)) if context else 0
 
 
-def pack(system: System, prefixes, branches, rows: int) -> batches.PrefixBatch:
+def pack(system: System, prefixes, branches, rows: int) -> PrefixBatch:
     """Pads rows to a bucket and lays them over the mesh; the row count is rounded up to the devices that share it."""
     shards = system.mesh.shape["data"] * system.mesh.shape["fsdp"]
     packed = batches.pack(
@@ -150,7 +180,7 @@ def inference_batch(system: System, drawn: Drawn, rows: int) -> steps.InferenceB
     return steps.InferenceBatch(packed, jax.device_put(logp_UxKxS, sharding.batch_sharding(system.mesh)))
 
 
-def pair_rows(system: System, items: Sequence[Item | None], rows: int) -> batches.PrefixBatch:
+def pair_rows(system: System, items: Sequence[Item | None], rows: int) -> PrefixBatch:
     """Prompts with y+ and y-; a None is a row of padding that keeps its place."""
     prefixes, branches = [], []
     for item in items:
@@ -158,22 +188,15 @@ def pair_rows(system: System, items: Sequence[Item | None], rows: int) -> batche
             prefixes.append([])
             branches.append([[], []])
             continue
-        prefix, chosen, rejected = _encode_item(system, item)
+        prefix, chosen, rejected = encode_item(system, item)
         prefixes.append(prefix)
         branches.append([chosen, rejected])
     return pack(system, prefixes, branches, rows)
 
 
-def _encode_item(system: System, item: Item) -> tuple[list[int], list[int], list[int]]:
-    config = system.config
-    return batches.encode_query(
-        item.query, item.context, system.tokenizer, config.prompts.generator_instruction, config.limits
-    )
-
-
 def pair_logps(system: System, theta, items: Sequence[Item], rows: int) -> np.ndarray:
     """log pi(y+|x,z) and log pi(y-|x,z) of every item, [n, 2], in batches of rows of about the same length."""
-    lengths = [sum(len(ids) for ids in _encode_item(system, item)) for item in items]
+    lengths = [sum(len(ids) for ids in encode_item(system, item)) for item in items]
     order = np.argsort(lengths, kind="stable")
     logps = np.zeros((len(items), 2), np.float32)
     for start in range(0, len(items), rows):

@@ -8,6 +8,7 @@ import ml_collections
 import optax
 
 from popi_jax import sharding, steps
+from popi_jax.data.batches import OverflowLog
 from popi_jax.errors import UserError
 from popi_jax.model import hub
 from popi_jax.model.config import LoraConfig
@@ -31,6 +32,7 @@ class System:
     base: dict
     fingerprint: str
     settings: steps.Settings
+    overflow: OverflowLog  # What the limits have cost so far; shown at the end of a run.
 
 
 def load(config: ml_collections.ConfigDict) -> System:
@@ -65,6 +67,7 @@ def load(config: ml_collections.ConfigDict) -> System:
         base=jax.device_put(checkpoint.params, shardings),
         fingerprint=checkpoint.fingerprint,
         settings=make_settings(config, policy),
+        overflow=OverflowLog(),
     )
 
 

@@ -14,7 +14,7 @@ from absl import logging
 
 from popi_jax import checkpoint, evaluate, metrics, report, rollout, runfiles, sharding, steps
 from popi_jax import system as system_lib
-from popi_jax.data import prepared, templates
+from popi_jax.data import prepared
 from popi_jax.data.schema import Example, Query
 from popi_jax.rollout import Item, References
 from popi_jax.system import System
@@ -259,7 +259,7 @@ def make_batch(
     config = system.config
     users, started = config.train.users_per_step, time.perf_counter()
     key = system_lib.stream_key(config.seed, "sample", step)
-    signals = [templates.signals_text(example.signals) for example in examples]
+    signals = [rollout.signals_context(system, example) for example in examples]
     counts: dict[str, float] = {}
     drawn = None
     if config.method == "popi" and kind == "generator" and config.schedule.name == "two_phase":

@@ -1,0 +1,37 @@
+"""POPI on real input: SmolLM2-135M-Instruct for both models, P-Soups (elementary school student or PhD), joint schedule."""
+
+import ml_collections
+
+from configs import base
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Returns the config; `runlocal` shrinks it to the embedded world and model: the same steps in under a minute."""
+    c = base.get_config()
+    c.name = "psoups_smollm2"
+    c.model.path = "checkpoints/SmolLM2-135M-Instruct"
+    c.lora.rank = 16
+    c.lora.targets = ("q", "v")
+    c.data.dataset = "psoups"
+    c.data.path = "../shared/data/psoups/student_phd.json"
+    c.data.signals = "disjoint"
+    c.data.signals_per_user = 4
+    c.data.train_draws = 8
+    c.limits.signals = 640
+    c.limits.prompt = 768
+    c.limits.response = 256
+    c.limits.on_overflow = "drop"
+    c.limits.summary = 32
+    c.limits.buckets = tuple(range(16, 256, 16)) + tuple(range(256, 1025, 64))
+    c.sampling.k = 4
+    c.objective.beta = 0.1
+    c.objective.kl_coef = 0.01
+    c.schedule.steps = 60
+    c.optim.lr_inference = 1e-3
+    c.optim.lr_generator = 3e-4
+    c.optim.schedule = "constant"
+    c.optim.warmup_steps = 2
+    c.train.users_per_step = 8
+    c.eval.users_per_batch = 12
+    c.eval.summaries_per_user = 2
+    return c
