@@ -204,10 +204,10 @@ from popi_jax import checkpoint
 folder, kind = sys.argv[1:]
 if kind == "save":
     with checkpoint.Writer(folder, keep=2, after=0) as writer:
-        writer.save(1, {"x": jnp.full((2**25,), 1.0)}, {"n": 1})
+        writer.save(1, {"x": jnp.full((2**24,), 1.0)}, {"n": 1})
         writer.wait()
         print("saving", flush=True)
-        writer.save(2, {"x": jnp.full((2**25,), 2.0)}, {"n": 2})
+        writer.save(2, {"x": jnp.full((2**24,), 2.0)}, {"n": 2})
 else:
     with checkpoint.StopRequest() as stop:
         print("running", flush=True)
@@ -232,13 +232,13 @@ def test_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path):
             time.sleep(0.001)
         child.kill()
     killed_while_writing = not (tmp_path / "2").exists()
-    want = abstract({"x": jnp.zeros((2**25,))})
+    want = abstract({"x": jnp.zeros((2**24,))})
     restored = checkpoint.restore(tmp_path, want)
     assert restored.step == restored.meta["n"] == (1 if killed_while_writing else 2)
     assert float(restored.state["x"].min()) == float(restored.state["x"].max()) == restored.step
     with checkpoint.Writer(tmp_path, keep=2, after=1) as writer:
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["1"]  # What was half-written is gone.
-        writer.save(2, {"x": jnp.full((2**25,), 3.0)}, {})
+        writer.save(3, {"x": jnp.full((2**24,), 3.0)}, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3"]  # What was half-written is gone.
     assert float(checkpoint.restore(tmp_path, want).state["x"][0]) == 3.0
 
 
@@ -246,7 +246,10 @@ def test_sigterm_is_a_request(tmp_path):
     with start_child(tmp_path, "run") as child:
         assert child.stdout.readline() == "running\n"
         child.send_signal(signal.SIGTERM)
-        assert child.wait(timeout=30) == 143
+        try:
+            assert child.wait(timeout=20) == 143
+        finally:
+            child.kill()
     before = signal.getsignal(signal.SIGTERM)
     with checkpoint.StopRequest() as stop:
         assert not stop.reached(0)
