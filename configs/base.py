@@ -39,7 +39,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.queries_per_user = 1  # M: queries that share one user's K summaries in a step.
     c.data.test_queries_per_user = 1
 
-    c.limits = ml_collections.ConfigDict()  # Tokens. What exceeds a limit is cut or refused as on_overflow says, and counted.
+    c.limits = (
+        ml_collections.ConfigDict()
+    )  # Tokens. What exceeds a limit is cut or refused as on_overflow says, and counted.
     c.limits.signals = 1024
     c.limits.prompt = 512  # The generator's whole prompt: summary, question and template.
     c.limits.response = 256
@@ -72,7 +74,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.schedule = ml_collections.ConfigDict()
     c.schedule.name = "joint"  # joint, alternate, two_phase, inference_only or generator_only.
     c.schedule.steps = 100
-    c.schedule.n_phi = 1  # alternate: inference steps, then n_theta generator steps. two_phase: all phi steps, then theta.
+    c.schedule.n_phi = (
+        1  # alternate: inference steps, then n_theta generator steps. two_phase: all phi steps, then theta.
+    )
     c.schedule.n_theta = 1
 
     # What the generator is told of the user: the method that this run trains.
@@ -106,6 +110,19 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval.samples = 8  # Users shown in samples.jsonl with generated responses.
     c.eval.response_tokens = 64
     c.eval.bootstrap = 2000  # Resamples behind each 95% interval.
+
+    c.table = ml_collections.ConfigDict()  # experiments/results_table.py
+    c.table.methods = (
+        "base",
+        "population",
+        "raw_signals",
+        "zero_shot_summary",
+        "popi",
+        "oracle",
+        "bayes_signals",
+        "bayes_persona",
+    )
+    c.table.seeds = (0,)
 
     c.mesh = ml_collections.ConfigDict()
     c.mesh.data = -1  # -1 fills what is left.

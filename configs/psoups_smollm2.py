@@ -19,19 +19,24 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.data.train_draws = 8
     c.limits.signals = 640
     c.limits.prompt = 768
-    c.limits.response = 256
+    c.limits.response = 384
     c.limits.on_overflow = "drop"
-    c.limits.summary = 32
+    c.limits.summary = 24
     c.limits.buckets = tuple(range(16, 256, 16)) + tuple(range(256, 1025, 64))
-    c.sampling.k = 4
+    c.prompts.inference_instruction = (
+        "Judging by the examples, what does this user like in a response: simple or technical words, short or detailed,"
+        ' plain or formal? Answer in one short sentence that starts with "This user prefers".'
+    )
+    c.sampling.k = 8
     c.objective.beta = 0.1
     c.objective.kl_coef = 0.01
-    c.schedule.steps = 60
-    c.optim.lr_inference = 1e-3
-    c.optim.lr_generator = 3e-4
+    c.schedule.steps = 48
+    c.optim.lr_inference = 1.5e-3
+    c.optim.lr_generator = 4e-4
     c.optim.schedule = "constant"
-    c.optim.warmup_steps = 2
-    c.train.users_per_step = 8
+    c.optim.warmup_steps = 3
+    c.train.users_per_step = 4
+    c.train.checkpoint_every = 12
     c.eval.users_per_batch = 12
     c.eval.summaries_per_user = 2
     return c

@@ -1,11 +1,11 @@
 """Flags to mode, nothing else: python -m popi_jax.main --config=configs/NAME.py[:arg] --workdir=DIR [--mode=MODE]."""
 
 import pathlib
-import sys
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
+from popi_jax import cli
 from popi_jax.errors import UserError
 
 MODES = ("train", "evaluate", "summarize", "generate", "export")
@@ -47,29 +47,5 @@ def _path(flag: flags.FlagHolder) -> pathlib.Path:
     return pathlib.Path(flag.value)
 
 
-def run() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit code 2."""
-    try:
-        app.run(main, flags_parser=_parse_flags)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Exception as error:
-        # A run that SIGTERM ended has saved itself: 143 is what a scheduler expects of it.
-        from popi_jax.runfiles import Stopped
-
-        if not isinstance(error, Stopped):
-            raise
-        print(error, file=sys.stderr)
-        sys.exit(143)
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        raise UserError(" ".join(str(error).split())) from error
-
-
 if __name__ == "__main__":
-    run()
+    cli.run(main)

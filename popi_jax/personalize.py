@@ -123,7 +123,9 @@ def _resumable(
     key = "user" if what == "summaries" else "row"
     for number, (line, entry) in enumerate(zip(present[:whole], entries, strict=False), start=1):
         if json.loads(line)[key] != name(entry):
-            raise UserError(f"{output}:{number}: {key} is not {name(entry)!r}, as the input has it; choose another --output")
+            raise UserError(
+                f"{output}:{number}: {key} is not {name(entry)!r}, as the input has it; choose another --output"
+            )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("".join(line + "\n" for line in present[:whole]))
     with output.open("a") as file:

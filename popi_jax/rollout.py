@@ -84,14 +84,25 @@ def draw_text(
     )
     samples = jax.device_get(samples)
     texts = [
-        [tokenizer.decode(samples.tokens_BxNxS[b, n, : samples.length_BxN[b, n]].tolist()).strip() for n in range(branches)]
+        [
+            tokenizer.decode(samples.tokens_BxNxS[b, n, : samples.length_BxN[b, n]].tolist()).strip()
+            for n in range(branches)
+        ]
         for b in range(len(prefixes))
     ]
     return texts, samples
 
 
 def draw_summaries(
-    system: System, phi, examples: Sequence[Example], key: jax.Array, *, k: int, temperature: float, top_p: float, rows: int
+    system: System,
+    phi,
+    examples: Sequence[Example],
+    key: jax.Array,
+    *,
+    k: int,
+    temperature: float,
+    top_p: float,
+    rows: int,
 ) -> Drawn:
     """Draws K summaries z ~ q_phi(.|s) for each user; phi None is the untrained inference model q_0."""
     prefixes = [encode_signals(system, example) for example in examples]
@@ -160,7 +171,11 @@ def pack(system: System, prefixes, branches, rows: int) -> PrefixBatch:
     """Pads rows to a bucket and lays them over the mesh; the row count is rounded up to the devices that share it."""
     shards = system.mesh.shape["data"] * system.mesh.shape["fsdp"]
     packed = batches.pack(
-        prefixes, branches, tuple(system.config.limits.buckets), system.tokenizer.pad_id, rows=-(-rows // shards) * shards
+        prefixes,
+        branches,
+        tuple(system.config.limits.buckets),
+        system.tokenizer.pad_id,
+        rows=-(-rows // shards) * shards,
     )
     return jax.device_put(packed, sharding.batch_sharding(system.mesh))
 
@@ -243,11 +258,18 @@ class References:
         """log pi_ref of y+ and y-, [n, 2]; what `remember` has not seen is computed, in the order given, and not kept."""
         unknown = [item for item in items if _item_key(item) not in self._known]
         fresh = iter(pair_logps(self._system, None, unknown, self._rows)) if unknown else iter(())
-        return np.stack([self._known[key] if (key := _item_key(item)) in self._known else next(fresh) for item in items])
+        return np.stack(
+            [self._known[key] if (key := _item_key(item)) in self._known else next(fresh) for item in items]
+        )
 
 
 def _item_key(item: Item) -> str:
-    parts = (item.query.prompt, item.query.chosen, item.query.rejected, "" if item.context is None else "\0" + item.context)
+    parts = (
+        item.query.prompt,
+        item.query.chosen,
+        item.query.rejected,
+        "" if item.context is None else "\0" + item.context,
+    )
     return hashlib.sha256("\1".join(parts).encode()).hexdigest()
 
 

@@ -9,7 +9,7 @@ from popi_jax import metrics
 from popi_jax.errors import UserError
 
 # What may change between two starts of one run: it has no part in the weights.
-FREE = ("eval", "train.checkpoint_every", "train.checkpoints_kept", "train.profile_steps", "mesh")
+FREE = ("eval", "table", "train.checkpoint_every", "train.checkpoints_kept", "train.profile_steps", "mesh")
 
 
 class Stopped(Exception):
@@ -39,6 +39,12 @@ def write_results(workdir: pathlib.Path, config, rows: Sequence[Mapping[str, Any
     """Writes results.json, schema 1."""
     results = {"schema": 1, "config": config.name, "dataset": config.data.dataset, "split": "test", "rows": list(rows)}
     (workdir / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+def finished_row(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The row of a run that has finished, None if there is none."""
+    path = workdir / "results.json"
+    return json.loads(path.read_text())["rows"][0] if path.exists() else None
 
 
 def write_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:

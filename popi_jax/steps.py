@@ -133,9 +133,7 @@ def inference_loss(
     scores = scoring.score(
         policy.bind(base, phi), rows, temperature=settings.temperature, reference=policy.bind(base, None)
     )
-    kl = objective.kl_terms(
-        settings.kl, scores.logp_BxNxR, scores.ref_logp_BxNxR, mask_UxKxS, scores.kl_BxNxR, valid_U
-    )
+    kl = objective.kl_terms(settings.kl, scores.logp_BxNxR, scores.ref_logp_BxNxR, mask_UxKxS, scores.kl_BxNxR, valid_U)
     penalised_UxK = reward_UxK - settings.kl_coef * kl.penalty_UxK
     advantage_UxK = objective.advantages(settings.advantage, penalised_UxK, baseline, valid_U)
     sum_logp_UxK = jnp.sum(scores.logp_BxNxR, axis=-1)

@@ -26,8 +26,13 @@ STEP_FUNCTIONS = {
 }
 
 
-def train(config, workdir: pathlib.Path) -> dict[str, object]:
+def train(config, workdir: pathlib.Path, shared: pathlib.Path | None = None) -> dict[str, object]:
     """Trains what the config says, from where the workdir left off; evaluates, and writes results and the report.
+
+    Args:
+        config: the experiment.
+        workdir: where the run's files go.
+        shared: where runs of one table keep prepared data and reference log-probabilities; the workdir by default.
 
     Returns:
         The run's row of results.json.
@@ -37,8 +42,9 @@ def train(config, workdir: pathlib.Path) -> dict[str, object]:
     """
     system = system_lib.load(config)
     runfiles.claim(workdir, config)
-    sources = prepared.from_config(config, workdir)
-    references = References(system, workdir / "cache", config.eval.users_per_batch * config.eval.summaries_per_user)
+    shared = workdir if shared is None else shared
+    sources = prepared.from_config(config, shared)
+    references = References(system, shared / "cache", config.eval.users_per_batch * config.eval.summaries_per_user)
     if system_lib.total_steps(config) == 0:
         state = initial_state(system)
     else:
@@ -47,7 +53,12 @@ def train(config, workdir: pathlib.Path) -> dict[str, object]:
 
 
 def finish(
-    system: System, workdir: pathlib.Path, state: steps.TrainState, test: Sequence[Example], references: References, step: int
+    system: System,
+    workdir: pathlib.Path,
+    state: steps.TrainState,
+    test: Sequence[Example],
+    references: References,
+    step: int,
 ) -> dict[str, object]:
     """Evaluates on all test users and writes eval_records.jsonl, samples.jsonl, results.json and the report."""
     config = system.config
@@ -117,9 +128,7 @@ def make_steps(system: System) -> dict[str, Callable]:
     }
 
 
-def _loop(
-    system: System, workdir: pathlib.Path, sources: dict[str, Any], references: References
-) -> steps.TrainState:
+def _loop(system: System, workdir: pathlib.Path, sources: dict[str, Any], references: References) -> steps.TrainState:
     config = system.config
     total = system_lib.total_steps(config)
     iterator = prepared.training_iterator(sources["train"], config.train.users_per_step, config.data.seed)

@@ -1,0 +1,128 @@
+"""The results table of any config: every method x seed, resumable, with paired comparisons.
+
+    python experiments/results_table.py --config=configs/NAME.py --workdir=DIR [--methods=base,popi] [--seeds=0,1,2]
+
+Each method and seed is a run of its own in DIR/METHOD_seedN. A run that has finished is not repeated, one that was cut
+off goes on. DIR/results.json holds all rows; DIR/report.html shows them with popi's curves and samples.
+"""
+
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from popi_jax import cli, evaluate, report, runfiles, stats, train
+from popi_jax.data import prepared, stylebook_exact
+from popi_jax.errors import UserError
+
+SCHEDULES = {"popi": "joint", "popi_two_phase": "two_phase", "popi_alternate": "alternate"} | {
+    name: name for name in ("inference_only", "generator_only")
+}
+TRAINED = ("base", "population", "raw_signals", "zero_shot_summary", "oracle", *SCHEDULES)
+BAYES = ("bayes_signals", "bayes_persona")
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: configs/NAME.py[:arg].", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The table's folder.")
+_METHODS = flags.DEFINE_list("methods", None, "The methods, by name; config.table.methods by default.")
+_SEEDS = flags.DEFINE_list("seeds", None, "The seeds; config.table.seeds by default.")
+
+
+def method_config(config: ml_collections.ConfigDict, method: str, seed: int) -> ml_collections.ConfigDict:
+    """The config of one method's run: everything but what the method is stays as it is."""
+    c = ml_collections.ConfigDict(config.to_dict())
+    c.seed = seed
+    c.method = "popi" if method in SCHEDULES else method
+    if method in SCHEDULES:
+        c.schedule.name = SCHEDULES[method]
+    return c.lock()
+
+
+def run_method(config: ml_collections.ConfigDict, table: pathlib.Path, method: str, seed: int) -> dict[str, Any]:
+    """The method's row, from its finished run if there is one."""
+    workdir = table / f"{method}_seed{seed}"
+    row = runfiles.finished_row(workdir)
+    if row is None:
+        print(f"\n== {method}, seed {seed}", flush=True)
+        row = train.train(method_config(config, method, seed), workdir, shared=table / "shared")
+    return row | {"method": method}
+
+
+def bayes_rows(config: ml_collections.ConfigDict, seed: int) -> list[dict[str, Any]]:
+    """Accuracy of the best decision there is, given a user's signals or their persona; where p* is known."""
+    examples = prepared.load_examples(config)["test"]
+    truths = [stylebook_exact.truth(example) for example in examples]
+    rows = []
+    for method, known in (
+        ("bayes_signals", [truth.given_signals_T for truth in truths]),
+        ("bayes_persona", [truth.given_persona_T for truth in truths]),
+    ):
+        correct = np.concatenate([p_T > 0.5 for p_T in known]).astype(float)
+        groups = [example.group or example.user for example in examples for _ in example.queries]
+        interval = stats.bootstrap_mean_ci(correct, groups, config.eval.bootstrap, seed=0)
+        nats = float(np.mean(-np.log(np.concatenate(known))))
+        row = {"method": method, "seed": seed, "n": len(correct), "accuracy": interval.mean, "nats": nats}
+        rows.append(row | {"accuracy_ci95": [interval.low, interval.high]})
+    return rows
+
+
+def compare(config: ml_collections.ConfigDict, table: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Adds to each trained row its difference to popi of the same seed and what its context tells, both paired by row."""
+    records = {
+        (row["method"], row["seed"]): evaluate.read_records(
+            table / f"{row['method']}_seed{row['seed']}" / "eval_records.jsonl"
+        )
+        for row in rows
+        if row["method"] not in BAYES
+    }
+    for row in rows:
+        own = records.get((row["method"], row["seed"]))
+        popi, population = records.get(("popi", row["seed"])), records.get(("population", row["seed"]))
+        if own and popi and row["method"] != "popi":
+            (popi_R, groups_R), (own_R, _) = evaluate.correct(popi), evaluate.correct(own)
+            gain = stats.paired_bootstrap_difference(popi_R, own_R, groups_R, config.eval.bootstrap, seed=0)
+            row |= {"popi_minus_this": gain.mean, "popi_minus_this_ci95": [gain.low, gain.high]}
+        if own and population and row["method"] not in ("base", "population"):
+            told = evaluate.informativeness(population, own, config.objective.beta, config.eval.bootstrap)
+            row |= {"informativeness_nats": told.mean, "informativeness_ci95": [told.low, told.high]}
+
+
+def make_table(
+    config: ml_collections.ConfigDict, table: pathlib.Path, methods: Sequence[str], seeds: Sequence[int]
+) -> None:
+    """Runs what is missing, then writes and prints the table."""
+    unknown = [method for method in methods if method not in TRAINED + BAYES]
+    if unknown:
+        raise UserError(f"--methods: {unknown[0]!r} is unknown; choose from {', '.join(TRAINED + BAYES)}")
+    table.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for seed in seeds:
+        rows += [run_method(config, table, method, seed) for method in methods if method in TRAINED]
+        if config.data.dataset == "stylebook":
+            rows += [row for row in bayes_rows(config, seed) if row["method"] in methods]
+    compare(config, table, rows)
+    runfiles.write_results(table, config, rows)
+    shown = table / f"popi_seed{seeds[0]}"
+    for name in ("metrics.jsonl", "samples.jsonl", "environment.json", "config.json"):
+        if (shown / name).exists():
+            shutil.copy(shown / name, table / name)
+    report.write(table)
+    report.print_table(rows)
+    print(f"\n{table / 'report.html'}")
+
+
+def _main(argv: list[str]) -> None:
+    if _CONFIG.value is None or _WORKDIR.value is None:
+        raise UserError("--config and --workdir are both needed")
+    config = _CONFIG.value
+    methods = _METHODS.value or list(config.table.methods)
+    seeds = [int(seed) for seed in _SEEDS.value] if _SEEDS.value else list(config.table.seeds)
+    make_table(config, pathlib.Path(_WORKDIR.value), methods, seeds)
+
+
+if __name__ == "__main__":
+    cli.run(_main)
