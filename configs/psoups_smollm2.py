@@ -1,4 +1,4 @@
-"""POPI on real input: SmolLM2-135M-Instruct for both models, P-Soups (elementary school student or PhD), joint schedule."""
+"""POPI on real input: SmolLM2-135M-Instruct for both models, P-Soups (schoolchild or PhD student), joint schedule."""
 
 import ml_collections
 

@@ -71,7 +71,7 @@ def bayes_rows(config: ml_collections.ConfigDict, seed: int) -> list[dict[str, A
 
 
 def compare(config: ml_collections.ConfigDict, table: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Adds to each trained row its difference to popi of the same seed and what its context tells, both paired by row."""
+    """Adds to each row its difference to popi of the same seed, and what its context tells; both paired by row."""
     records = {
         (row["method"], row["seed"]): evaluate.read_records(
             table / f"{row['method']}_seed{row['seed']}" / "eval_records.jsonl"

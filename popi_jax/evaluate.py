@@ -237,8 +237,10 @@ def read_records(path: pathlib.Path) -> list[Record]:
     return [Record(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def informativeness(population: Sequence[Record], informed: Sequence[Record], beta: float, resamples: int):
-    """I(o; z|t) in nats, estimated: the population generator's loss minus the loss with z, paired by row (POPI section 2)."""
+def informativeness(
+    population: Sequence[Record], informed: Sequence[Record], beta: float, resamples: int
+) -> stats.Interval:
+    """I(o; z|t) in nats: the population generator's loss minus the loss with z, paired by row (POPI section 2)."""
     without_R, groups_R = nats(population, beta)
     with_R, _ = nats(informed, beta)
     if len(without_R) != len(with_R):

@@ -74,7 +74,7 @@ def generate(
 ) -> None:
     """Answers prompts as their user would like.
 
-    A line of the input: {"prompt"} with "summary" (a text) or "user" (whose summary is in <input's folder>/summaries.jsonl).
+    A line of the input: {"prompt"} with "summary", a text, or "user", whose summary is in summaries.jsonl beside it.
     A line of the output adds "response", "response_tokens" and "finished".
     """
     prompts = _read_prompts(input_path)
@@ -160,7 +160,7 @@ def _read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
             summary = summaries[entry["user"]]
         else:
             raise UserError(
-                f'{path}:{number}: needs "summary", or a "user" whose summary is in {beside}; run --mode=summarize first'
+                f'{path}:{number}: needs "summary", or a "user" of {beside}, which --mode=summarize writes'
             )
         if not isinstance(summary, str) or not summary.strip():
             raise UserError(f'{path}:{number}: field "summary" is empty')

@@ -210,7 +210,7 @@ def pair_rows(system: System, items: Sequence[Item | None], rows: int) -> Prefix
 
 
 def pair_logps(system: System, theta, items: Sequence[Item], rows: int) -> np.ndarray:
-    """log pi(y+|x,z) and log pi(y-|x,z) of every item, [n, 2], in batches of rows of about the same length."""
+    """Log pi(y+|x,z) and log pi(y-|x,z) of every item, [n, 2], in batches of rows of about the same length."""
     lengths = [sum(len(ids) for ids in encode_item(system, item)) for item in items]
     order = np.argsort(lengths, kind="stable")
     logps = np.zeros((len(items), 2), np.float32)
@@ -255,7 +255,7 @@ class References:
         scratch.replace(self._path)
 
     def lookup(self, items: Sequence[Item]) -> np.ndarray:
-        """log pi_ref of y+ and y-, [n, 2]; what `remember` has not seen is computed, in the order given, and not kept."""
+        """Log pi_ref of y+ and y-, [n, 2]; what `remember` has not seen is computed, in this order, and not kept."""
         unknown = [item for item in items if _item_key(item) not in self._known]
         fresh = iter(pair_logps(self._system, None, unknown, self._rows)) if unknown else iter(())
         return np.stack(
@@ -274,7 +274,7 @@ def _item_key(item: Item) -> str:
 
 
 def reference_item(system: System, query: Query, context: str | None, signals: str) -> Item:
-    """What the reference is shown for this row: the question only, unless config.objective.reference_context differs."""
+    """What the reference is shown for this row: the question only, unless reference_context says otherwise."""
     which = system.config.objective.reference_context
     return Item(query, {"prompt": None, "summary": context, "signals": signals}[which])
 
