@@ -1,0 +1,236 @@
+"""What a run says of itself: metrics.jsonl (the truth), TensorBoard, progress, its parameters, its environment.
+
+Only process 0 writes. Keys that end in `_s` (wall_s, tokens_per_s, ...) are times and rates of this machine; all else
+in metrics.jsonl is the same, bit for bit, whether or not the run was interrupted.
+"""
+
+import collections
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Self, TextIO
+
+import jax
+import jax.numpy as jnp
+import rich.progress
+import tensorboardX
+from rich.console import Console
+from rich.table import Table
+
+import popi_jax
+from popi_jax.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+SHOWN = ("loss", "reward", "accuracy", "kl")  # By the progress display, where the step has them.
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
+
+
+class MetricWriter:
+    """Appends one JSON object a line to metrics.jsonl, and the same scalars to TensorBoard.
+
+    Args:
+        workdir: made if missing.
+        resume_step: the step that the run goes on from; later lines, and a last one cut short, are dropped.
+        wall_s: seconds that the run took before this start.
+    """
+
+    def __init__(self, workdir: pathlib.Path, resume_step: int, wall_s: float = 0.0) -> None:
+        self._started = time.monotonic() - wall_s
+        self._file: TextIO | None = None
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            _drop_after(workdir / METRICS_FILE, resume_step)
+            self._file = (workdir / METRICS_FILE).open("a", encoding="utf-8")
+            self._board = tensorboardX.SummaryWriter(
+                str(workdir / "tensorboard"),
+                purge_step=resume_step + 1,
+                filename_suffix=f".{resume_step}",  # The name holds the second only: a quick restart would overwrite.
+            )
+
+    def wall_s(self) -> float:
+        """Seconds that the run has taken, all its starts together."""
+        return time.monotonic() - self._started
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one line: {"step", "wall_s", ...values}; on disk when it returns. What is not finite becomes null."""
+        if self._file is None:
+            return
+        line: dict[str, Any] = {"step": step, "wall_s": round(self.wall_s(), 3)}
+        line |= {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")  # A float's repr reads back to the same bits.
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, float(value), step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, [] where there is no such file. Raises UserError naming a line that is not JSON."""
+    path = workdir / METRICS_FILE
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not JSON ({error}); remove the line") from error
+    return lines
+
+
+def check_finite(step: int, values: Mapping[str, float]) -> None:
+    """Raises UserError that names the step and the metrics that are NaN or infinite: such a run learns no more."""
+    bad = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(
+            f"step {step}: {', '.join(bad)}; nothing was saved of this step: lower config.optim.lr_inference or "
+            "config.optim.lr_generator (or the clip_* beside them) and run again"
+        )
+
+
+class Progress:
+    """Shows how the run goes: a bar on a terminal, elsewhere a line every few seconds.
+
+    Args:
+        total: steps of the whole run.
+        start: steps already taken.
+        name: of the run.
+        console: where to; stdout by default.
+    """
+
+    def __init__(self, total: int, start: int, name: str, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._total, self._name = total, name
+        self._recent = collections.deque([(time.monotonic(), start)], maxlen=20)  # A moving window: compiling is slow.
+        self._said = 0.0
+        self._bar: rich.progress.Progress | None = None
+        if jax.process_index() == 0 and self._console.is_terminal:
+            columns = ("{task.description}", rich.progress.BarColumn(), "{task.completed}/{task.total}")
+            self._bar = rich.progress.Progress(
+                *columns, "{task.fields[shown]}", rich.progress.TimeElapsedColumn(), console=self._console
+            )
+            self._task = self._bar.add_task(name, total=total, completed=start, shown="compiling")
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows the metrics of `step` (loss, reward, accuracy, kl, tokens), tokens per second and the time left."""
+        if jax.process_index() != 0:
+            return
+        now = time.monotonic()
+        before, step_before = self._recent[-1]
+        first, step_first = self._recent[0]
+        self._recent.append((now, step))
+        parts = [f"{name} {values[name]:.4g}" for name in SHOWN if name in values]
+        if "tokens" in values:
+            parts.append(f"{values['tokens'] * (step - step_before) / max(now - before, 1e-9):,.0f} tokens/s")
+        left = (now - first) / max(step - step_first, 1) * (self._total - step)
+        parts.append(f"{_duration(left)} left")
+        shown = "  ".join(parts)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, shown=shown)
+        elif now - self._said >= 10 or step == self._total:
+            self._said = now
+            self._console.print(f"{self._name} step {step}/{self._total}  {shown}", highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def parameter_overview(params: Any) -> str:
+    """A table of every parameter: path, shape, type, mean and standard deviation; then the total.
+
+    Every process must call it: the statistics are computed where the parameters lie.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    stats = jax.device_get(_mean_and_std([leaf for _, leaf in leaves]))
+    table = Table("parameter", "shape", "type", box=None, pad_edge=False)
+    table.add_column("mean", justify="right")
+    table.add_column("std", justify="right")
+    for (path, leaf), (mean, std) in zip(leaves, stats, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        table.add_row(name, "x".join(map(str, leaf.shape)) or "scalar", leaf.dtype.name, f"{mean:.3g}", f"{std:.3g}")
+    console = Console(width=120, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    count = sum(leaf.size for _, leaf in leaves)
+    megabytes = sum(leaf.size * leaf.dtype.itemsize for _, leaf in leaves) / 1e6
+    return f"{capture.get()}{count:,} parameters, {megabytes:,.1f} MB"
+
+
+def write_environment(workdir: pathlib.Path) -> None:
+    """Writes environment.json: versions, git commit, devices and the command of this start."""
+    if jax.process_index() != 0:
+        return
+    device = jax.devices()[0]
+    environment = {
+        "popi_jax": popi_jax.__version__,
+        "git": _git_commit(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "devices": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "processes": jax.process_count(),
+        "flags": {name: os.environ[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if name in os.environ},
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+
+
+@jax.jit
+def _mean_and_std(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+    wide = [leaf.astype(jnp.float32) for leaf in leaves]
+    return [(leaf.mean(), leaf.std()) for leaf in wide]
+
+
+def _drop_after(path: pathlib.Path, step: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()  # The process was killed while it wrote this one.
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            late = json.loads(line)["step"] > step
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path}:{number}: not a line of metrics; remove it to go on") from error
+        kept += [] if late else [line]
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    part.replace(path)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, "+" if files were changed since; None outside a git checkout."""
+    git = ["git", "-C", str(pathlib.Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        changed = subprocess.run([*git, "diff", "HEAD", "--quiet"], timeout=10, check=False).returncode != 0
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+" if changed else "")

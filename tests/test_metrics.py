@@ -1,0 +1,148 @@
+"""metrics.jsonl survives interruptions; NaN stops a run; the display and the overview say what is there."""
+
+import io
+import json
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboardX.proto import event_pb2
+
+from popi_jax import metrics
+from popi_jax.errors import UserError
+
+
+def values(step: int) -> dict[str, float]:
+    return {"loss": float(np.float32(1 / step)), "accuracy": 0.5}
+
+
+def without_times(workdir):
+    return [{k: v for k, v in line.items() if not k.endswith("_s")} for line in metrics.read_metrics(workdir)]
+
+
+def events(workdir):
+    """(step, tag, value) and the purge steps, straight from TensorBoard's record format."""
+    scalars, purged = [], []
+    for path in sorted((workdir / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime_ns):
+        raw = path.read_bytes()
+        while raw:
+            (length,) = struct.unpack("<Q", raw[:8])
+            event = event_pb2.Event.FromString(raw[12 : 12 + length])
+            raw = raw[16 + length :]
+            scalars += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+            if event.session_log.status == event.session_log.START:
+                purged.append(event.step)
+    return scalars, purged
+
+
+def test_interrupted_run_leaves_the_same_lines(tmp_path):
+    with metrics.MetricWriter(tmp_path / "whole", resume_step=0) as log:
+        for step in range(1, 7):
+            log.write(step, values(step))
+    with metrics.MetricWriter(tmp_path / "cut", resume_step=0) as log:
+        for step in range(1, 6):
+            log.write(step, values(step))
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # Killed here; the newest checkpoint is of step 4.
+    with metrics.MetricWriter(tmp_path / "cut", resume_step=4, wall_s=100.0) as log:
+        for step in (5, 6):
+            log.write(step, values(step))
+    assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
+    walls = [line["wall_s"] for line in metrics.read_metrics(tmp_path / "cut")]
+    assert walls[3] < 100 <= walls[4] <= walls[5]
+
+
+def test_lines_of_the_resume_step_itself_stay(tmp_path):
+    for start in (0, 1):
+        with metrics.MetricWriter(tmp_path, resume_step=start) as log:
+            log.write(start + 1, {"loss": 1.0})
+            log.write(start + 1, {"eval_accuracy": 0.5})
+    assert [line["step"] for line in metrics.read_metrics(tmp_path)] == [1, 1, 2, 2]
+
+
+def test_floats_come_back_to_the_bit(tmp_path):
+    numbers = np.random.default_rng(0).normal(size=50).astype(np.float32) * np.float32(10) ** np.arange(-25, 25)
+    with metrics.MetricWriter(tmp_path, resume_step=0) as log:
+        log.write(1, {str(i): float(x) for i, x in enumerate(numbers)} | {"nan": float("nan")})
+    (line,) = metrics.read_metrics(tmp_path)
+    assert [np.float64(line[str(i)]).tobytes() for i in range(50)] == [np.float64(x).tobytes() for x in numbers]
+    assert line["nan"] is None
+    assert list(line)[:2] == ["step", "wall_s"]
+
+
+def test_tensorboard_has_the_same_scalars_and_hides_what_is_taken_again(tmp_path):
+    with metrics.MetricWriter(tmp_path, resume_step=0) as log:
+        log.write(1, {"loss": 0.25})
+        log.write(2, {"loss": 0.125})
+    with metrics.MetricWriter(tmp_path, resume_step=1) as log:
+        log.write(2, {"loss": 0.5})
+    scalars, purged = events(tmp_path)
+    assert scalars == [(1, "loss", 0.25), (2, "loss", 0.125), (2, "loss", 0.5)]
+    assert purged[-1] == 2
+
+
+def test_only_process_0_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with metrics.MetricWriter(tmp_path / "run", resume_step=0) as log:
+        log.write(1, {"loss": 1.0})
+    metrics.write_environment(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_line_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: not a line"):
+        metrics.MetricWriter(tmp_path, resume_step=1)
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: not JSON"):
+        metrics.read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_not_finite_stops_with_names_and_step(bad):
+    metrics.check_finite(3, {"loss": 1.0})
+    with pytest.raises(UserError, match=rf"step 4: kl = {bad}, reward = nan;") as error:
+        metrics.check_finite(4, {"loss": 1.0, "kl": bad, "reward": float("nan")})
+    assert "\n" not in str(error.value)
+
+
+def show(terminal: bool, clock, monkeypatch) -> str:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=160, color_system=None)
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    with metrics.Progress(total=10, start=2, name="run", console=console) as progress:
+        for step in range(3, 11):
+            clock[0] += 12.0
+            progress.update(step, {"loss": 0.5, "reward": -0.25, "kl": 0.1, "tokens": 2400.0, "other": 1.0})
+    return out.getvalue()
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(monkeypatch):
+    lines = show(False, [0.0], monkeypatch).splitlines()
+    assert lines[0] == "run step 3/10  loss 0.5  reward -0.25  kl 0.1  200 tokens/s  1:24 left"
+    assert len(lines) == 8
+    assert lines[-1].endswith("0:00 left")
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch):
+    shown = show(True, [0.0], monkeypatch)
+    assert "10/10" in shown and "200 tokens/s" in shown and "loss 0.5" in shown
+
+
+def test_parameter_overview():
+    params = {"layers": {"q": {"kernel": jnp.asarray([[1.0, 3.0]]), "bias": jnp.zeros((4,), jnp.bfloat16)}}}
+    lines = metrics.parameter_overview(params).splitlines()
+    assert lines[0].split() == ["parameter", "shape", "type", "mean", "std"]
+    assert lines[1].split() == ["layers/q/bias", "4", "bfloat16", "0", "0"]
+    assert lines[2].split() == ["layers/q/kernel", "1x2", "float32", "2", "1"]
+    assert lines[3] == "6 parameters, 0.0 MB"
+
+
+def test_environment(tmp_path):
+    metrics.write_environment(tmp_path)
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["packages"]["jax"] == jax.__version__
+    assert environment["devices"] == {"platform": "cpu", "kind": "cpu", "count": 8}
+    assert environment["git"] is None or len(environment["git"].rstrip("+")) == 40
