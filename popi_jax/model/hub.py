@@ -205,7 +205,7 @@ def _names(leaf: Leaf, n_layers: int) -> list[str]:
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    if (folder / _INDEX).is_file():
+    if (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file():  # transformers, too, takes the one file first.
         weight_map = _read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{folder / _INDEX}: weight_map is missing; it names the file of every tensor")
