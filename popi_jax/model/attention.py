@@ -11,6 +11,11 @@ import jax.numpy as jnp
 # Finite, so that a row with nothing to attend to gives an average of values, not NaN, and finite gradients.
 _MASKED = -1e30
 
+# Queries go in blocks, each against the keys up to its end: what lies after is neither computed nor stored. On two cores,
+# 2 x 512 tokens, 9 heads: 12 ms forward in blocks of 128, 37 ms in one. At most so many blocks, for the compiler's sake.
+_BLOCK = 128
+_MAX_BLOCKS = 16
+
 
 def attend(q_BxLxHxDh: jax.Array, k_BxLxKvxDh: jax.Array, v_BxLxKvxDh: jax.Array, segments_BxL: jax.Array) -> jax.Array:
     """Causal attention within segments.
@@ -29,15 +34,34 @@ def attend(q_BxLxHxDh: jax.Array, k_BxLxKvxDh: jax.Array, v_BxLxKvxDh: jax.Array
     """
     B, L, H, Dh = q_BxLxHxDh.shape
     Kv = k_BxLxKvxDh.shape[2]
-    q_BxLxKvxGxDh = q_BxLxHxDh.reshape(B, L, Kv, H // Kv, Dh)
-    s_BxKvxGxLxS = jnp.einsum("blkgd,bskd->bkgls", q_BxLxKvxGxDh, k_BxLxKvxDh, preferred_element_type=jnp.float32)
-    query_BxLx1 = segments_BxL[:, :, None]
-    key_Bx1xS = segments_BxL[:, None, :]
-    earlier_1xLxS = jnp.tril(jnp.ones((1, L, L), bool))
-    mask_BxLxS = ((key_Bx1xS == 0) | ((key_Bx1xS == query_BxLx1) & (key_Bx1xS > 0))) & earlier_1xLxS
-    s_BxKvxGxLxS = jnp.where(mask_BxLxS[:, None, None], s_BxKvxGxLxS * Dh**-0.5, _MASKED)
-    p_BxKvxGxLxS = jax.nn.softmax(s_BxKvxGxLxS, axis=-1).astype(v_BxLxKvxDh.dtype)
-    return jnp.einsum("bkgls,bskd->blkgd", p_BxKvxGxLxS, v_BxLxKvxDh).reshape(B, L, H, Dh)
+    # Rows in the order of the products: transposing inputs is cheap, transposing scores is what the compiler would do else.
+    q_BxKvxGxLxDh = q_BxLxHxDh.reshape(B, L, Kv, H // Kv, Dh).transpose(0, 2, 3, 1, 4)
+    k_BxKvxLxDh = k_BxLxKvxDh.transpose(0, 2, 1, 3)
+    v_BxKvxLxDh = v_BxLxKvxDh.transpose(0, 2, 1, 3)
+    size = max(_BLOCK, -(-L // _MAX_BLOCKS))
+    blocks = []
+    for start in range(0, L, size):
+        end = min(start + size, L)
+        s_BxKvxGxQxS = jnp.einsum(
+            "bkgqd,bksd->bkgqs",
+            q_BxKvxGxLxDh[:, :, :, start:end],
+            k_BxKvxLxDh[:, :, :end],
+            preferred_element_type=jnp.float32,
+        )
+        mask_BxQxS = _mask(segments_BxL, start, end)
+        s_BxKvxGxQxS = jnp.where(mask_BxQxS[:, None, None], s_BxKvxGxQxS * Dh**-0.5, _MASKED)
+        p_BxKvxGxQxS = jax.nn.softmax(s_BxKvxGxQxS, axis=-1).astype(v_BxLxKvxDh.dtype)
+        blocks.append(jnp.einsum("bkgqs,bksd->bkgqd", p_BxKvxGxQxS, v_BxKvxLxDh[:, :, :end]))
+    out_BxKvxGxLxDh = jnp.concatenate(blocks, axis=3)
+    return out_BxKvxGxLxDh.transpose(0, 3, 1, 2, 4).reshape(B, L, H, Dh)
+
+
+def _mask(segments_BxL: jax.Array, start: int, end: int) -> jax.Array:
+    """Which of the keys [0, end) each of the queries [start, end) attends to."""
+    query_BxQx1 = segments_BxL[:, start:end, None]
+    key_Bx1xS = segments_BxL[:, None, :end]
+    causal_1xQxS = jnp.arange(end)[None, None, :] <= jnp.arange(start, end)[None, :, None]
+    return ((key_Bx1xS == 0) | ((key_Bx1xS == query_BxQx1) & (key_Bx1xS > 0))) & causal_1xQxS
 
 
 def attend_decode(

@@ -131,14 +131,19 @@ class Linear(nnx.Module):
         self.lora_scale = lora_scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.input_dims)
+        rows = x.shape[: x.ndim - self.input_dims]
+        # As a matrix: with two row dimensions the compiler transposes the whole gradient for the weight's product.
+        x_RxI = x.reshape(math.prod(rows), -1)
+        kernel = self.kernel[...]
+        into = x_RxI.shape[1]
+        y_RxO = x_RxI @ kernel.reshape(into, -1).astype(x.dtype)
         if self.bias is not None:
-            bias = self.bias[...].astype(x.dtype)
-            y += jnp.expand_dims(bias, range(y.ndim - bias.ndim))
+            y_RxO += self.bias[...].reshape(1, -1).astype(x.dtype)
         if self.a is not None and self.b is not None:
-            inner = jnp.tensordot(x, self.a[...].astype(x.dtype), axes=self.input_dims)
-            y += self.lora_scale * jnp.tensordot(inner, self.b[...].astype(x.dtype), axes=1)
-        return y
+            a_Ixr = self.a[...].reshape(into, -1).astype(x.dtype)
+            b_rxO = self.b[...].reshape(a_Ixr.shape[1], -1).astype(x.dtype)
+            y_RxO += self.lora_scale * ((x_RxI @ a_Ixr) @ b_rxO)
+        return y_RxO.reshape(*rows, *kernel.shape[self.input_dims :])
 
 
 class Layer(nnx.Module):
@@ -270,11 +275,13 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits [..., V] of hidden states [..., D]."""
         with jax.named_scope("logits"):
+            hidden_RxD = hidden.reshape(-1, hidden.shape[-1])
             if self.head is None:
-                embedding_VxD = self.embed["embedding"][...].astype(hidden.dtype)
-                return jnp.einsum("...d,vd->...v", hidden, embedding_VxD, preferred_element_type=jnp.float32)
-            kernel_DxV = self.head["kernel"][...].astype(hidden.dtype)
-            return jnp.einsum("...d,dv->...v", hidden, kernel_DxV, preferred_element_type=jnp.float32)
+                kernel_DxV = self.embed["embedding"][...].T
+            else:
+                kernel_DxV = self.head["kernel"][...]
+            logits_RxV = jnp.matmul(hidden_RxD, kernel_DxV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+            return logits_RxV.reshape(*hidden.shape[:-1], -1)
 
     def _embed(self, tokens_BxL: jax.Array) -> jax.Array:
         return self.embed["embedding"][...][tokens_BxL].astype(self.config.compute_dtype)
