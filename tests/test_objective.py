@@ -58,8 +58,8 @@ def test_reduce_logp_sums_or_averages_the_masked_tokens_alone():
 
 
 def test_reduce_logp_accumulates_in_float32():
-    logp = jnp.full((512,), -1.0, jnp.bfloat16)  # bfloat16 cannot tell 256 from 257.
-    assert float(objective.reduce_logp(logp, jnp.ones(512, bool), "sum")) == -512.0
+    logp = jnp.full((257,), -1.0, jnp.bfloat16)  # bfloat16 rounds 257 to 256.
+    assert float(objective.reduce_logp(logp, jnp.ones(257, bool), "sum")) == -257.0
 
 
 def test_masked_total_counts_what_it_sums():
@@ -194,6 +194,22 @@ def test_kl_terms_by_hand():
     for terms in (exact, k3):
         np.testing.assert_array_equal(terms.penalty_UxK, [[0.0]])
     assert float(k1.loss[0]) == 0.0
+
+
+@pytest.mark.parametrize("kl", objective.KL_ESTIMATORS)
+def test_kl_penalty_and_estimate_carry_no_gradient_and_no_padding(kl):
+    inputs = batch(2)
+    inputs.pop("reward_UxK")
+    valid_U = jnp.array([True, False])
+    np.testing.assert_array_equal(objective.kl_terms(kl, valid_U=valid_U, **inputs).penalty_UxK[1], np.zeros(3))
+
+    def constant_parts(logp_UxKxS, position_kl_UxKxS):
+        parts = dict(inputs, logp_UxKxS=logp_UxKxS, position_kl_UxKxS=position_kl_UxKxS)
+        terms = objective.kl_terms(kl, valid_U=valid_U, **parts)
+        return terms.penalty_UxK.sum() + terms.estimate[0]
+
+    for grad in jax.grad(constant_parts, argnums=(0, 1))(inputs["logp_UxKxS"], inputs["position_kl_UxKxS"]):
+        np.testing.assert_array_equal(grad, np.zeros_like(grad))
 
 
 def test_inference_loss_penalises_the_reward_and_reports_it():
