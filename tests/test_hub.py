@@ -1,0 +1,241 @@
+"""Hub folders: what is loaded is what is stored, export and import are exact, bad folders get one clear line."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from popi_jax import sharding
+from popi_jax.errors import UserError
+from popi_jax.model import hub
+from popi_jax.model.policy import Policy
+
+FIXTURES = pathlib.Path(__file__).resolve().parent / "fixtures"
+FAMILIES = ("llama3", "qwen2", "qwen3")
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A writable copy of a checkpoint in one file."""
+    return pathlib.Path(shutil.copytree(FIXTURES / "qwen3", tmp_path / "qwen3", copy_function=shutil.copyfile))
+
+
+def rewrite(folder: pathlib.Path, **changes: np.ndarray | None) -> None:
+    """Replaces, adds or (None) removes tensors; "__" stands for "." in names."""
+    path = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    for name, value in changes.items():
+        name = name.replace("__", ".")
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+    safetensors.numpy.save_file(tensors, path)
+
+
+def refused(folder: pathlib.Path | str) -> str:
+    with pytest.raises(UserError) as caught:
+        hub.load(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def assert_same_bits(first: hub.Params, second: hub.Params) -> None:
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+
+
+def test_every_tensor_lies_where_the_tree_says():
+    params = hub.load(FIXTURES / "qwen2").params
+    stored = safetensors.numpy.load_file(FIXTURES / "qwen2" / "model.safetensors")
+    head_dim, layer, head = 12, 1, 1
+
+    def tensor(name: str) -> np.ndarray:
+        return stored[f"model.layers.{layer}.{name}"].astype(np.float32)
+
+    rows = slice(head * head_dim, (head + 1) * head_dim)
+    layers = params["layers"]
+    for name in ("q", "k", "v"):
+        np.testing.assert_array_equal(
+            layers[name]["kernel"][layer, :, head], tensor(f"self_attn.{name}_proj.weight")[rows].T
+        )
+        np.testing.assert_array_equal(layers[name]["bias"][layer, head], tensor(f"self_attn.{name}_proj.bias")[rows])
+    np.testing.assert_array_equal(layers["o"]["kernel"][layer, head], tensor("self_attn.o_proj.weight")[:, rows].T)
+    for name in ("gate", "up", "down"):
+        np.testing.assert_array_equal(layers[name]["kernel"][layer], tensor(f"mlp.{name}_proj.weight").T)
+    np.testing.assert_array_equal(layers["attn_norm"]["scale"][layer], tensor("input_layernorm.weight"))
+    np.testing.assert_array_equal(layers["mlp_norm"]["scale"][layer], tensor("post_attention_layernorm.weight"))
+    np.testing.assert_array_equal(params["embed"]["embedding"], stored["model.embed_tokens.weight"].astype(np.float32))
+    assert stored["model.embed_tokens.weight"].dtype == ml_dtypes.bfloat16
+    assert "head" not in params
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loaded_tree_is_the_declared_one(family: str):
+    checkpoint = hub.load(FIXTURES / family, compute_dtype="bfloat16", remat=True)
+    declared = Policy(checkpoint.config).abstract_base()
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), checkpoint.params) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), declared
+    )
+    assert (checkpoint.config.compute_dtype, checkpoint.config.remat) == ("bfloat16", True)
+
+
+@pytest.mark.parametrize("shard_bytes", [2**30, 60_000])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_then_import_is_exact(family: str, shard_bytes: int, tmp_path: pathlib.Path):
+    first = hub.load(FIXTURES / family)
+    hub.save(tmp_path, first.config, first.params, first.tokenizer_path, shard_bytes=shard_bytes)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) == 1) == (shard_bytes == 2**30)
+    if len(files) > 1:
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"].values()) == {file.name for file in files}
+        assert all(file.stat().st_size < shard_bytes + 10_000 for file in files)
+    second = hub.load(tmp_path)
+    assert second.config == first.config
+    assert_same_bits(first.params, second.params)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (FIXTURES / family / "tokenizer.json").read_bytes()
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == [2, 3]
+
+
+def test_saving_again_leaves_no_old_shard(tmp_path: pathlib.Path):
+    checkpoint = hub.load(FIXTURES / "qwen3")
+    hub.save(tmp_path, checkpoint.config, checkpoint.params, checkpoint.tokenizer_path, shard_bytes=60_000)
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, checkpoint.params)
+    hub.save(tmp_path, checkpoint.config, doubled, tmp_path)
+    assert [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
+    assert_same_bits(hub.load(tmp_path).params, doubled)
+
+
+def test_half_precision_on_disk_comes_back_as_float32(tmp_path: pathlib.Path):
+    checkpoint = hub.load(FIXTURES / "qwen3")
+    hub.save(tmp_path, checkpoint.config, checkpoint.params, checkpoint.tokenizer_path, dtype="float16")
+    expected = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float16).astype(np.float32), checkpoint.params)
+    assert_same_bits(hub.load(tmp_path).params, expected)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size < 0.6 * (FIXTURES / "qwen3" / "model.safetensors").stat().st_size
+
+
+def test_sharded_load_equals_plain_load():
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    plain = hub.load(FIXTURES / "llama3")
+    axes = Policy(plain.config).logical_axes_base()
+    shardings = sharding.param_shardings(axes, Policy(plain.config).abstract_base(), mesh)
+    sharded = hub.load(FIXTURES / "llama3", shardings=shardings)
+    assert_same_bits(plain.params, sharded.params)
+    kernel = sharded.params["layers"]["q"]["kernel"]
+    assert kernel.sharding.is_equivalent_to(shardings["layers"]["q"]["kernel"], kernel.ndim)
+    assert kernel.addressable_shards[0].data.size == kernel.size // 8
+
+
+def test_a_slice_reads_no_more_than_its_part():
+    leaf = next(leaf for leaf in hub.leaves(hub.load(FIXTURES / "qwen3").config) if leaf.path[1] == "o")
+    full = np.random.default_rng(0).normal(size=leaf.shape).astype(np.float32)
+    reads = []
+
+    class Spy:
+        def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+            reads.append(index)
+            return leaf.to_hub(full)[index]
+
+    index = (slice(1, 3), slice(4, 8), slice(0, 12))
+    np.testing.assert_array_equal(leaf.from_hub(Spy(), index), full[index])
+    head_dim = leaf.shape[1]
+    assert reads == [(slice(0, 12), slice(head_dim, 3 * head_dim))]
+
+
+def test_fingerprint_is_of_the_weights(folder: pathlib.Path):
+    before = hub.load(folder).fingerprint
+    assert before == hub.load(FIXTURES / "qwen3").fingerprint
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert hub.load(folder).fingerprint == before
+    rewrite(folder, model__norm__weight=np.ones(48, np.float32))
+    assert hub.load(folder).fingerprint != before
+
+
+def test_harmless_extra_tensors_are_passed_over(folder: pathlib.Path):
+    plain = hub.load(folder).params
+    embedding = safetensors.numpy.load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    inv_freq = np.ones(8, np.float32)
+    rewrite(folder, lm_head__weight=embedding, model__layers__0__self_attn__rotary_emb__inv_freq=inv_freq)
+    assert_same_bits(hub.load(folder).params, plain)
+
+
+def test_missing_tensor(folder: pathlib.Path):
+    rewrite(folder, model__layers__1__mlp__up_proj__weight=None)
+    message = refused(folder)
+    assert str(folder / "model.safetensors") in message
+    assert "model.layers.1.mlp.up_proj.weight is missing" in message
+
+
+def test_extra_tensor(folder: pathlib.Path):
+    rewrite(folder, model__layers__0__self_attn__q_proj__bias=np.zeros(64, np.float32))
+    message = refused(folder)
+    assert str(folder / "model.safetensors") in message
+    assert "model.layers.0.self_attn.q_proj.bias has no place" in message
+
+
+def test_tensor_of_another_shape(folder: pathlib.Path):
+    rewrite(folder, model__layers__0__mlp__down_proj__weight=np.zeros((80, 48), np.float32))
+    message = refused(folder)
+    assert str(folder / "model.safetensors") in message
+    assert "model.layers.0.mlp.down_proj.weight has shape [80, 48]" in message
+    assert "[48, 80]" in message
+
+
+def test_quantised_tensor(folder: pathlib.Path):
+    rewrite(folder, model__norm__weight=np.ones(48, np.int8))
+    assert "model.norm.weight is stored as I8" in refused(folder)
+
+
+def test_truncated_weights(folder: pathlib.Path):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:50_000])
+    assert f"{path}: not a readable safetensors file" in refused(folder)
+
+
+def test_missing_shard(tmp_path: pathlib.Path):
+    folder = shutil.copytree(FIXTURES / "llama3", tmp_path / "llama3")
+    (tmp_path / "llama3" / "model-00002-of-00002.safetensors").unlink()
+    assert "model-00002-of-00002.safetensors: no such file" in refused(folder)
+
+
+def test_missing_or_broken_config(folder: pathlib.Path):
+    (folder / "config.json").write_text("{")
+    assert f"{folder}/config.json: not a readable JSON file" in refused(folder)
+    (folder / "config.json").unlink()
+    assert f"{folder}/config.json: no such file" in refused(folder)
+
+
+def test_hub_id_goes_through_the_same_code(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def download(repo_id: str, allow_patterns: list[str]) -> str:
+        asked.append(repo_id)
+        return str(folder)
+
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", download)
+    checkpoint = hub.load("someone/some-model")
+    assert asked == ["someone/some-model"]
+    assert_same_bits(checkpoint.params, hub.load(FIXTURES / "qwen3").params)
+
+
+def test_neither_a_folder_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch):
+    def download(repo_id: str, allow_patterns: list[str]) -> str:
+        raise ConnectionError("no route to the hub\nand a second line")
+
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", download)
+    message = refused("checkpoints/no-such-model")
+    assert "checkpoints/no-such-model" in message
+    assert "no route to the hub" in message
+
+
+def test_stylebook_is_the_folder_in_the_package():
+    assert hub.resolve("stylebook") == pathlib.Path(hub.__file__).parent.parent / "assets" / "stylebook"
