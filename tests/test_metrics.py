@@ -132,11 +132,11 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
 
 
 def test_parameter_overview():
-    params = {"layers": {"q": {"kernel": jnp.asarray([[1.0, 3.0]]), "bias": jnp.zeros((4,), jnp.bfloat16)}}}
+    params = {"layers": {"q": {"kernel": jnp.asarray([[1.0, 5.0]]), "bias": jnp.zeros((4,), jnp.bfloat16)}}}
     lines = metrics.parameter_overview(params).splitlines()
     assert lines[0].split() == ["parameter", "shape", "type", "mean", "std"]
     assert lines[1].split() == ["layers/q/bias", "4", "bfloat16", "0", "0"]
-    assert lines[2].split() == ["layers/q/kernel", "1x2", "float32", "2", "1"]
+    assert lines[2].split() == ["layers/q/kernel", "1x2", "float32", "3", "2"]
     assert lines[3] == "6 parameters, 0.0 MB"
 
 

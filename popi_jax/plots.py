@@ -1,0 +1,286 @@
+"""The report's figures: methods compared, accuracy per persona, training curves. Rows in, matplotlib figures out."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.colors
+import matplotlib.ticker
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# In the order that tables and figures show them.
+METHODS = {
+    "base": "Base model",
+    "population": "Population",
+    "raw_signals": "Raw signals",
+    "zero_shot_summary": "Zero-shot summary",
+    "inference_only": "Inference only",
+    "generator_only": "Generator only",
+    "popi_two_phase": "POPI, two phases",
+    "popi_alternate": "POPI, alternating",
+    "popi": "POPI",
+    "oracle": "Oracle persona",
+    "bayes_signals": "Bayes given signals",
+    "bayes_persona": "Bayes given persona",
+}
+HERO, INK, MUTED, GRID = "#2457d6", "#1d2433", "#7b8496", "#e4e7ee"
+LINES = (HERO, "#d97706")  # Blue and amber: distinct for the colour-blind too.
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "svg.hashsalt": "popi",  # The same figure gives the same file.
+}
+# Panels of the curves: title, then the metrics drawn in it with their labels.
+PANELS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    ("Loss", (("loss", "training"), ("eval_loss", "test"))),
+    ("Accuracy", (("accuracy", "training"), ("eval_accuracy", "test"))),
+    ("Reward", (("reward", "mean over summaries"),)),
+    ("KL of q to its reference (nats per summary)", (("kl", "training"),)),
+    ("Summary length (tokens)", (("summary_tokens", "training"), ("eval_summary_tokens_mean", "test"))),
+    ("Spread of a user's K rewards", (("reward_std", "standard deviation"),)),
+    ("Gradient norm", (("grad_norm_inference", "inference"), ("grad_norm_generator", "generator"))),
+    ("Sampler and trainer log-probs, largest gap", (("sampler_gap_max", "gap"),)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """One method over its seeds.
+
+    Attributes:
+        accuracy: mean over seeds.
+        interval: means of the ends of the seeds' 95% intervals: another seed's run is tested on the same users, so it
+            does not narrow what the choice of users leaves open. None where the rows have none.
+        per_seed: accuracy of each seed.
+        popi_minus_this: popi's accuracy minus this one's with the ends of its paired interval; None where unknown.
+    """
+
+    method: str
+    seeds: int
+    n: int | None
+    accuracy: float
+    interval: tuple[float, float] | None
+    per_seed: tuple[float, ...]
+    context_tokens: float | None
+    summary_tokens: float | None
+    raw_signal_tokens: float | None
+    loss: float | None
+    informativeness: float | None
+    popi_minus_this: tuple[float, float, float] | None
+    by_persona: Mapping[str, float]
+
+    @property
+    def label(self) -> str:
+        """The method's name for people."""
+        return METHODS.get(self.method, self.method)
+
+
+def style() -> contextlib.AbstractContextManager[None]:
+    """The look of every figure, to draw and to save it in."""
+    return matplotlib.rc_context(STYLE)
+
+
+def summarize(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
+    """Rows of results.json, one per method and seed, to one Summary per method, in METHODS' order."""
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], []).append(row)
+    order = {method: place for place, method in enumerate(METHODS)}
+    return [_summary(m, by_method[m]) for m in sorted(by_method, key=lambda m: order.get(m, len(order)))]
+
+
+def _summary(method: str, rows: Sequence[Mapping[str, Any]]) -> Summary:
+    interval = (_mean(rows, "accuracy_ci95", 0), _mean(rows, "accuracy_ci95", 1))
+    difference = (
+        _mean(rows, "popi_minus_this"),
+        _mean(rows, "popi_minus_this_ci95", 0),
+        _mean(rows, "popi_minus_this_ci95", 1),
+    )
+    personas = sorted({name for row in rows for name in row.get("accuracy_by_persona") or {}})
+    by_persona = {name: _mean([row["accuracy_by_persona"] for row in rows], name) for name in personas}
+    return Summary(
+        method=method,
+        seeds=len(rows),
+        n=rows[0].get("n"),
+        accuracy=float(np.mean([row["accuracy"] for row in rows])),
+        interval=None if None in interval else interval,  # type: ignore[arg-type]
+        per_seed=tuple(row["accuracy"] for row in rows),
+        context_tokens=_mean(rows, "context_tokens_mean"),
+        summary_tokens=_mean(rows, "summary_tokens_mean"),
+        raw_signal_tokens=_mean(rows, "raw_signal_tokens_mean"),
+        loss=_mean(rows, "loss"),
+        informativeness=_mean(rows, "informativeness_nats"),
+        popi_minus_this=None if None in difference else difference,  # type: ignore[arg-type]
+        by_persona={name: value for name, value in by_persona.items() if value is not None},
+    )
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str, index: int | None = None) -> float | None:
+    """The mean over the rows of a key that a method may lack (a Bayes row has no tokens); None if any row lacks it."""
+    values = [row.get(key) for row in rows]
+    if index is not None:
+        values = [value[index] if value else None for value in values]
+    known = [float(value) for value in values if value is not None and math.isfinite(value)]
+    return float(np.mean(known)) if len(known) == len(rows) else None
+
+
+def results_figure(summaries: Sequence[Summary]) -> Figure:
+    """Left: accuracy of each method with its 95% interval. Right: accuracy against the context that it costs."""
+    with style():
+        costs = [s for s in summaries if s.context_tokens is not None]
+        figure = Figure(figsize=(10.5, 1.5 + 0.36 * max(len(summaries), 5)), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        _accuracy_axes(left, summaries)
+        _cost_axes(right, costs)
+    return figure
+
+
+def _accuracy_axes(axes: Axes, summaries: Sequence[Summary]) -> None:
+    for y, s in enumerate(summaries):
+        color = HERO if s.method == "popi" else INK
+        if s.interval is not None:
+            axes.plot(s.interval, [y, y], color=color, linewidth=2.2, alpha=0.45, solid_capstyle="round")
+        if s.seeds > 1:
+            axes.plot(s.per_seed, [y] * s.seeds, "|", color=color, markersize=9, alpha=0.8)
+        axes.plot(s.accuracy, y, "o", color=color, markersize=6.5)
+        axes.annotate(
+            f"{s.accuracy:.1%}", (1.02, y), xycoords=("axes fraction", "data"), va="center", color=color, fontsize=9
+        )
+    axes.axvline(0.5, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+    axes.set_yticks(range(len(summaries)), [s.label for s in summaries])
+    for tick, s in zip(axes.get_yticklabels(), summaries, strict=True):
+        tick.set_color(HERO if s.method == "popi" else INK)
+        tick.set_fontweight("bold" if s.method == "popi" else "normal")
+    axes.set_ylim(len(summaries) - 0.4, -0.6)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.set_title("Test accuracy, 95% interval", pad=10)
+
+
+def _cost_axes(axes: Axes, summaries: Sequence[Summary]) -> None:
+    # A log scale has no 0, where base and population stand: symlog draws it.
+    axes.set_xscale("symlog", linthresh=4, linscale=0.5)
+    seen: list[tuple[float, float]] = []
+    for s in sorted(summaries, key=lambda s: s.accuracy):
+        hero = s.method == "popi"
+        assert s.context_tokens is not None
+        axes.plot(s.context_tokens, s.accuracy, "o", color=HERO if hero else INK, markersize=8 if hero else 6)
+        # Methods of the same cost and accuracy would print over each other: the later one moves up.
+        near = sum(abs(x - s.context_tokens) < 0.5 * x + 2 and abs(y - s.accuracy) < 0.012 for x, y in seen)
+        seen += [] if hero else [(s.context_tokens, s.accuracy)]
+        axes.annotate(
+            s.label,
+            (s.context_tokens, s.accuracy),
+            xytext=(-9, 0) if hero else (8, 11 * near),  # POPI to the left, clear of the oracle that it comes close to.
+            textcoords="offset points",
+            ha="right" if hero else "left",
+            va="center",
+            fontsize=8.5,
+            color=HERO if hero else INK,
+            fontweight="bold" if hero else "normal",
+        )
+    most = max((s.context_tokens or 0 for s in summaries), default=1)
+    axes.set_xlim(-0.6, max(most, 4) * 6)  # Room for the rightmost label.
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+    axes.margins(y=0.12)
+    axes.set_xlabel("tokens of context per prompt (log scale)")
+    axes.set_title("Accuracy against its cost in context", pad=10)
+
+
+def personas_figure(summaries: Sequence[Summary]) -> Figure | None:
+    """Accuracy per persona and method, as a table of shades; None where the rows do not say."""
+    summaries = [s for s in summaries if s.by_persona]
+    if not summaries:
+        return None
+    names = sorted({name for s in summaries for name in s.by_persona})
+    value_SxP = np.array([[s.by_persona.get(name, np.nan) for name in names] for s in summaries])
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(10.5, 1.3 + 0.34 * len(summaries)), layout="constrained")
+        axes = figure.subplots()
+        shades = matplotlib.colors.LinearSegmentedColormap.from_list("accuracy", ["#ffffff", "#dbe6fd", "#5b85e8"])
+        axes.imshow(value_SxP, cmap=shades, vmin=0.4, vmax=1.0, aspect="auto")
+        for (y, x), value in np.ndenumerate(value_SxP):
+            axes.text(x, y, "" if np.isnan(value) else f"{value:.0%}", ha="center", va="center", fontsize=9)
+        axes.set_xticks(range(len(names)), [_shortened(name, max(12, 110 // len(names))) for name in names], color=INK)
+        axes.set_yticks(range(len(summaries)), [s.label for s in summaries], color=INK)
+        axes.xaxis.tick_top()
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    return figure
+
+
+def curves_figure(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Training curves, a panel per metric that metrics.jsonl has; None where it has none.
+
+    Every training step is drawn faint with a moving mean over it; evaluations are dots.
+    """
+    panels = [
+        (title, present)
+        for title, names in PANELS
+        if (present := [pair for pair in names if any(line.get(pair[0]) is not None for line in lines)])
+    ]
+    if not panels:
+        return None
+    rows = math.ceil(len(panels) / 2)
+    with style():
+        figure = Figure(figsize=(10.5, 2.35 * rows), layout="constrained")
+        grid = figure.subplots(rows, 2, squeeze=False)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        for axes, (title, names) in zip(grid.flat, panels, strict=False):
+            for color, (name, label) in zip(LINES, names, strict=False):
+                known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+                steps, values = map(np.asarray, zip(*known, strict=True))
+                if name.startswith("eval_"):
+                    axes.plot(steps, values, "o-", color=color, linewidth=1, markersize=4, label=label)
+                else:
+                    axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.28)
+                    axes.plot(steps, moving_mean(values), color=color, linewidth=1.8, label=label)
+            if "accuracy" in dict(names) or "eval_accuracy" in dict(names):
+                axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+            if len(names) > 1:
+                axes.legend(loc="best", fontsize=8.5)
+            axes.grid(axis="x", visible=False)
+            axes.margins(x=0.01)
+            axes.set_xlabel("step")
+            axes.set_title(title)
+    return figure
+
+
+def moving_mean(values: np.ndarray) -> np.ndarray:
+    """Exponential moving mean without the start's bias (Kingma and Ba 2015, section 3), over 1/25 of the points."""
+    decay = 1 - 1 / max(1.0, len(values) / 25)
+    total, weight, out = 0.0, 0.0, []
+    for value in values:
+        total, weight = decay * total + (1 - decay) * float(value), decay * weight + (1 - decay)
+        out.append(total / weight)
+    return np.array(out)
+
+
+def _shortened(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"

@@ -1,0 +1,179 @@
+"""The report says what the files say, needs nothing but itself, and the table shows every method."""
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from popi_jax import plots, report
+from popi_jax.errors import UserError
+
+
+def row(method: str, seed: int, accuracy: float, **more) -> dict:
+    return {
+        "method": method,
+        "seed": seed,
+        "n": 1000,
+        "accuracy": accuracy,
+        "accuracy_ci95": [accuracy - 0.02, accuracy + 0.01],
+        "context_tokens_mean": 20.0 + seed,
+        "summary_tokens_mean": 20.0 + seed,
+        "raw_signal_tokens_mean": 210.0,
+        "loss": 0.25,
+        "informativeness_nats": None,
+    } | more
+
+
+ROWS = [
+    row("popi", 0, 0.90),
+    row("popi", 1, 0.94),
+    row("base", 0, 0.50, popi_minus_this=0.40, popi_minus_this_ci95=[0.375, 0.42], summary_tokens_mean=0.0),
+    {"method": "bayes_signals", "seed": 0, "n": 1000, "accuracy": 0.97, "accuracy_ci95": [0.96, float("nan")]},
+]
+SAMPLE = {
+    "user": "u1",
+    "persona": "likes <script>alert(1)</script> & brevity",
+    "signals": "Question: why?",
+    "signal_tokens": 212,
+    "summary": "The user likes brevity.",
+    "prompt": "Why is the sky blue?",
+    "response": "Scattering.",
+    "chosen": "Blue scatters most.",
+    "rejected": "A long story.",
+    "logp_chosen": -21.25,
+    "logp_rejected": None,
+}
+
+
+def make_workdir(path, rows=ROWS, curves=True):
+    results = {"schema": 1, "config": "quickstart", "dataset": "stylebook", "split": "test", "rows": rows}
+    (path / "results.json").write_text(json.dumps(results))
+    (path / "samples.jsonl").write_text(json.dumps(SAMPLE) + "\n")
+    if curves:
+        lines = [{"step": i, "wall_s": 1.0, "loss": 1 / i, "accuracy": 0.5, "kl": None} for i in range(1, 30)]
+        lines.append({"step": 29, "wall_s": 1.0, "eval_accuracy": 0.8})
+        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+class Page(HTMLParser):
+    """Checks that tags close, and gathers the text and what the page refers to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.text, self.references, self.tags = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.references += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in ("meta", "br", "link", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.references += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = make_workdir(tmp_path_factory.mktemp("run"))
+    report.write(path)
+    return path
+
+
+def test_page_is_whole_and_refers_to_nothing_outside(workdir):
+    raw = (workdir / "report.html").read_text()
+    page = Page(raw)
+    assert page.open == []
+    assert all(reference.startswith("#") for reference in page.references)
+    assert "http" not in raw and "@import" not in raw and "<script" not in raw
+    assert page.tags.count("svg") == 2
+
+
+def test_page_shows_what_the_files_say(workdir):
+    text = " ".join(Page((workdir / "report.html").read_text()).text)
+    for expected in ("quickstart", "stylebook, test split", "92.0%", "90.0%", "93.0%", "+40.0", "10.2×", "-21.2"):
+        assert expected in text, expected
+    for field in ("persona", "summary", "prompt", "response", "chosen", "rejected", "signals"):
+        assert SAMPLE[field] in text, field
+
+
+def test_plots_are_written_and_not_blank(workdir):
+    import matplotlib.image
+
+    for name in ("results", "curves"):
+        pixels = matplotlib.image.imread(workdir / f"{name}.png")
+        assert pixels.shape[1] > 1000
+        assert np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0).shape[0] > 20
+    assert not (workdir / "personas.png").exists()
+
+
+def test_same_files_give_the_same_page(workdir, tmp_path):
+    make_workdir(tmp_path)
+    report.write(tmp_path)
+    assert (tmp_path / "report.html").read_text() == (workdir / "report.html").read_text()
+
+
+def test_what_is_not_there_is_left_out(tmp_path):
+    report.write(tmp_path)
+    assert "no results yet" in (tmp_path / "report.html").read_text()
+    make_workdir(tmp_path, rows=ROWS[:1], curves=False)
+    report.write(tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    assert "svg" not in page.tags and "90.0%" in " ".join(page.text)
+
+
+def test_broken_file_is_one_line(tmp_path):
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(UserError, match="results.json: not JSON"):
+        report.write(tmp_path)
+
+
+def test_seeds_are_averaged():
+    base, popi, bayes = plots.summarize(ROWS)
+    assert [s.method for s in (base, popi, bayes)] == ["base", "popi", "bayes_signals"]
+    assert (popi.seeds, popi.per_seed) == (2, (0.90, 0.94))
+    assert popi.accuracy == pytest.approx(0.92)
+    assert popi.interval == pytest.approx((0.90, 0.93))
+    assert popi.context_tokens == pytest.approx(20.5)
+    assert base.popi_minus_this == (0.40, 0.375, 0.42)
+    assert popi.popi_minus_this is None and popi.informativeness is None
+    assert bayes.context_tokens is None and bayes.interval is None  # NaN is no bound.
+
+
+def test_personas_are_drawn_where_rows_have_them():
+    assert plots.personas_figure(plots.summarize(ROWS)) is None
+    rows = [row("popi", s, 0.9, accuracy_by_persona={"a" * 200: 0.8 + s / 10, "b": 1.0}) for s in (0, 1)]
+    figure = plots.personas_figure(plots.summarize(rows))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["85%", "100%"]
+
+
+def test_moving_mean_has_no_start_bias():
+    np.testing.assert_allclose(plots.moving_mean(np.full(100, 3.0)), 3.0)
+    values = np.arange(50.0)  # Decay 1 - 1/2: weights 1/2, 1/4, ... over what has been seen.
+    assert plots.moving_mean(values)[1] == pytest.approx((0.5 * 1 + 0.25 * 0) / 0.75)
+    np.testing.assert_array_equal(plots.moving_mean(values[:10]), values[:10])
+
+
+def test_table_prints_every_method():
+    out = io.StringIO()
+    report.print_table(ROWS, Console(file=out))
+    lines = out.getvalue().splitlines()
+    header, base, popi, bayes = (re.split(r" {2,}", line.strip()) for line in lines if line.strip())
+    assert header[:5] == ["method", "accuracy", "POPI minus this", "context tokens", "summary tokens"]
+    assert base[:4] == ["base", "50.0% [48.0%, 51.0%]", "+40.0 [+37.5, +42.0]", "20.0"]
+    assert popi == ["popi", "92.0% [90.0%, 93.0%]", "20.5", "20.5", "0.25", "1,000", "2"]
+    assert bayes == ["bayes_signals", "97.0%", "1,000", "1"]
+    assert "I(o; z), nats" not in header  # No row has it.
