@@ -105,14 +105,14 @@ def test_what_is_not_of_this_world_is_refused():
         text.read_response("Bread is nice.")
     with pytest.raises(ValueError, match="neither a comment nor a profile"):
         text.read_statements("I like bread.")
-    assert text.read_summary("This reader likes short and long answers with examples.") == {3: 1}
+    assert text.read_summary("This reader likes short and long answers, with examples.") == {3: 1}
 
 
 def test_summary_is_english():
     assert text.summary({0: 1, 1: -1, 2: 1, 3: 1, 4: -1, 5: 1}) == (
-        "This reader likes short formal answers in lists with examples, plain words and firm claims."
+        "This reader likes short formal answers in lists, with examples, using plain words, making firm claims."
     )
-    assert text.summary({5: -1}) == "This reader likes answers with careful claims."
+    assert text.summary({5: -1}) == "This reader likes answers making careful claims."
 
 
 def test_preference_by_hand():

@@ -82,6 +82,7 @@ PROFILES: Mapping[tuple[int, int], tuple[str, ...]] = {
 }
 PROFILE_OPENINGS = ("A reader who", "Someone who", "This person")
 SUMMARY_OPENING = "This reader likes"
+SUMMARY_WORDS = {2: "in", 3: "with", 4: "using", 5: "making"}
 
 
 def _choose(rng: np.random.Generator, phrases: Sequence[str]) -> str:
@@ -124,15 +125,11 @@ def profile(rng: np.random.Generator, statements: Mapping[int, int]) -> str:
 
 
 def summary(statements: Mapping[int, int]) -> str:
-    """Writes a preference summary that names these tastes, e.g. "This reader likes short answers with examples."."""
+    """Writes a preference summary that names these tastes, e.g. "This reader likes short answers in prose, with examples."."""
     names = {taste: TASTES[taste][1 if value > 0 else 2] for taste, value in statements.items()}
     adjectives = [names[taste] for taste in (0, 1) if taste in names]
-    layout = [f"in {names[2]}"] if 2 in names else []
-    extras = [names[taste] for taste in (3, 4, 5) if taste in names]
-    return (
-        " ".join([SUMMARY_OPENING, *adjectives, "answers", *layout, *([f"with {_join(extras)}"] if extras else [])])
-        + "."
-    )
+    rest = [f"{word} {names[taste]}" for taste, word in SUMMARY_WORDS.items() if taste in names]
+    return f"{' '.join([SUMMARY_OPENING, *adjectives, 'answers'])} {', '.join(rest)}".strip() + "."
 
 
 def _read(text: str, phrases: Mapping[tuple[int, int], Sequence[str]]) -> dict[int, int]:
