@@ -135,8 +135,10 @@ def loss_and_grad(advantage, kl, inputs, valid_U):
     return run(inputs["logp_UxKxS"], inputs["position_kl_UxKxS"])
 
 
-@pytest.mark.parametrize("kl", objective.KL_ESTIMATORS)
-@pytest.mark.parametrize("advantage", objective.ADVANTAGES)
+@pytest.mark.parametrize(
+    ("advantage", "kl"),
+    [("rloo", "exact"), ("reinforce", "k1_reward"), ("group_mean", "k3_loss"), ("grpo", "k1_reward")],
+)
 def test_micro_batches_and_padding_change_nothing(advantage, kl):
     """Two micro-batches, one with a padded user full of NaN, add up to the batch of the three real users."""
     inputs = batch(4)
