@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from popi_jax.errors import UserError
 from popi_jax.runfiles import Stopped
@@ -14,6 +14,8 @@ def run(entry: Callable[[list[str]], None]) -> None:
 
     A run that SIGTERM ended has saved itself and exits with 143, which is what a scheduler expects of it.
     """
+    # Below warnings JAX and TFDS fill the screen with their own affairs; --verbosity=0 shows them.
+    flags.FLAGS.set_default("verbosity", logging.WARNING)
     try:
         app.run(entry, flags_parser=_parse_flags)
     except UserError as error:

@@ -49,8 +49,8 @@ def truncate(logits_XxV: jax.Array, *, temperature: float, top_p: float) -> jax.
     2020); the rest gets -inf, and what remains is normalised. Temperature 0 puts all on the most likely token.
     """
     if temperature == 0:
-        best_X = jnp.argmax(logits_XxV, axis=-1)
-        return jnp.where(jnp.arange(logits_XxV.shape[-1]) == best_X[..., None], 0.0, -jnp.inf)
+        best_XxV = jax.nn.one_hot(jnp.argmax(logits_XxV, axis=-1), logits_XxV.shape[-1], dtype=jnp.bool_)
+        return jnp.where(best_XxV, 0.0, -jnp.inf)
     logp_XxV = jax.nn.log_softmax(logits_XxV.astype(jnp.float32) / temperature, axis=-1)
     if top_p >= 1:
         return logp_XxV

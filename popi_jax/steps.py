@@ -79,7 +79,8 @@ def init_state(key: jax.Array, base: Params, settings: Settings) -> TrainState:
         theta=theta,
         opt_phi=settings.tx_phi.init(phi),
         opt_theta=settings.tx_theta.init(theta),
-        baseline=jnp.float32(0.0),
+        # What a generator without an opinion earns: from 0, the first advantages would all be far too low.
+        baseline=-objective.preference_loss(settings.loss)(jnp.float32(0.0), settings.beta),
     )
 
 
@@ -91,7 +92,7 @@ def pair_margin(policy: Policy, base: Params, theta: Params | None, batch: Gener
 
 
 def pair_logps(policy: Policy, base: Params, theta: Params | None, rows: PrefixBatch, reduction: str) -> jax.Array:
-    """log pi(y|x, z) of every branch, [B, N], reduced over its tokens."""
+    """Log pi(y|x, z) of every branch, [B, N], reduced over its tokens."""
     scores = scoring.score(policy.bind(base, theta), rows)
     return objective.reduce_logp(scores.logp_BxNxR, rows.mask_BxNxR, reduction)
 
@@ -122,34 +123,44 @@ def summary_rewards(loss_R: jax.Array, valid_R: jax.Array, users: int, summaries
 
 def inference_loss(
     phi: Params, base: Params, batch: InferenceBatch, reward_UxK: jax.Array, baseline: jax.Array, settings: Settings
-) -> tuple[jax.Array, tuple[objective.SumCount, Terms, dict[str, jax.Array]]]:
+) -> tuple[jax.Array, tuple[Terms, dict[str, jax.Array]]]:
     """The score-function surrogate plus lambda KL, summed over summaries (POPI section 3).
 
     Returns:
-        The sum; and its count with the terms to log: (sum, count) each, and those to take a maximum of.
+        The sum; and the terms to log: those that are (sum, count), "surrogate" with the loss's own count among them, and
+        those to take a maximum of.
     """
     policy, rows = settings.policy, batch.rows
     valid_U, mask_UxKxS = rows.prefix_length_B > 0, rows.mask_BxNxR
     scores = scoring.score(
         policy.bind(base, phi), rows, temperature=settings.temperature, reference=policy.bind(base, None)
     )
-    kl = objective.kl_terms(settings.kl, scores.logp_BxNxR, scores.ref_logp_BxNxR, mask_UxKxS, scores.kl_BxNxR, valid_U)
-    penalised_UxK = reward_UxK - settings.kl_coef * kl.penalty_UxK
-    advantage_UxK = objective.advantages(settings.advantage, penalised_UxK, baseline, valid_U)
-    sum_logp_UxK = jnp.sum(scores.logp_BxNxR, axis=-1)
-    surrogate, count = objective.score_function_loss(sum_logp_UxK, advantage_UxK, valid_U)
+    out = objective.inference_loss(
+        advantage=settings.advantage,
+        kl=settings.kl,
+        kl_coef=settings.kl_coef,
+        reward_UxK=reward_UxK,
+        baseline=baseline,
+        logp_UxKxS=scores.logp_BxNxR,
+        ref_logp_UxKxS=scores.ref_logp_BxNxR,
+        mask_UxKxS=mask_UxKxS,
+        position_kl_UxKxS=scores.kl_BxNxR,
+        valid_U=valid_U,
+    )
     gap_UxKxS = jnp.where(mask_UxKxS, jnp.abs(scores.logp_BxNxR - batch.sampler_logp_UxKxS), 0.0)
     valid_UxK = jnp.broadcast_to(valid_U[:, None], reward_UxK.shape)
     spread_UxK = jnp.broadcast_to(jnp.std(reward_UxK, axis=1, keepdims=True), reward_UxK.shape)
     terms = {
         "reward": objective.masked_total(reward_UxK, valid_UxK),
+        "reward_less_kl": objective.masked_total(out.reward_UxK, valid_UxK),
         "reward_std": objective.masked_total(spread_UxK, valid_UxK),
-        "kl": kl.estimate,
+        "kl": out.kl,
+        "surrogate": out.loss,
         "summary_tokens": objective.masked_total(rows.branch_length_BxN.astype(jnp.float32), valid_UxK),
-        "summary_logp": objective.masked_total(sum_logp_UxK, valid_UxK),
+        "summary_logp": objective.masked_total(jnp.sum(scores.logp_BxNxR, axis=-1), valid_UxK),
         "sampler_gap": objective.masked_total(gap_UxKxS, mask_UxKxS),
     }
-    return surrogate + settings.kl_coef * kl.loss[0], ((surrogate, count), terms, {"sampler_gap_max": gap_UxKxS.max()})
+    return out.loss[0], (terms, {"sampler_gap_max": gap_UxKxS.max()})
 
 
 def generator_step(
@@ -200,10 +211,10 @@ def joint_step(
 def _inference_sums(state, base, micro, loss_R, terms, settings):
     users, summaries = micro[0].rows.branch_length_BxN.shape
     reward_UxK = summary_rewards(loss_R, micro[1].rows.prefix_length_B > 0, users, summaries)
-    (_, (surrogate, phi_terms, maxima)), grads = jax.value_and_grad(inference_loss, has_aux=True)(
+    (_, (phi_terms, maxima)), grads = jax.value_and_grad(inference_loss, has_aux=True)(
         state.phi, base, micro[0], jax.lax.stop_gradient(reward_UxK), state.baseline, settings
     )
-    return {"phi": grads}, terms | phi_terms | {"surrogate": surrogate}, maxima
+    return {"phi": grads}, terms | phi_terms, maxima
 
 
 def _accumulate(sums: Callable, batch: Any, accumulation: int) -> Any:
@@ -224,7 +235,7 @@ def _accumulate(sums: Callable, batch: Any, accumulation: int) -> Any:
 def _update_phi(state: TrainState, grads: Params, terms: Terms, settings: Settings):
     grads = _divide(grads, terms["surrogate"][1])
     updates, opt_phi = settings.tx_phi.update(grads, state.opt_phi, state.phi)
-    reward_sum, count = terms["reward"]
+    reward_sum, count = terms["reward_less_kl"]
     mean_reward = (reward_sum / jnp.maximum(count, 1.0))[None, None]
     state = dataclasses.replace(
         state,
@@ -232,13 +243,13 @@ def _update_phi(state: TrainState, grads: Params, terms: Terms, settings: Settin
         opt_phi=opt_phi,
         baseline=objective.update_baseline(state.baseline, mean_reward, count[None] > 0, settings.baseline_decay),
     )
-    return state, {"grad_norm_inference": optax.global_norm(grads), "update_norm_inference": optax.global_norm(updates)}
+    return state, {"grad_norm_inference": optax.tree.norm(grads), "update_norm_inference": optax.tree.norm(updates)}
 
 
 def _update_theta(state: TrainState, grads: Params, settings: Settings):
     updates, opt_theta = settings.tx_theta.update(grads, state.opt_theta, state.theta)
     state = dataclasses.replace(state, theta=optax.apply_updates(state.theta, updates), opt_theta=opt_theta)
-    return state, {"grad_norm_generator": optax.global_norm(grads), "update_norm_generator": optax.global_norm(updates)}
+    return state, {"grad_norm_generator": optax.tree.norm(grads), "update_norm_generator": optax.tree.norm(updates)}
 
 
 def _divide(grads: Params, count: jax.Array) -> Params:

@@ -7,7 +7,7 @@ import jax
 import ml_collections
 import optax
 
-from popi_jax import sharding, steps
+from popi_jax import objective, sharding, steps
 from popi_jax.data.batches import OverflowLog
 from popi_jax.errors import UserError
 from popi_jax.model import hub
@@ -142,10 +142,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError, naming the key and the remedy, for values that no run could use."""
     _one_of("config.method", config.method, METHODS)
     _one_of("config.schedule.name", config.schedule.name, SCHEDULES)
-    _one_of("config.objective.loss", config.objective.loss, ("dpo", "ipo"))
-    _one_of("config.objective.advantage", config.objective.advantage, ("rloo", "reinforce", "group_mean", "grpo"))
-    _one_of("config.objective.kl", config.objective.kl, ("exact", "k1_reward", "k3_loss"))
-    _one_of("config.objective.logp_reduction", config.objective.logp_reduction, ("sum", "mean"))
+    _one_of("config.objective.loss", config.objective.loss, tuple(objective.LOSSES))
+    _one_of("config.objective.advantage", config.objective.advantage, objective.ADVANTAGES)
+    _one_of("config.objective.kl", config.objective.kl, objective.KL_ESTIMATORS)
+    _one_of("config.objective.logp_reduction", config.objective.logp_reduction, objective.LOGP_REDUCTIONS)
     _one_of("config.objective.reference_context", config.objective.reference_context, ("prompt", "summary", "signals"))
     _one_of("config.optim.schedule", config.optim.schedule, ("cosine", "constant"))
     _one_of("config.limits.on_overflow", config.limits.on_overflow, ("error", "drop"))

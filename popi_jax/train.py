@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 from popi_jax import checkpoint, evaluate, metrics, report, rollout, runfiles, sharding, steps
 from popi_jax import system as system_lib
@@ -131,14 +130,14 @@ def make_steps(system: System) -> dict[str, Callable]:
 def _loop(system: System, workdir: pathlib.Path, sources: dict[str, Any], references: References) -> steps.TrainState:
     config = system.config
     total = system_lib.total_steps(config)
-    iterator = prepared.training_iterator(sources["train"], config.train.users_per_step, config.data.seed)
+    iterator = prepared.training_iterator(sources["train"], config.train.users_per_step, config.seed)
     restored = restore(system, workdir)
     state, start, wall_s = initial_state(system), 0, 0.0
     if restored is not None:
         state, meta = restored
         start, wall_s = int(state.step), meta["wall_s"]
         iterator.set_state(meta["iterator"])
-        logging.info("going on from the checkpoint of step %d", start)
+        print(f"going on from the checkpoint of step {start}")
     print(metrics.parameter_overview(state.theta))
     if config.objective.reference_context == "prompt":
         references.remember([Item(query, None) for example in sources["train"] for query in example.queries])

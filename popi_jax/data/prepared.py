@@ -1,8 +1,10 @@
 """Data sets by name, prepared as array_record through TFDS (no TensorFlow), read by grain with a resumable state."""
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -110,7 +112,8 @@ def prepare(
         data_dir=folder,
         file_format="array_record",
     )
-    builder.download_and_prepare()
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that it downloads, which it does not.
+        builder.download_and_prepare()
     return {split: ExampleSource(builder.as_data_source(split)) for split in examples}
 
 
@@ -150,7 +153,7 @@ def from_config(config: Any, workdir: str | pathlib.Path) -> dict[str, ExampleSo
     examples = load_examples(config, counts)
     for reason, count in counts.items():
         logging.warning("data: dropped %d %s", count, reason)
-    logging.info("data: %s", ", ".join(f"{len(part)} {split} examples" for split, part in examples.items()))
+    print("data:", ", ".join(f"{len(part)} {split} examples" for split, part in examples.items()))
     data_dir = config.data.prepared_dir or pathlib.Path(workdir) / "data"
     return prepare(config.data.dataset, examples, config.data.to_json(sort_keys=True), data_dir)
 

@@ -1,4 +1,4 @@
-"""The one shape of an example: a user's heterogeneous signals, the queries to answer for them, and where it all came from."""
+"""The one shape of an example: a user's heterogeneous signals, the queries to answer for them, and their provenance."""
 
 import dataclasses
 from typing import Literal

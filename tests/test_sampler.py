@@ -1,0 +1,120 @@
+"""The sampler against the full forward pass and against enumeration."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from popi_jax import sampler, scoring
+from popi_jax.scoring import PrefixBatch
+from tests import tiny
+
+POLICY = tiny.policy(tiny.LORA)
+BASE = tiny.perturbed(POLICY.init_base(jax.random.key(0)), 1, 0.2)
+DELTA = tiny.perturbed(POLICY.init_delta(BASE, jax.random.key(2)), 3)
+STOP, PAD = (3, 11), 0
+
+
+@functools.partial(jax.jit, static_argnames=("branches", "max_tokens", "temperature", "top_p", "stop_ids"))
+def draw(prompt, length, key, branches, max_tokens, temperature=1.0, top_p=1.0, stop_ids=STOP):
+    return sampler.sample(
+        POLICY.bind(BASE, DELTA),
+        prompt,
+        length,
+        key,
+        branches=branches,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        stop_ids=stop_ids,
+        pad_id=PAD,
+    )
+
+
+def prompts(B=3, T=6, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 30, (B, T)).astype(np.int32), rng.integers(1, T + 1, B).astype(np.int32)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probs_are_the_trainers(temperature):
+    prompt, length = prompts()
+    out = draw(prompt, length, jax.random.key(0), 4, 8, temperature)
+    batch = PrefixBatch(prompt, length, out.tokens_BxNxS, out.length_BxN)
+    scores = scoring.score(POLICY.bind(BASE, DELTA), batch, temperature=temperature)
+    np.testing.assert_allclose(out.logp_BxNxS, scores.logp_BxNxR, atol=1e-4)
+
+
+def test_greedy_is_the_argmax_of_the_full_forward():
+    prompt, length = prompts(seed=4)
+    out = draw(prompt, length, jax.random.key(0), 1, 10, 0.0, stop_ids=(999,))
+
+    @jax.jit
+    def best(ids, last):
+        decoder = POLICY.bind(BASE, DELTA)
+        hidden = decoder(ids[None], jnp.arange(16)[None], jnp.zeros((1, 16), jnp.int32))
+        return jnp.argmax(decoder.logits(hidden)[0, last])
+
+    for b in range(len(prompt)):
+        tokens = list(prompt[b, : length[b]])
+        for t in range(10):
+            ids = np.pad(np.array(tokens), (0, 16 - len(tokens)))
+            tokens.append(int(best(ids, len(tokens) - 1)))
+            assert tokens[-1] == out.tokens_BxNxS[b, 0, t]
+    assert not out.finished_BxN.any() and (out.length_BxN == 10).all()
+
+
+def test_frequencies_follow_the_model():
+    prompt, length = prompts(B=1)
+    out = draw(prompt, length, jax.random.key(5), 4000, 1)
+    decoder = POLICY.bind(BASE, DELTA)
+    ids = jnp.asarray(prompt[:, : length[0]])
+    hidden = decoder(ids, jnp.arange(ids.shape[1])[None], jnp.zeros_like(ids))
+    p = np.asarray(jax.nn.softmax(decoder.logits(hidden)[0, -1]))
+    counts = np.bincount(np.asarray(out.tokens_BxNxS).ravel(), minlength=30)
+    chi2 = ((counts - 4000 * p) ** 2 / (4000 * p)).sum()
+    assert chi2 < 29 + 4 * np.sqrt(2 * 29), chi2  # 29 degrees of freedom, 4 standard deviations.
+
+
+def test_stops_at_a_stop_token_and_counts_it():
+    prompt, length = prompts(B=4, seed=1)
+    out = draw(prompt, length, jax.random.key(1), 6, 40)
+    tokens = np.asarray(out.tokens_BxNxS)
+    for b, n in np.ndindex(4, 6):
+        row, count = tokens[b, n], int(out.length_BxN[b, n])
+        stops = np.flatnonzero(np.isin(row[:count], STOP))
+        if out.finished_BxN[b, n]:
+            assert list(stops) == [count - 1]
+            assert (row[count:] == PAD).all() and (out.logp_BxNxS[b, n, count:] == 0).all()
+        else:
+            assert count == 40 and not len(stops)
+    assert out.finished_BxN.any()
+
+
+def test_padding_does_not_matter_and_empty_rows_draw_nothing():
+    prompt, length = prompts(B=2, seed=2)
+    wide = np.pad(prompt, ((0, 1), (0, 5)), constant_values=7)
+    narrow = draw(prompt, length, jax.random.key(3), 2, 6, 0.0)
+    padded = draw(wide, np.append(length, 0).astype(np.int32), jax.random.key(3), 2, 6, 0.0)
+    np.testing.assert_array_equal(narrow.tokens_BxNxS, padded.tokens_BxNxS[:2])
+    assert (padded.length_BxN[2] == 0).all() and (padded.tokens_BxNxS[2] == PAD).all()
+
+
+def test_top_p_keeps_the_smallest_nucleus_and_normalises_it():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    logp = sampler.truncate(logits, temperature=1.0, top_p=0.7)
+    np.testing.assert_allclose(np.exp(logp[0]), [0.625, 0.375, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(np.exp(sampler.truncate(logits, temperature=1.0, top_p=0.5)[0]), [1, 0, 0, 0], atol=1e-6)
+    half = sampler.truncate(logits, temperature=0.5, top_p=1.0)  # Squares the probabilities.
+    np.testing.assert_allclose(np.exp(half[0]), np.array([25, 9, 2.25, 0.25]) / 36.5, atol=1e-6)
+
+
+def test_keys_decide():
+    prompt, length = prompts()
+    one, same = (draw(prompt, length, jax.random.key(8), 3, 6) for _ in range(2))
+    other = draw(prompt, length, jax.random.key(9), 3, 6)
+    np.testing.assert_array_equal(one.tokens_BxNxS, same.tokens_BxNxS)
+    assert (np.asarray(one.tokens_BxNxS) != np.asarray(other.tokens_BxNxS)).any()
+    assert (np.asarray(one.tokens_BxNxS[:, 0]) != np.asarray(one.tokens_BxNxS[:, 1])).any()

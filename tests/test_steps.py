@@ -1,0 +1,167 @@
+"""The train steps: rewards, accumulation, purity, one trace; sharded equals one device."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from popi_jax import sharding, steps
+from popi_jax.steps import GeneratorBatch, InferenceBatch, Settings
+from tests import tiny
+
+U, K, M = 4, 3, 2
+
+
+def settings(lora=None, **changes) -> Settings:
+    policy = tiny.policy(lora)
+    fields = {
+        "policy": policy,
+        "tx_phi": optax.sgd(0.1),
+        "tx_theta": optax.sgd(0.1),
+        "loss": "dpo",
+        "beta": 0.1,
+        "logp_reduction": "sum",
+        "advantage": "rloo",
+        "baseline_decay": 0.9,
+        "kl": "exact",
+        "kl_coef": 0.1,
+        "temperature": 1.0,
+        "accumulation": 1,
+    }
+    return Settings(**(fields | changes))
+
+
+def world(config: Settings, seed=0, users=U):
+    """A base, a state away from it, and a batch of users with all kinds of lengths."""
+    rng = np.random.default_rng(seed)
+    base = config.policy.init_base(jax.random.key(0))
+    state = steps.init_state(jax.random.key(1), base, config)
+    state = dataclasses.replace(state, phi=tiny.perturbed(state.phi, 2, 0.1), theta=tiny.perturbed(state.theta, 3, 0.1))
+    inference = InferenceBatch(tiny.rows(rng, users, K, 6, 4), rng.normal(-2, 1, (users, K, 4)).astype(np.float32))
+    ref = rng.normal(-9, 1, (users * K * M, 2)).astype(np.float32)
+    return base, state, (inference, GeneratorBatch(tiny.rows(rng, users * K * M, 2, 5, 4), ref))
+
+
+def jitted(fn, config):
+    return jax.jit(functools.partial(fn, settings=config))
+
+
+def assert_close(a, b, rtol=1e-5, atol=1e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+@pytest.mark.parametrize("fn", [steps.joint_step, steps.inference_step])
+def test_micro_batches_equal_one_batch(fn):
+    one, four = settings(tiny.LORA), settings(tiny.LORA, accumulation=4)
+    base, state, batch = world(one)
+    batch[1].rows.prefix_length_B[:5] = 0  # Unequal counts: a mean of means would differ.
+    batch[0].rows.prefix_length_B[3] = 0
+    state_1, metrics_1 = jitted(fn, one)(state, base, batch)
+    state_4, metrics_4 = jitted(fn, four)(state, base, batch)
+    assert_close(metrics_1, metrics_4, rtol=1e-4)
+    assert_close((state_1.phi, state_1.theta), (state_4.phi, state_4.theta))
+
+
+def test_what_each_step_moves():
+    config = settings(tiny.LORA)
+    base, state, batch = world(config)
+    moved = {}
+    for name, fn, rows in (
+        ("joint", steps.joint_step, batch),
+        ("inference", steps.inference_step, batch),
+        ("generator", steps.generator_step, batch[1]),
+    ):
+        new, _ = jitted(fn, config)(state, base, rows)
+        gaps = [
+            jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), t, s)
+            for t, s in ((new.phi, state.phi), (new.theta, state.theta))
+        ]
+        moved[name] = tuple(max(jax.tree.leaves(gap)) > 0 for gap in gaps)
+        assert int(new.step) == 1
+    assert moved == {"joint": (True, True), "inference": (True, False), "generator": (False, True)}
+
+
+def test_joint_is_both_steps_from_one_batch():
+    config = settings(tiny.LORA)
+    base, state, batch = world(config)
+    joint, _ = jitted(steps.joint_step, config)(state, base, batch)
+    inference, _ = jitted(steps.inference_step, config)(state, base, batch)
+    generator, _ = jitted(steps.generator_step, config)(state, base, batch[1])
+    assert_close(joint.phi, inference.phi)
+    assert_close(joint.theta, generator.theta)
+
+
+def test_rewards_by_hand():
+    loss_R = jnp.array([1.0, 3.0, 5.0, 7.0, 2.0, 4.0, 6.0, 8.0])  # (u, k, m), 2 x 2 x 2.
+    valid_R = jnp.array([True, True, True, False, True, True, True, True])
+    np.testing.assert_allclose(steps.summary_rewards(loss_R, valid_R, 2, 2), [[-2.0, -5.0], [-3.0, -7.0]])
+
+
+def test_policy_at_its_reference_has_the_loss_of_no_opinion():
+    config = settings(tiny.LORA)
+    base, _, (_, generator) = world(config)
+    state = steps.init_state(jax.random.key(1), base, config)
+    ref = steps.pair_logps(config.policy, base, None, generator.rows, "sum")
+    _, metrics = jitted(steps.generator_step, config)(state, base, dataclasses.replace(generator, ref_logp_Rx2=ref))
+    np.testing.assert_allclose(metrics["loss"], np.log(2) / 0.1, rtol=1e-5)
+    assert metrics["accuracy"] == 0  # A tie is not a success.
+
+
+def test_generator_learns_and_inference_follows_its_reward():
+    config = settings(tiny.LORA, tx_theta=optax.adam(5e-2), kl_coef=0.0)
+    base, state, batch = world(config)
+    step = jitted(steps.generator_step, config)
+    losses = []
+    for _ in range(12):
+        state, metrics = step(state, base, batch[1])
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.2
+
+    rows = batch[0].rows
+    loss_R = np.zeros((U, K, M), np.float32)
+    loss_R[:, 1:] = 5.0  # The first summary of every user is the good one.
+    reward = steps.summary_rewards(jnp.asarray(loss_R.ravel()), jnp.ones(loss_R.size, bool), U, K)
+    grad = jax.jit(jax.grad(lambda phi: steps.inference_loss(phi, base, batch[0], reward, jnp.float32(0), config)[0]))
+    phi = jax.tree.map(lambda p, g: p - 0.02 * g, state.phi, grad(state.phi))
+    before, after = (steps.pair_logps(config.policy, base, p, rows, "sum") for p in (state.phi, phi))
+    gain = np.asarray(after - before)
+    assert (gain[:, 0].mean() > 0) and (gain[:, 1:].mean() < gain[:, 0].mean())
+
+
+def test_trace_once():
+    config = settings(tiny.LORA)
+    base, state, batch = world(config)
+    traces = []
+
+    def counted(state, base, batch):
+        traces.append(1)
+        return steps.joint_step(state, base, batch, settings=config)
+
+    step = jax.jit(counted)
+    for _ in range(3):
+        state, _ = step(state, base, batch)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("lora", [tiny.LORA, None])
+def test_sharded_equals_one_device(sizes, lora):
+    config = settings(lora)
+    base, state, batch = world(config, users=8)
+    alone, metrics = jitted(steps.joint_step, config)(state, base, batch)
+    mesh = sharding.make_mesh(*sizes)
+    policy = config.policy
+    placed_base = jax.device_put(
+        base, sharding.param_shardings(policy.logical_axes_base(), policy.abstract_base(), mesh)
+    )
+    delta = sharding.param_shardings(policy.logical_axes_delta(), policy.abstract_delta(), mesh)
+    placed = dataclasses.replace(state, phi=jax.device_put(state.phi, delta), theta=jax.device_put(state.theta, delta))
+    rows = jax.device_put(batch, sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        sharded, sharded_metrics = jitted(steps.joint_step, config)(placed, placed_base, rows)
+    assert_close(metrics, sharded_metrics, rtol=1e-4, atol=1e-5)
+    assert_close((alone.phi, alone.theta), (sharded.phi, sharded.theta), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,51 @@
+"""A model small enough to test everything with, and rows of random tokens for it."""
+
+import jax
+import numpy as np
+
+from popi_jax.model.config import LoraConfig, ModelConfig
+from popi_jax.model.policy import Policy
+from popi_jax.scoring import PrefixBatch
+
+CONFIG = ModelConfig(
+    vocab_size=30,
+    d_model=16,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=4,
+    d_ff=24,
+    rope_theta=1e4,
+    rope_scaling=None,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+    qkv_bias=False,
+    qk_norm=False,
+    max_length=256,
+    compute_dtype="float32",
+    remat=False,
+)
+LORA = LoraConfig(rank=3, alpha=6.0, targets=("q", "v", "o", "down"))
+
+
+def policy(lora: LoraConfig | None = None) -> Policy:
+    """The tiny model, fine-tuned in full or with adapters."""
+    return Policy(CONFIG, lora)
+
+
+def perturbed(tree, seed: int, scale: float = 0.3):
+    """The tree with noise on every leaf: an adapter whose b is zero would hide mistakes."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noisy = [x + scale * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(treedef, noisy)
+
+
+def rows(rng: np.random.Generator, B: int, N: int, T: int, R: int, least: int = 1) -> PrefixBatch:
+    """B rows of N branches, every length drawn anew; garbage at padding, so that a leak would show."""
+    return PrefixBatch(
+        prefix_BxT=rng.integers(0, CONFIG.vocab_size, (B, T)).astype(np.int32),
+        prefix_length_B=rng.integers(least, T + 1, B).astype(np.int32),
+        branches_BxNxR=rng.integers(0, CONFIG.vocab_size, (B, N, R)).astype(np.int32),
+        branch_length_BxN=rng.integers(1, R + 1, (B, N)).astype(np.int32),
+    )
