@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -218,16 +219,21 @@ def personas_figure(summaries: Sequence[Summary]) -> Figure | None:
     if not summaries:
         return None
     names = sorted({name for s in summaries for name in s.by_persona})
-    value_SxP = np.array([[s.by_persona.get(name, np.nan) for name in names] for s in summaries])
+    value_PxS = np.array([[s.by_persona.get(name, np.nan) for s in summaries] for name in names])
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(10.5, 1.3 + 0.34 * len(summaries)), layout="constrained")
+        figure = Figure(figsize=(10.5, 0.9 + 0.36 * len(names)), layout="constrained")
         axes = figure.subplots()
         shades = matplotlib.colors.LinearSegmentedColormap.from_list("accuracy", ["#ffffff", "#dbe6fd", "#5b85e8"])
-        axes.imshow(value_SxP, cmap=shades, vmin=0.4, vmax=1.0, aspect="auto")
-        for (y, x), value in np.ndenumerate(value_SxP):
+        axes.imshow(value_PxS, cmap=shades, vmin=0.4, vmax=1.0, aspect="auto")
+        for (y, x), value in np.ndenumerate(value_PxS):
             axes.text(x, y, "" if np.isnan(value) else f"{value:.0%}", ha="center", va="center", fontsize=9)
-        axes.set_xticks(range(len(names)), [_shortened(name, max(12, 110 // len(names))) for name in names], color=INK)
-        axes.set_yticks(range(len(summaries)), [s.label for s in summaries], color=INK)
+        axes.set_xticks(
+            range(len(summaries)), [s.label.replace(" ", "\n", 1) for s in summaries], color=INK, fontsize=9
+        )
+        axes.set_yticks(
+            range(len(names)), [textwrap.shorten(name, 90, placeholder="…") for name in names], fontsize=8.5
+        )
+        axes.tick_params(axis="y", labelcolor=INK)
         axes.xaxis.tick_top()
         for spine in axes.spines.values():
             spine.set_visible(False)
@@ -280,7 +286,3 @@ def moving_mean(values: np.ndarray) -> np.ndarray:
         total, weight = decay * total + (1 - decay) * float(value), decay * weight + (1 - decay)
         out.append(total / weight)
     return np.array(out)
-
-
-def _shortened(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
