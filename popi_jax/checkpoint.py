@@ -41,7 +41,7 @@ class Restored:
 
 def steps(folder: epath.PathLike) -> list[int]:
     """The steps that `folder` holds a finished checkpoint of, ascending; [] where there is no folder."""
-    path = epath.Path(folder)
+    path = epath.Path(folder).resolve()
     return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.exists() else []
 
 
@@ -59,7 +59,7 @@ class Writer:
         if keep < 1:
             raise UserError(f"config.train.checkpoints_kept is {keep}: at least 1 must be kept")
         self._checkpointer = v1.training.Checkpointer(
-            epath.Path(folder),
+            epath.Path(folder).resolve(),  # Orbax refuses relative paths.
             preservation_policy=v1.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
@@ -118,7 +118,7 @@ def restore(
     Raises:
         UserError: the checkpoint is of another model or config (names what differs), is missing, or none is whole.
     """
-    path = epath.Path(folder)
+    path = epath.Path(folder).resolve()
     found = steps(path)
     if step is not None and step not in found:
         raise UserError(f"{folder} holds no checkpoint of step {step}; it has {found or 'none'}")

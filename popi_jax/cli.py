@@ -14,10 +14,15 @@ def run(entry: Callable[[list[str]], None]) -> None:
 
     A run that SIGTERM ended has saved itself and exits with 143, which is what a scheduler expects of it.
     """
-    # Below warnings JAX and TFDS fill the screen with their own affairs; --verbosity=0 shows them.
-    flags.FLAGS.set_default("verbosity", logging.WARNING)
+
+    def quietly(argv: list[str]) -> None:
+        # At absl's default, info, Orbax and TFDS fill the screen with their own affairs; --verbosity=0 shows them.
+        if flags.FLAGS["verbosity"].using_default_value:
+            logging.set_verbosity(logging.WARNING)
+        entry(argv)
+
     try:
-        app.run(entry, flags_parser=_parse_flags)
+        app.run(quietly, flags_parser=_parse_flags)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
