@@ -221,18 +221,15 @@ def personas_figure(summaries: Sequence[Summary]) -> Figure | None:
     names = sorted({name for s in summaries for name in s.by_persona})
     value_PxS = np.array([[s.by_persona.get(name, np.nan) for s in summaries] for name in names])
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(10.5, 0.9 + 0.36 * len(names)), layout="constrained")
+        figure = Figure(figsize=(10.5, 0.9 + 0.42 * len(names)), layout="constrained")
         axes = figure.subplots()
         shades = matplotlib.colors.LinearSegmentedColormap.from_list("accuracy", ["#ffffff", "#dbe6fd", "#5b85e8"])
         axes.imshow(value_PxS, cmap=shades, vmin=0.4, vmax=1.0, aspect="auto")
         for (y, x), value in np.ndenumerate(value_PxS):
             axes.text(x, y, "" if np.isnan(value) else f"{value:.0%}", ha="center", va="center", fontsize=9)
-        axes.set_xticks(
-            range(len(summaries)), [s.label.replace(" ", "\n", 1) for s in summaries], color=INK, fontsize=9
-        )
-        axes.set_yticks(
-            range(len(names)), [textwrap.shorten(name, 90, placeholder="…") for name in names], fontsize=8.5
-        )
+        axes.set_xticks(range(len(summaries)), [s.label.replace(" ", "\n", 1) for s in summaries], color=INK)
+        wrapped = [textwrap.fill(textwrap.shorten(name, 120, placeholder="…"), 64) for name in names]
+        axes.set_yticks(range(len(names)), wrapped, fontsize=8.5)
         axes.tick_params(axis="y", labelcolor=INK)
         axes.xaxis.tick_top()
         for spine in axes.spines.values():

@@ -158,7 +158,7 @@ def test_personas_are_drawn_where_rows_have_them():
     rows = [row("popi", s, 0.9, accuracy_by_persona={"likes " * 50: 0.8 + s / 10, "b": 1.0}) for s in (0, 1)]
     figure = plots.personas_figure(plots.summarize(rows))
     assert sorted(text.get_text() for text in figure.axes[0].texts) == ["100%", "85%"]
-    assert max(len(label.get_text()) for label in figure.axes[0].get_yticklabels()) <= 90
+    assert max(len(label.get_text()) for label in figure.axes[0].get_yticklabels()) <= 120
 
 
 def test_moving_mean_has_no_start_bias():
