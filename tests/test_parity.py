@@ -70,8 +70,15 @@ def worst_difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
 
 
-def check(checkpoint: hub.Checkpoint, expected: Mapping[str, np.ndarray], tolerance: float) -> dict[str, float]:
-    """Asserts parity with `expected` (see make_fixtures.expected); returns the differences measured."""
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def check(
+    checkpoint: hub.Checkpoint, expected: Mapping[str, np.ndarray], tolerance: float, decode_tolerance: float = 1e-4
+) -> dict[str, float]:
+    """Asserts parity with `expected` (see make_fixtures.expected); returns the greatest differences measured."""
     prompts = split_rows(expected["prompts"], expected["length_B"])
     assert len({len(prompt) for prompt in prompts}) == 8
     ours = padded_logits(checkpoint, prompts)
@@ -93,8 +100,14 @@ def check(checkpoint: hub.Checkpoint, expected: Mapping[str, np.ndarray], tolera
         logits_LxV[len(prompt) - 1 : -1]
         for logits_LxV, prompt in zip(padded_logits(checkpoint, rows), prompts, strict=True)
     ]
-    measured["decode"] = worst_difference(list(np.asarray(logits_BxRxV)), full)
-    assert measured["decode"] <= 1e-4
+    decoded = list(np.asarray(logits_BxRxV))
+    measured["decode_logits"] = worst_difference(decoded, full)
+    measured["decode_logp"] = max(
+        float(np.abs(log_softmax(a) - log_softmax(b))[np.arange(count), tokens_R].max())
+        for a, b, tokens_R in zip(decoded, full, greedy_BxR, strict=True)
+    )
+    assert measured["decode_logits"] <= decode_tolerance
+    assert measured["decode_logp"] <= 1e-4
     return measured
 
 
@@ -108,7 +121,7 @@ def test_stored_values(family: str):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_live_values(family: str, tmp_path: pathlib.Path):
     pytest.importorskip("torch", reason="live parity needs torch: pip install -e '.[torch]'")
-    import make_fixtures
+    from tests import make_fixtures
 
     make_fixtures.make_family(family, seed=17, folder=tmp_path)
     expected = np.load(tmp_path / "expected.npz")
@@ -120,8 +133,9 @@ def test_live_values(family: str, tmp_path: pathlib.Path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_reads_an_export(family: str, shard_bytes: int, tmp_path: pathlib.Path):
     torch = pytest.importorskip("torch", reason="live parity needs torch: pip install -e '.[torch]'")
-    import make_fixtures
     import transformers
+
+    from tests import make_fixtures
 
     checkpoint = hub.load(FIXTURES / family)
     # Other weights than the import's, so that a copy of the source folder would not pass.
@@ -141,6 +155,11 @@ def test_transformers_reads_an_export(family: str, shard_bytes: int, tmp_path: p
     assert Tokenizer.load(tmp_path).render(messages) == theirs_ids
 
 
+# Rounding of float32: our cached logits, our full logits and transformers' own each lie up to 9e-5 from those that
+# transformers gives in float64 (they reach 45), so two of them may differ by twice that.
+SMOLLM2_DECODE_TOLERANCE = 2e-4
+
+
 def smollm2() -> hub.Checkpoint:
     if not (SMOLLM2 / "model.safetensors").is_file():
         pytest.skip("checkpoints/SmolLM2-135M-Instruct is not there; make smollm2 makes it")
@@ -154,7 +173,7 @@ def test_smollm2_stored_values():
     tokenizer = Tokenizer.load(checkpoint.tokenizer_path)
     question = [{"role": "user", "content": "What is gravity? Answer in one sentence."}]
     assert tokenizer.render(question) == expected["prompts"][: expected["length_B"][0]].tolist()
-    print(check(checkpoint, expected, tolerance=2e-3))
+    print(check(checkpoint, expected, tolerance=2e-3, decode_tolerance=SMOLLM2_DECODE_TOLERANCE))
     answer = tokenizer.decode(expected["greedy_BxR"][0])
     assert answer.startswith("Gravity is a fundamental concept in physics that describes")
 
@@ -163,11 +182,13 @@ def test_smollm2_stored_values():
 @pytest.mark.torch
 def test_smollm2_live_values():
     torch = pytest.importorskip("torch", reason="live parity needs torch: pip install -e '.[torch]'")
-    import make_fixtures
     import transformers
+
+    from tests import make_fixtures
 
     checkpoint = smollm2()
     stored = np.load(FIXTURES / "smollm2_expected.npz")
     prompts = split_rows(stored["prompts"], stored["length_B"])
     model = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).eval()
-    print(check(checkpoint, make_fixtures.expected(model, prompts), tolerance=2e-3))
+    expected = make_fixtures.expected(model, prompts)
+    print(check(checkpoint, expected, tolerance=2e-3, decode_tolerance=SMOLLM2_DECODE_TOLERANCE))
