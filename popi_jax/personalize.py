@@ -43,7 +43,7 @@ def summarize(
 
     A line of the output: {"user", "summary", "summary_tokens", "signal_tokens", "finished"}.
     """
-    examples = users.read_users(input_path, need_queries=False)
+    examples = users.read_users(input_path, require_queries=False)
     system, state = trained(config, workdir, step)
 
     def lines(part: Sequence[Example], batch: int) -> Iterator[dict[str, Any]]:

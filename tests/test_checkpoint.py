@@ -69,6 +69,13 @@ def test_round_trip_is_exact_and_newest_is_read(tmp_path):
     assert checkpoint.restore(tmp_path, abstract(make_state()), step=10).step == 10
 
 
+def test_folder_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(pathlib.Path("runs/a"), [1])
+    assert checkpoint.restore("runs/a", abstract(make_state())).step == 1
+    assert checkpoint.steps("runs/a") == [1]
+
+
 def test_nothing_saved_yet(tmp_path):
     assert checkpoint.restore(tmp_path / "none", abstract(make_state())) is None
     assert checkpoint.steps(tmp_path / "none") == []
