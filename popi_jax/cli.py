@@ -17,7 +17,7 @@ def run(entry: Callable[[list[str]], None]) -> None:
 
     def quietly(argv: list[str]) -> None:
         # At absl's default, info, Orbax and TFDS fill the screen with their own affairs; --verbosity=0 shows them.
-        if flags.FLAGS["verbosity"].using_default_value:
+        if not any(argument.startswith(("--verbosity", "-v")) for argument in sys.argv):
             logging.set_verbosity(logging.WARNING)
         entry(argv)
 

@@ -106,15 +106,27 @@ def prepare(
     folder = pathlib.Path(data_dir)
     if jax.process_count() > 1:
         folder /= f"process_{jax.process_index()}"
-    tfds.disable_progress_bar()
-    builder = PreferenceExamples(
-        config=PreparedConfig(name=f"{source_name}_{digest}", examples=examples),
-        data_dir=folder,
-        file_format="array_record",
-    )
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that it downloads, which it does not.
+    with _quiet_tfds():
+        builder = PreferenceExamples(
+            config=PreparedConfig(name=f"{source_name}_{digest}", examples=examples),
+            data_dir=folder,
+            file_format="array_record",
+        )
         builder.download_and_prepare()
-    return {split: ExampleSource(builder.as_data_source(split)) for split in examples}
+        return {split: ExampleSource(builder.as_data_source(split)) for split in examples}
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """TFDS prints that it downloads, which it does not, and warns of a config that is not listed in the builder."""
+    tfds.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def training_iterator(
