@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from popi_jax import cli, evaluate, report, runfiles, stats, train
+from popi_jax import cli, decomposition, evaluate, report, runfiles, stats, train
 from popi_jax.data import prepared, stylebook_exact
 from popi_jax.errors import UserError
 
@@ -89,6 +89,12 @@ def compare(config: ml_collections.ConfigDict, table: pathlib.Path, rows: Sequen
         if own and population and row["method"] not in ("base", "population"):
             told = evaluate.informativeness(population, own, config.objective.beta, config.eval.bootstrap)
             row |= {"informativeness_nats": told.mean, "informativeness_ci95": [told.low, told.high]}
+            measured = [
+                table / f"{name}_seed{row['seed']}" / "decomposition.npz" for name in ("population", row["method"])
+            ]
+            if all(path.exists() for path in measured):
+                told = decomposition.estimate_information(*map(decomposition.read, measured), config.eval.bootstrap)
+                row |= {"estimated_information_nats": told.mean, "estimated_information_ci95": [told.low, told.high]}
 
 
 def make_table(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from popi_jax import checkpoint, evaluate, metrics, report, rollout, runfiles, sharding, steps
+from popi_jax import checkpoint, decomposition, evaluate, metrics, report, rollout, runfiles, sharding, steps
 from popi_jax import system as system_lib
 from popi_jax.data import prepared
 from popi_jax.data.schema import Example, Query
@@ -65,6 +65,10 @@ def finish(
     started = time.time()
     records = evaluate.evaluate(system, state.phi, theta, test, references, step)
     row = evaluate.result_row(records, config, evaluate.method_name(config))
+    if config.data.dataset == "stylebook" and config.method != "base":
+        measured = decomposition.measure(system, state.phi, theta, test, references, step)
+        decomposition.write(workdir / "decomposition.npz", measured)
+        row |= measured.terms()
     row["evaluate_s"] = time.time() - started
     evaluate.write_records(workdir / "eval_records.jsonl", records)
     samples = evaluate.respond(system, state.phi, theta, test, step)

@@ -1,0 +1,91 @@
+"""What the loss is made of where p* is known (stylebook): approximation error + conditional entropy (POPI section 2).
+
+The population is finite: the first USERS test users, alike probable; each user's z one of their sampled contexts, alike
+probable; and a set of triples t common to all users. On it, every term is exact.
+Shapes: U users, K contexts per user, Z distinct contexts, T triples. o = 1: a triple's `chosen` is preferred.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from popi_jax import evaluate, rollout, stats
+from popi_jax.data import stylebook, stylebook_exact
+from popi_jax.data.schema import Example
+from popi_jax.rollout import Item, References
+from popi_jax.system import System, stream_key
+
+USERS, TRIPLES = 64, 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What one method's generator believes of the common triples.
+
+    Attributes:
+        context_UxK: index of each user's contexts among the Z.
+        model_ZxT: p_theta(o=1 | t, z) = sigmoid(beta h).
+        label_UxT: p*(o=1 | t, s) given each user's signals.
+    """
+
+    context_UxK: np.ndarray
+    model_ZxT: np.ndarray
+    label_UxT: np.ndarray
+
+    def terms(self) -> dict[str, float]:
+        """The exact decomposition, in nats, under the names that results.json has."""
+        channel_UxZ = stylebook_exact.channel_from_ids(self.context_UxK)
+        exact = stylebook_exact.decompose(self.label_UxT, channel_UxZ, self.model_ZxT)
+        return {f"exact_{name}_nats": value for name, value in dataclasses.asdict(exact).items()}
+
+
+def measure(system: System, phi, theta, examples: Sequence[Example], references: References, step: int) -> Measured:
+    """Scores every distinct context of the users with every common triple."""
+    users = list(examples)[:USERS]
+    own = evaluate.contexts(system, phi, users, stream_key(system.config.seed, "evaluate", step))
+    distinct = list(dict.fromkeys(text for texts in own for text in texts))
+    place = {text: i for i, text in enumerate(distinct)}
+    queries = stylebook.common_queries(system.config.data.seed, TRIPLES)
+    items = [Item(query, text) for text in distinct for query in queries]
+    rows = system.config.eval.users_per_batch * system.config.eval.summaries_per_user
+    logps_Px2 = rollout.pair_logps(system, theta, items, rows)
+    asked = [Item(query, None) for query in queries]
+    references.remember(asked)
+    ref_Tx2 = references.lookup(asked)
+    ratio_ZxTx2 = logps_Px2.reshape(len(distinct), len(queries), 2) - ref_Tx2[None]
+    h_ZxT = (ratio_ZxTx2[..., 0] - ratio_ZxTx2[..., 1]).astype(np.float64)
+    return Measured(
+        context_UxK=np.array([[place[text] for text in texts] for texts in own]),
+        model_ZxT=0.5 * (1.0 + np.tanh(0.5 * system.config.objective.beta * h_ZxT)),
+        label_UxT=stylebook_exact.label_probability(users, queries),
+    )
+
+
+def estimate_information(population: Measured, informed: Measured, resamples: int) -> stats.Interval:
+    """I(o; z | t) as it is estimated where p* is not known: from labels alone, one drawn per user and triple.
+
+    The population generator's loss minus the loss with z, in nats, with its interval over users. It equals I(o; z | t)
+    plus the population generator's approximation error minus the informed one's.
+    """
+    label_UxT = np.random.default_rng(0).random(informed.label_UxT.shape) < informed.label_UxT
+
+    def nats(p_UxT: np.ndarray) -> np.ndarray:
+        return -np.log(np.where(label_UxT, p_UxT, 1.0 - p_UxT))
+
+    without_UxT = nats(np.broadcast_to(population.model_ZxT[0], label_UxT.shape))
+    with_UxT = np.mean([nats(informed.model_ZxT[z_U]) for z_U in informed.context_UxK.T], axis=0)
+    users = [user for user, row in enumerate(label_UxT) for _ in row]
+    return stats.paired_bootstrap_difference(without_UxT.ravel(), with_UxT.ravel(), users, resamples, seed=0)
+
+
+def write(path: pathlib.Path, measured: Measured) -> None:
+    """Keeps what was measured beside the run's other files."""
+    np.savez(path, **{field.name: getattr(measured, field.name) for field in dataclasses.fields(measured)})
+
+
+def read(path: pathlib.Path) -> Measured:
+    """Reads what `write` wrote."""
+    with np.load(path, allow_pickle=False) as stored:
+        return Measured(**{name: stored[name] for name in stored.files})

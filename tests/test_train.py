@@ -1,0 +1,167 @@
+"""Runs as a user starts them: killed and resumed, misused, and what they leave. On the embedded world and model."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from configs import quickstart
+from popi_jax import train
+from popi_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = f"--config={ROOT}/configs/quickstart.py:runlocal"
+ENV = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")} | {"JAX_PLATFORMS": "cpu"}
+
+
+def command(workdir, *flags, mode="train", config=CONFIG):
+    return [sys.executable, "-m", "popi_jax.main", config, f"--workdir={workdir}", f"--mode={mode}", *flags]
+
+
+def run(workdir, *flags, mode="train", config=CONFIG):
+    return subprocess.run(
+        command(workdir, *flags, mode=mode, config=config),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=ENV,
+        timeout=600,
+    )
+
+
+def metrics(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith("_s")} for line in lines]
+
+
+def interrupt(workdir, how, flags):
+    """Starts a run and sends it a signal once its second step is written down."""
+    process = subprocess.Popen(
+        command(workdir, *flags), cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    deadline = time.monotonic() + 300
+    path = workdir / "metrics.jsonl"
+    while not (path.exists() and path.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.stdout.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(how)
+    process.communicate(timeout=300)
+    return process.returncode
+
+
+FLAGS = ("--config.schedule.steps=6", "--config.eval.every=4", "--config.eval.users=4")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("run")
+    out = run(workdir, *FLAGS)
+    assert out.returncode == 0, out.stderr
+    return workdir
+
+
+def test_what_a_run_leaves(finished):
+    for name in ("config.json", "environment.json", "metrics.jsonl", "samples.jsonl", "results.json", "report.html"):
+        assert (finished / name).stat().st_size > 0, name
+    results = json.loads((finished / "results.json").read_text())
+    assert results["schema"] == 1 and results["dataset"] == "stylebook"
+    (row,) = results["rows"]
+    assert row["method"] == "popi" and row["n"] == 16 and 0 <= row["accuracy"] <= 1
+    low, high = row["accuracy_ci95"]
+    assert low <= row["accuracy"] <= high
+    lines = metrics(finished)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4, 5, 6]
+    assert "eval_accuracy" in lines[4]
+    assert max(line["sampler_gap_max"] for line in lines if "sampler_gap_max" in line) < 1e-4
+
+
+def test_kill_resumes_bit_for_bit(finished, tmp_path):
+    assert interrupt(tmp_path, signal.SIGKILL, FLAGS) == -signal.SIGKILL
+    again = run(tmp_path, *FLAGS)
+    assert again.returncode == 0, again.stderr
+    assert "going on from the checkpoint of step" in again.stdout
+    assert metrics(tmp_path) == metrics(finished)
+    assert (tmp_path / "eval_records.jsonl").read_text() == (finished / "eval_records.jsonl").read_text()
+
+
+def test_sigterm_saves_and_says_so(finished, tmp_path):
+    assert interrupt(tmp_path, signal.SIGTERM, FLAGS) == 143
+    again = run(tmp_path, *FLAGS)
+    assert again.returncode == 0, again.stderr
+    assert metrics(tmp_path) == metrics(finished)
+
+
+def test_summarize_generate_export(finished, tmp_path):
+    users = [{"user": f"u{i}", "signals": [{"kind": "profile", "text": "She likes short answers."}]} for i in range(3)]
+    (tmp_path / "users.jsonl").write_text("".join(json.dumps(user) + "\n" for user in users))
+    flags = (f"--input={tmp_path / 'users.jsonl'}", f"--output={tmp_path / 'summaries.jsonl'}", *FLAGS)
+    out = run(finished, *flags, mode="summarize")
+    assert out.returncode == 0, out.stderr
+    summaries = [json.loads(line) for line in (tmp_path / "summaries.jsonl").read_text().splitlines()]
+    assert [entry["user"] for entry in summaries] == ["u0", "u1", "u2"]
+    prompts = [{"prompt": "How do I bake bread?", "user": "u1"}, {"prompt": "Why?", "summary": "Likes lists."}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    flags = (f"--input={tmp_path / 'prompts.jsonl'}", f"--output={tmp_path / 'responses.jsonl'}", *FLAGS)
+    out = run(finished, *flags, mode="generate")
+    assert out.returncode == 0, out.stderr
+    responses = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
+    assert responses[0]["summary"] == summaries[1]["summary"] and responses[1]["summary"] == "Likes lists."
+    out = run(finished, f"--output={tmp_path / 'hub'}", *FLAGS, mode="export")
+    assert out.returncode == 0, out.stderr
+    assert (tmp_path / "hub" / "generator" / "model.safetensors").exists()
+
+
+def test_an_unknown_key_is_one_line_and_exit_code_2(tmp_path):
+    out = run(tmp_path, "--config.no_such_key=1")
+    assert out.returncode == 2 and out.stderr.startswith("error:") and "no_such_key" in out.stderr, out.stderr
+    assert len(out.stderr.splitlines()) == 1
+
+
+BAD = [
+    ("limits.summary", 0, "config.limits.summary is 0"),
+    ("limits.prompt", 8, "limits.prompt is 8"),
+    ("limits.prompt", 100000, "exceed the context"),
+    ("model.path", "no/such/folder/here", "no/such/folder/here"),
+    ("data.dataset", "users", "data.path is empty"),
+    ("schedule.name", "sideways", "sideways"),
+    ("sampling.k", 1, "config.sampling.k is 1"),
+    ("sampling.top_p", 0.9, "config.sampling.top_p is 0.9"),
+    ("train.accumulation", 3, "config.train.accumulation is 3"),
+    ("mesh.fsdp", 3, "mesh.fsdp=3"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "shown"), BAD, ids=[f"{key}={value}" for key, value, _ in BAD])
+def test_mistakes_in_the_config_are_named(key, value, shown, tmp_path):
+    config = quickstart.get_config("runlocal")
+    section, name = key.split(".")
+    config[section][name] = value
+    with pytest.raises(UserError) as error:
+        train.train(config, tmp_path)
+    assert shown in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ('{"user": "a", "signals": [], "queries": []}', "signals"),
+        ('{"user": "a", "signals"', "not JSON"),
+    ],
+)
+def test_bad_users_name_file_and_line(line, shown, tmp_path):
+    path = tmp_path / "users.jsonl"
+    path.write_text(line + "\n")
+    out = run(tmp_path / "run", "--config.data.dataset=users", f"--config.data.path={path}")
+    assert out.returncode == 2 and f"{path}:1" in out.stderr and shown in out.stderr, out.stderr
+
+
+def test_checkpoint_of_another_model(finished, tmp_path):
+    out = run(finished, *FLAGS, "--config.lora.rank=4")
+    assert out.returncode == 2 and "config.lora.rank" in out.stderr, out.stderr
