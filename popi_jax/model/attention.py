@@ -11,8 +11,9 @@ import jax.numpy as jnp
 # Finite, so that a row with nothing to attend to gives an average of values, not NaN, and finite gradients.
 _MASKED = -1e30
 
-# Queries go in blocks, each against the keys up to its end: what lies after is neither computed nor stored. On two cores,
-# 2 x 512 tokens, 9 heads: 12 ms forward in blocks of 128, 37 ms in one. At most so many blocks, for the compiler's sake.
+# Queries go in blocks, each against the keys up to its end: what lies after is neither computed nor stored. Forward of
+# 2 x 512 tokens, 9 heads, in ms of CPU time: 12 in blocks of 128, 37 in one. The number of blocks is bounded for the
+# compiler's sake.
 _BLOCK = 128
 _MAX_BLOCKS = 16
 
@@ -34,7 +35,7 @@ def attend(q_BxLxHxDh: jax.Array, k_BxLxKvxDh: jax.Array, v_BxLxKvxDh: jax.Array
     """
     B, L, H, Dh = q_BxLxHxDh.shape
     Kv = k_BxLxKvxDh.shape[2]
-    # Rows in the order of the products: transposing inputs is cheap, transposing scores is what the compiler would do else.
+    # In the order of the products: the compiler would transpose the scores instead, which costs more.
     q_BxKvxGxLxDh = q_BxLxHxDh.reshape(B, L, Kv, H // Kv, Dh).transpose(0, 2, 3, 1, 4)
     k_BxKvxLxDh = k_BxLxKvxDh.transpose(0, 2, 1, 3)
     v_BxKvxLxDh = v_BxLxKvxDh.transpose(0, 2, 1, 3)
