@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from popi_jax import evaluate, rollout, stats
@@ -82,7 +83,8 @@ def estimate_information(population: Measured, informed: Measured, resamples: in
 
 def write(path: pathlib.Path, measured: Measured) -> None:
     """Keeps what was measured beside the run's other files."""
-    np.savez(path, **{field.name: getattr(measured, field.name) for field in dataclasses.fields(measured)})
+    if jax.process_index() == 0:
+        np.savez(path, **{field.name: getattr(measured, field.name) for field in dataclasses.fields(measured)})
 
 
 def read(path: pathlib.Path) -> Measured:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from popi_jax import rollout, stats
+from popi_jax import rollout, runfiles, stats
 from popi_jax.data.schema import Example, Query
 from popi_jax.rollout import Item, References
 from popi_jax.system import System, stream_key
@@ -229,7 +229,7 @@ def respond(system: System, phi, theta, examples: Sequence[Example], step: int) 
 
 def write_records(path: pathlib.Path, records: Sequence[Record]) -> None:
     """Writes records as JSON lines: what paired comparisons between runs read."""
-    path.write_text("".join(json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n" for record in records))
+    runfiles.write_jsonl(path, [dataclasses.asdict(record) for record in records])
 
 
 def read_records(path: pathlib.Path) -> list[Record]:

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -12,6 +13,11 @@ MODES = ("train", "evaluate", "summarize", "generate", "export")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: configs/NAME.py[:arg].", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go; a run found there is gone on with.")
+_DISTRIBUTED = flags.DEFINE_string(
+    "distributed",
+    None,
+    "Several processes: 'auto' where the cluster tells (TPU slices, Slurm), else HOST:PORT,COUNT,INDEX of this one.",
+)
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 _STEP = flags.DEFINE_integer("step", None, "The checkpoint to use; the newest by default.")
 _INPUT = flags.DEFINE_string("input", None, "summarize: users.jsonl. generate: prompts.jsonl.")
@@ -26,6 +32,8 @@ def main(argv: list[str]) -> None:
         if flag.value is None:
             raise UserError(f"--{flag.name} is missing")
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+    if _DISTRIBUTED.value is not None:
+        _join(_DISTRIBUTED.value)
     # Imported late, so that a mistake in the flags is told at once.
     from popi_jax import personalize, train
 
@@ -39,6 +47,18 @@ def main(argv: list[str]) -> None:
         personalize.generate(config, workdir, _path(_INPUT), _path(_OUTPUT), _STEP.value)
     else:
         personalize.export(config, workdir, _path(_OUTPUT), _STEP.value)
+
+
+def _join(cluster: str) -> None:
+    """Joins the other processes; before anything else touches a device."""
+    if cluster == "auto":
+        jax.distributed.initialize()
+        return
+    match cluster.split(","):
+        case [address, count, index] if count.isdigit() and index.isdigit():
+            jax.distributed.initialize(address, num_processes=int(count), process_id=int(index))
+        case _:
+            raise UserError(f"--distributed={cluster}: give auto, or HOST:PORT,COUNT,INDEX such as 10.0.0.1:1234,2,0")
 
 
 def _path(flag: flags.FlagHolder) -> pathlib.Path:

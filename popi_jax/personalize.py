@@ -159,9 +159,7 @@ def _read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
         elif "user" in entry and entry["user"] in summaries:
             summary = summaries[entry["user"]]
         else:
-            raise UserError(
-                f'{path}:{number}: needs "summary", or a "user" of {beside}, which --mode=summarize writes'
-            )
+            raise UserError(f'{path}:{number}: needs "summary", or a "user" of {beside}, which --mode=summarize writes')
         if not isinstance(summary, str) or not summary.strip():
             raise UserError(f'{path}:{number}: field "summary" is empty')
         entries.append({"row": number} | entry | {"summary": summary})

@@ -82,7 +82,7 @@ def draw_text(
         stop_ids=tokenizer.stop_ids,
         pad_id=tokenizer.pad_id,
     )
-    samples = jax.device_get(samples)
+    samples = sharding.to_host(samples)
     texts = [
         [
             tokenizer.decode(samples.tokens_BxNxS[b, n, : samples.length_BxN[b, n]].tolist()).strip()
@@ -219,7 +219,7 @@ def pair_logps(system: System, theta, items: Sequence[Item], rows: int) -> np.nd
         packed = pair_rows(system, [items[i] for i in part], rows)
         reduction = system.config.objective.logp_reduction
         out = _pair_logps(system.base, theta, packed, policy=system.policy, reduction=reduction)
-        logps[part] = jax.device_get(out)[: len(part)]
+        logps[part] = sharding.to_host(out)[: len(part)]
     return logps
 
 
@@ -249,6 +249,8 @@ class References:
             return
         logps = pair_logps(self._system, None, [item for _, item in missing], self._rows)
         self._known.update(zip([key for key, _ in missing], logps, strict=True))
+        if jax.process_index() != 0:
+            return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         scratch = self._path.with_suffix(".tmp.npz")
         np.savez(scratch, keys=np.array(list(self._known)), logps=np.stack(list(self._known.values())))

@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from popi_jax import metrics
 from popi_jax.errors import UserError
 
@@ -30,15 +32,14 @@ def claim(workdir: pathlib.Path, config) -> None:
         if keys:
             shown = ", ".join(f"config.{k} ({before.get(k)!r} there, {now.get(k)!r} now)" for k in keys[:3])
             raise UserError(f"{path}: this workdir holds a run of another config: {shown}; choose another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(new, indent=2) + "\n")
+    write_text(path, json.dumps(new, indent=2) + "\n")
     metrics.write_environment(workdir)
 
 
 def write_results(workdir: pathlib.Path, config, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes results.json, schema 1."""
     results = {"schema": 1, "config": config.name, "dataset": config.data.dataset, "split": "test", "rows": list(rows)}
-    (workdir / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_text(workdir / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
 def finished_row(workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -49,7 +50,17 @@ def finished_row(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 def write_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """One JSON object a line."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all; in a run of several processes the first one writes."""
+    if jax.process_index() != 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

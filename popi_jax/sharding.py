@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from popi_jax.errors import UserError
@@ -163,6 +164,13 @@ def shard_tree(tree: Any, shardings: Any) -> Any:
         shardings = jax.tree.map(lambda _: shardings, tree)
     jax.tree_util.tree_map_with_path(check, tree, shardings)
     return jax.device_put(tree, shardings)
+
+
+def to_host(tree: Any) -> Any:
+    """The whole of every array as numpy, on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:

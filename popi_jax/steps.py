@@ -127,8 +127,8 @@ def inference_loss(
     """The score-function surrogate plus lambda KL, summed over summaries (POPI section 3).
 
     Returns:
-        The sum; and the terms to log: those that are (sum, count), "surrogate" with the loss's own count among them, and
-        those to take a maximum of.
+        The sum; and the terms to log: those that are (sum, count), among them "surrogate" with the loss's own count,
+        and those to take a maximum of.
     """
     policy, rows = settings.policy, batch.rows
     valid_U, mask_UxKxS = rows.prefix_length_B > 0, rows.mask_BxNxR

@@ -74,7 +74,9 @@ def finish(
     samples = evaluate.respond(system, state.phi, theta, test, step)
     runfiles.write_jsonl(workdir / "samples.jsonl", samples)
     runfiles.write_results(workdir, config, [row])
-    report.write(workdir)
+    if jax.process_index() == 0:
+        report.write(workdir)
+        print(f"{system.overflow}\n{workdir / 'report.html'}")
     return row
 
 
@@ -134,7 +136,10 @@ def make_steps(system: System) -> dict[str, Callable]:
 def _loop(system: System, workdir: pathlib.Path, sources: dict[str, Any], references: References) -> steps.TrainState:
     config = system.config
     total = system_lib.total_steps(config)
-    iterator = prepared.training_iterator(sources["train"], config.train.users_per_step, config.seed)
+    # Every process reads the same users: the arrays are global, and each device takes its rows.
+    iterator = prepared.training_iterator(
+        sources["train"], config.train.users_per_step, config.seed, process_index=0, process_count=1
+    )
     restored = restore(system, workdir)
     state, start, wall_s = initial_state(system), 0, 0.0
     if restored is not None:
@@ -240,9 +245,10 @@ class WrittenSummaries:
             )
             fresh = {example.user: texts[0] for example, texts in zip(missing, drawn.texts_UxK, strict=True)}
             self._known.update(fresh)
-            with self._path.open("a") as file:
-                for user, summary in fresh.items():
-                    file.write(json.dumps({"user": user, "summary": summary}, ensure_ascii=False) + "\n")
+            if jax.process_index() == 0:
+                with self._path.open("a") as file:
+                    for user, summary in fresh.items():
+                        file.write(json.dumps({"user": user, "summary": summary}, ensure_ascii=False) + "\n")
         return [[self._known[example.user]] for example in examples]
 
 
@@ -306,4 +312,4 @@ def make_batch(
 
 
 def _tokens(rows) -> float:
-    return float(np.sum(jax.device_get(rows.prefix_length_B)) + np.sum(jax.device_get(rows.branch_length_BxN)))
+    return float(np.sum(sharding.to_host(rows.prefix_length_B)) + np.sum(sharding.to_host(rows.branch_length_BxN)))
