@@ -89,11 +89,10 @@ def compare(config: ml_collections.ConfigDict, table: pathlib.Path, rows: Sequen
         if own and population and row["method"] not in ("base", "population"):
             told = evaluate.informativeness(population, own, config.objective.beta, config.eval.bootstrap)
             row |= {"informativeness_nats": told.mean, "informativeness_ci95": [told.low, told.high]}
-            measured = [
-                table / f"{name}_seed{row['seed']}" / "decomposition.npz" for name in ("population", row["method"])
-            ]
-            if all(path.exists() for path in measured):
-                told = decomposition.estimate_information(*map(decomposition.read, measured), config.eval.bootstrap)
+            places = [table / f"{m}_seed{row['seed']}" / "decomposition.npz" for m in ("population", row["method"])]
+            if all(place.exists() for place in places):
+                blind, informed = (decomposition.read(place) for place in places)
+                told = decomposition.estimate_information(blind, informed, config.eval.bootstrap)
                 row |= {"estimated_information_nats": told.mean, "estimated_information_ci95": [told.low, told.high]}
 
 

@@ -28,10 +28,9 @@ def main(argv: list[str]) -> None:
     """Runs one mode."""
     if len(argv) > 1:
         raise UserError(f"argument {argv[1]!r} is not a flag; write --name=value")
-    for flag in (_CONFIG, _WORKDIR):
-        if flag.value is None:
-            raise UserError(f"--{flag.name} is missing")
-    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+    if _CONFIG.value is None:
+        raise UserError("--config is missing; e.g. --config=configs/quickstart.py")
+    config, workdir = _CONFIG.value, _path(_WORKDIR)
     if _DISTRIBUTED.value is not None:
         _join(_DISTRIBUTED.value)
     # Imported late, so that a mistake in the flags is told at once.

@@ -1,4 +1,4 @@
-"""Preference losses, advantages, KL estimators and informativeness of POPI: arrays in, (sum, count) or elementwise out.
+"""Preference losses, advantages and KL estimators of POPI: arrays in, (sum, count) or elementwise out.
 
 POPI (arXiv 2510.17881), in equations numbered here; s are a user's signals, z a summary, x a prompt, y+ and y- answers:
 
@@ -97,19 +97,6 @@ def preference_nats(h: jax.Array, beta: float) -> jax.Array:
 def preference_accuracy(h: jax.Array) -> jax.Array:
     """1.0 where the chosen answer's implicit reward is strictly the greater, elementwise; a tie is an error."""
     return (h > 0).astype(jnp.float32)
-
-
-def informativeness(nats_without_z_N: jax.Array, nats_with_z_N: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Estimates I(o; z | t), what z tells of the label o given t = (x, y+, y-): (mean, standard error), in nats.
-
-    Both arguments are `preference_nats` of the same examples: from a population generator that never sees z, and with
-    z. E[loss without z] = H(o|t) + its approximation error and E[loss with z] = H(o|t) - I(o; z|t) + its own (POPI
-    section 2), so the estimate is I where both generators are calibrated, too low by the error with z and too high by
-    the error without. The standard error is that of independent examples (NaN for one): where users repeat, take
-    `stats.paired_bootstrap_difference` by user.
-    """
-    gain_N = nats_without_z_N - nats_with_z_N
-    return jnp.mean(gain_N), jnp.std(gain_N, ddof=1) / jnp.sqrt(gain_N.shape[0])
 
 
 # The inference model's objective: the score function.

@@ -121,17 +121,17 @@ def _resumable(
     present = output.read_text().splitlines() if output.exists() else []
     whole = len(present) // size * size if len(present) < len(entries) else len(entries)
     key = "user" if what == "summaries" else "row"
-    for number, (line, entry) in enumerate(zip(present[:whole], entries, strict=False), start=1):
-        if json.loads(line)[key] != name(entry):
+    for number, (line, wanted) in enumerate(zip(present[:whole], entries, strict=False), start=1):
+        if json.loads(line)[key] != name(wanted):
             raise UserError(
-                f"{output}:{number}: {key} is not {name(entry)!r}, as the input has it; choose another --output"
+                f"{output}:{number}: {key} is not {name(wanted)!r}, as the input has it; choose another --output"
             )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("".join(line + "\n" for line in present[:whole]))
     with output.open("a") as file:
         for start in rich.progress.track(range(whole, len(entries), size), description=what):
-            for line in lines(entries[start : start + size], start // size):
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            for entry in lines(entries[start : start + size], start // size):
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             file.flush()
     print(f"{len(entries)} {what} in {output}")
 

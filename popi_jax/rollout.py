@@ -66,7 +66,7 @@ def draw_text(
 ) -> tuple[list[list[str]], sampler.Samples]:
     """Draws `branches` texts after each prompt (at most `rows` of them) with the base model and this adapter."""
     tokenizer = system.tokenizer
-    empty = [[[]]] * len(prefixes)
+    empty: list[list[list[int]]] = [[[]]] * len(prefixes)
     packed = pack(system, prefixes, empty, rows)
     samples = _draw(
         system.base,
@@ -197,7 +197,8 @@ def inference_batch(system: System, drawn: Drawn, rows: int) -> steps.InferenceB
 
 def pair_rows(system: System, items: Sequence[Item | None], rows: int) -> PrefixBatch:
     """Prompts with y+ and y-; a None is a row of padding that keeps its place."""
-    prefixes, branches = [], []
+    prefixes: list[list[int]] = []
+    branches: list[list[list[int]]] = []
     for item in items:
         if item is None:
             prefixes.append([])

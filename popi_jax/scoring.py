@@ -28,6 +28,11 @@ class PrefixBatch:
     branch_length_BxN: Array
 
     @property
+    def valid_B(self) -> jax.Array:
+        """True at the rows that are not padding."""
+        return jnp.asarray(self.prefix_length_B) > 0
+
+    @property
     def mask_BxNxR(self) -> jax.Array:
         """True at the branches' real tokens."""
         return jnp.arange(self.branches_BxNxR.shape[-1])[None, None, :] < self.branch_length_BxN[:, :, None]

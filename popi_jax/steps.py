@@ -41,14 +41,17 @@ class Settings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training changes. phi is q_phi's adapter (or weights), theta is pi_theta's; see Policy.bind."""
+    """All that training changes. phi is q_phi's adapter (or weights), theta is pi_theta's; see Policy.bind.
 
-    step: jax.Array
+    The same tree of shardings or of shapes is a TrainState too, hence the types.
+    """
+
+    step: Any  # int32 scalar: steps taken.
     phi: Params
     theta: Params
     opt_phi: Any
     opt_theta: Any
-    baseline: jax.Array  # The moving average of the rewards; advantage = "reinforce" alone reads it.
+    baseline: Any  # float32 scalar: the moving average of the rewards; advantage = "reinforce" alone reads it.
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +104,7 @@ def generator_loss(
     theta: Params, base: Params, batch: GeneratorBatch, settings: Settings
 ) -> tuple[jax.Array, tuple[jax.Array, Terms]]:
     """Sums l(h_theta(x, z)) over the rows; also returns l of each row and the terms to log as (sum, count)."""
-    valid_R = batch.rows.prefix_length_B > 0
+    valid_R = batch.rows.valid_B
     h_R = pair_margin(settings.policy, base, theta, batch, settings.logp_reduction)
     loss_R = objective.preference_loss(settings.loss)(h_R, settings.beta)
     terms = {
@@ -131,10 +134,11 @@ def inference_loss(
         and those to take a maximum of.
     """
     policy, rows = settings.policy, batch.rows
-    valid_U, mask_UxKxS = rows.prefix_length_B > 0, rows.mask_BxNxR
+    valid_U, mask_UxKxS = rows.valid_B, rows.mask_BxNxR
     scores = scoring.score(
         policy.bind(base, phi), rows, temperature=settings.temperature, reference=policy.bind(base, None)
     )
+    assert scores.ref_logp_BxNxR is not None  # A reference was given.
     out = objective.inference_loss(
         advantage=settings.advantage,
         kl=settings.kl,
@@ -156,7 +160,7 @@ def inference_loss(
         "reward_std": objective.masked_total(spread_UxK, valid_UxK),
         "kl": out.kl,
         "surrogate": out.loss,
-        "summary_tokens": objective.masked_total(rows.branch_length_BxN.astype(jnp.float32), valid_UxK),
+        "summary_tokens": objective.masked_total(jnp.asarray(rows.branch_length_BxN, jnp.float32), valid_UxK),
         "summary_logp": objective.masked_total(jnp.sum(scores.logp_BxNxR, axis=-1), valid_UxK),
         "sampler_gap": objective.masked_total(gap_UxKxS, mask_UxKxS),
     }
@@ -210,7 +214,7 @@ def joint_step(
 
 def _inference_sums(state, base, micro, loss_R, terms, settings):
     users, summaries = micro[0].rows.branch_length_BxN.shape
-    reward_UxK = summary_rewards(loss_R, micro[1].rows.prefix_length_B > 0, users, summaries)
+    reward_UxK = summary_rewards(loss_R, micro[1].rows.valid_B, users, summaries)
     (_, (phi_terms, maxima)), grads = jax.value_and_grad(inference_loss, has_aux=True)(
         state.phi, base, micro[0], jax.lax.stop_gradient(reward_UxK), state.baseline, settings
     )

@@ -41,7 +41,7 @@ def load(config: ml_collections.ConfigDict) -> System:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     jax.set_mesh(mesh)  # The decoder holds its activations to the mesh that is set.
     checkpoint = hub.load(config.model.path, config.model.compute_dtype, config.model.remat)
-    tokenizer_path = config.model.tokenizer if config.model.tokenizer else checkpoint.tokenizer_path
+    tokenizer_path = str(config.model.tokenizer or checkpoint.tokenizer_path)
     tokenizer = Tokenizer.load(tokenizer_path)
     lora = None
     if config.lora.rank:

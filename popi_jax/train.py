@@ -18,7 +18,7 @@ from popi_jax.data.schema import Example, Query
 from popi_jax.rollout import Item, References
 from popi_jax.system import System
 
-STEP_FUNCTIONS = {
+STEP_FUNCTIONS: dict[str, Callable] = {
     "joint": steps.joint_step,
     "inference": steps.inference_step,
     "generator": steps.generator_step,

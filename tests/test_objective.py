@@ -224,32 +224,6 @@ def test_inference_loss_penalises_the_reward_and_reports_it():
     np.testing.assert_allclose(result.kl, (ratio.sum(), 6.0), rtol=1e-5)
 
 
-def test_informativeness_by_hand():
-    mean, error = objective.informativeness(jnp.array([1.0, 2.0, 4.0]), jnp.array([1.0, 1.0, 1.0]))
-    # Gains 0, 1, 3: mean 4/3, variance (16 + 1 + 25) / 9 / 2 = 7/3, error sqrt(7/9).
-    np.testing.assert_allclose([mean, error], [4 / 3, np.sqrt(7 / 9)], rtol=1e-6)
-
-
-def test_informativeness_of_calibrated_generators_is_the_mutual_information():
-    """A summary names one of two tastes, p(o = 1 | z) is 0.9 or 0.2: I = H(0.55) - (H(0.9) + H(0.2)) / 2."""
-    rng = np.random.default_rng(0)
-    z_N = rng.integers(2, size=200_000)
-    p_N = np.where(z_N == 0, 0.9, 0.2)
-    sign_N = np.where(rng.random(len(z_N)) < p_N, 1.0, -1.0)
-    margin_N = np.log(p_N / (1 - p_N)) * sign_N  # beta h of the answer that was preferred, beta = 1.
-    mean, error = objective.informativeness(
-        objective.preference_nats(jnp.asarray(np.log(0.55 / 0.45) * sign_N), 1.0),
-        objective.preference_nats(jnp.asarray(margin_N), 1.0),
-    )
-
-    def entropy(p):
-        return -p * np.log(p) - (1 - p) * np.log(1 - p)
-
-    exact = entropy(0.55) - (entropy(0.9) + entropy(0.2)) / 2
-    assert 0.0 < float(error) < 0.003
-    assert abs(float(mean) - exact) < 3 * float(error)
-
-
 def test_unknown_names_are_refused_with_the_known_ones():
     inputs = batch(1)
     with pytest.raises(ValueError, match="'kto'.*'dpo', 'ipo'"):
