@@ -10,6 +10,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c = base.get_config()
     c.name = "psoups_smollm2"
     c.model.path = "checkpoints/SmolLM2-135M-Instruct"
+    c.model.remat = True
     c.lora.rank = 16
     c.lora.targets = ("q", "v")
     c.data.dataset = "psoups"
