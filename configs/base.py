@@ -73,9 +73,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.schedule = ml_collections.ConfigDict()
     c.schedule.name = "joint"  # joint, alternate, two_phase, inference_only or generator_only.
     c.schedule.steps = 100
-    c.schedule.n_phi = (
-        1  # alternate: inference steps, then n_theta generator steps. two_phase: all phi steps, then theta.
-    )
+    # alternate: n_phi inference steps, then n_theta generator steps, repeated for `steps` in all.
+    # two_phase: n_phi inference steps, then n_theta generator steps; `steps` is not read.
+    c.schedule.n_phi = 1
     c.schedule.n_theta = 1
 
     # What the generator is told of the user: the method that this run trains.

@@ -2,11 +2,18 @@
 
 import ml_collections
 
-from configs import base
+from configs import base, quickstart
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """Returns the config; `runlocal` shrinks it to the embedded world and model: the same steps in under a minute."""
+    """Returns the experiment; `runlocal` makes the same kinds of steps on the embedded world and model in a minute."""
+    if arg == "runlocal":
+        c = quickstart.get_config("runlocal")
+        c.name = "psoups_smollm2"
+        c.model.remat = True
+        c.lora.rank = 4
+        c.lora.targets = ("q", "v")
+        return c
     c = base.get_config()
     c.name = "psoups_smollm2"
     c.model.path = "checkpoints/SmolLM2-135M-Instruct"
