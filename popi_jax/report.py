@@ -218,7 +218,7 @@ def _svg(figure: Figure) -> str:
     """The figure as an svg element: without the prologue and the metadata, which name other places."""
     out = io.StringIO()
     with plots.style():
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(out, format="svg", transparent=True)
     text = out.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # An HTML parser knows both.

@@ -108,6 +108,7 @@ def test_page_shows_what_the_files_say(workdir):
         assert expected in text, expected
     for field in ("persona", "summary", "prompt", "response", "chosen", "rejected", "signals"):
         assert SAMPLE[field] in text, field
+    assert "I(o; z), nats" not in text  # No row has it.
 
 
 def test_plots_are_written_and_not_blank(workdir):
