@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from configs import quickstart
+from configs import psoups_smollm2, quickstart
+from experiments import results_table
 from popi_jax import train
 from popi_jax.errors import UserError
 
@@ -165,3 +166,37 @@ def test_bad_users_name_file_and_line(line, shown, tmp_path):
 def test_checkpoint_of_another_model(finished, tmp_path):
     out = run(finished, *FLAGS, "--config.lora.rank=4")
     assert out.returncode == 2 and "config.lora.rank" in out.stderr, out.stderr
+
+
+def test_two_phases_with_adapters(tmp_path):
+    config = psoups_smollm2.get_config("runlocal")
+    config.schedule.name, config.schedule.n_phi, config.schedule.n_theta = "two_phase", 1, 2
+    config.eval.samples = 1
+    row = train.train(config, tmp_path)
+    assert row["method"] == "popi_two_phase"
+    kinds = [
+        {name for name in ("grad_norm_inference", "grad_norm_generator") if name in line} for line in metrics(tmp_path)
+    ]
+    assert kinds == [{"grad_norm_inference"}, {"grad_norm_generator"}, {"grad_norm_generator"}]
+    written = [json.loads(line) for line in (tmp_path / "written_summaries.jsonl").read_text().splitlines()]
+    assert len({entry["user"] for entry in written}) == len(written) == 8  # Two steps of four users, each drawn once.
+
+
+def test_results_table_and_its_resumption(tmp_path, capsys):
+    config = quickstart.get_config("runlocal")
+    methods = ["base", "population", "popi", "bayes_signals"]
+    results_table.make_table(config, tmp_path, methods, [0])
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = {row["method"]: row for row in results["rows"]}
+    assert list(rows) == methods
+    assert rows["base"]["popi_minus_this"] == pytest.approx(rows["popi"]["accuracy"] - rows["base"]["accuracy"])
+    loss = rows["popi"]["exact_conditional_entropy_nats"] + rows["popi"]["exact_approximation_error_nats"]
+    assert loss == pytest.approx(rows["popi"]["exact_loss_nats"], abs=1e-3)
+    assert rows["bayes_signals"]["accuracy"] > 0.6
+    assert (tmp_path / "report.html").exists() and "POPI" in capsys.readouterr().out.upper()
+    (tmp_path / "popi_seed0" / "results.json").unlink()  # As if it had been killed in its last evaluation.
+    before = (tmp_path / "population_seed0" / "results.json").stat().st_mtime_ns
+    results_table.make_table(config, tmp_path, methods, [0])
+    again = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert (tmp_path / "population_seed0" / "results.json").stat().st_mtime_ns == before
+    assert again[2]["accuracy"] == rows["popi"]["accuracy"]
