@@ -277,7 +277,9 @@ def make_batch(
     config = system.config
     users, started = config.train.users_per_step, time.perf_counter()
     key = system_lib.stream_key(config.seed, "sample", step)
-    signals = [rollout.signals_context(system, example) for example in examples]
+    signals = [""] * len(examples)
+    if config.objective.reference_context == "signals":
+        signals = [rollout.signals_context(system, example) for example in examples]
     counts: dict[str, float] = {}
     drawn = None
     if config.method == "popi" and kind == "generator" and config.schedule.name == "two_phase":

@@ -6,6 +6,7 @@ Templates that ask for the date or for a thinking mode get fixed answers, so tha
 on every day and after every restart.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+_REMEMBERED = 1 << 15  # Texts whose ids are kept, of each kind.
 _MARK = "popi"  # Stands for an assistant's answer when the template is asked what follows one.
 
 
@@ -49,6 +51,9 @@ class Tokenizer:
         """Use load()."""
         self._backend = backend
         self._folder = folder
+        # The same users, prompts and responses come back step after step, and a template is slow to fill in.
+        self._render_once = functools.lru_cache(_REMEMBERED)(self._render_ids)
+        self._encode_once = functools.lru_cache(_REMEMBERED)(self._encode_ids)
         self.vocab_size = len(backend)
         self.end_id = self._find_end_id()
         self.stop_ids = self._find_stop_ids()
@@ -82,17 +87,25 @@ class Tokenizer:
         Raises:
             UserError: the template refuses the messages (e.g. a role that it does not know).
         """
-        text = self._render_text(messages, add_generation_prompt)
-        return self._backend.encode(text, add_special_tokens=False, split_special_tokens=False)
+        turns = tuple((message["role"], message["content"]) for message in messages)
+        return list(self._render_once(turns, add_generation_prompt))
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: nothing is added, and what looks like a special token is taken as its characters."""
-        return self._backend.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return list(self._encode_once(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
         ids = [int(token) for token in ids]
         return str(self._backend.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _render_ids(self, turns: tuple[tuple[str, str], ...], add_generation_prompt: bool) -> tuple[int, ...]:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        text = self._render_text(messages, add_generation_prompt)
+        return tuple(self._backend.encode(text, add_special_tokens=False, split_special_tokens=False))
+
+    def _encode_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._backend.encode(text, add_special_tokens=False, split_special_tokens=True))
 
     def _render_text(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
         try:
