@@ -125,7 +125,7 @@ def profile(rng: np.random.Generator, statements: Mapping[int, int]) -> str:
 
 
 def summary(statements: Mapping[int, int]) -> str:
-    """Writes a summary that names these tastes, e.g. "This reader likes short answers in prose, with examples."."""
+    """Writes a summary naming these tastes: "This reader likes short answers in prose, with examples."."""
     names = {taste: TASTES[taste][1 if value > 0 else 2] for taste, value in statements.items()}
     adjectives = [names[taste] for taste in (0, 1) if taste in names]
     rest = [f"{word} {names[taste]}" for taste, word in SUMMARY_WORDS.items() if taste in names]
