@@ -32,14 +32,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.sampling.k = 4
     c.objective.beta = 1.0  # The base model's own log-odds are near the world's already.
     c.objective.kl_coef = 0.01
-    c.schedule.steps = 150
+    c.schedule.steps = 130
     c.optim.lr_inference = 1e-3
-    c.optim.lr_generator = 5e-4
+    c.optim.lr_generator = 2.5e-4
     c.optim.schedule = "cosine"
     c.optim.warmup_steps = 5
     c.train.users_per_step = 16
     c.train.checkpoint_every = 50
     c.eval.users_per_batch = 64
+    c.eval.summaries_per_user = 2
     c.eval.response_tokens = 32
     if arg == "runlocal":
         c.data.train_users = 16
