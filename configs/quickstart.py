@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.name = "quickstart"
 
     c.data.signals_per_user = 5
-    c.data.train_users = 2400
+    c.data.train_users = 1600
     c.data.test_users = 192
     c.data.queries_per_user = 2
     c.data.test_queries_per_user = 4

@@ -14,6 +14,7 @@ In the last lessons each taste of a note is right only RIGHT of the time. So wha
 little, while correct and fuller summaries are within its reach: what POPI is to find.
 """
 
+import argparse
 import dataclasses
 import functools
 import operator
@@ -27,7 +28,6 @@ import ml_collections
 import numpy as np
 import optax
 import tokenizers
-from absl import app, flags
 from transformers import PreTrainedTokenizerFast
 
 from configs import quickstart
@@ -41,10 +41,6 @@ from popi_jax.model.config import ModelConfig
 from popi_jax.model.decoder import Decoder
 from popi_jax.model.policy import Policy
 from popi_jax.model.tokenizer import Tokenizer
-
-_OUTPUT = flags.DEFINE_string("output", "popi_jax/assets/stylebook", "The hub folder to write.")
-_SCALE = flags.DEFINE_float("scale", 1.0, "Multiplies the number of updates.")
-_SEED = flags.DEFINE_integer("seed", 0, "Draws weights and users.")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -260,7 +256,7 @@ def task_loss(decoder: Decoder, task: str, rows: scoring.PrefixBatch) -> jax.Arr
 
 def pretrain(params: Any, policy: Policy, batches: Iterator[Any], steps: int, peak: float) -> Any:
     """Minimises the tasks' losses, added up; returns the new weights."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, peak, min(20, steps), steps, 0.03 * peak)
+    rate = optax.warmup_cosine_decay_schedule(0.0, peak, min(20, steps // 2), steps, 0.03 * peak)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.01))
 
     def loss(params: Any, batch: dict[str, scoring.PrefixBatch]) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -283,22 +279,26 @@ def pretrain(params: Any, policy: Policy, batches: Iterator[Any], steps: int, pe
     return params
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Trains both and writes the folder."""
-    del argv
+    parser = argparse.ArgumentParser(description="Makes the tiny base model of stylebook.")
+    parser.add_argument("--output", default="popi_jax/assets/stylebook", help="The hub folder to write.")
+    parser.add_argument("--scale", type=float, default=1.0, help="Multiplies the number of updates.")
+    parser.add_argument("--seed", type=int, default=0, help="Draws weights and users.")
+    args = parser.parse_args()
     prompts = quickstart.get_config().prompts
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = train_tokenizer(scratch, corpus(prompts, 3000))
         config = model_config(tokenizer.vocab_size)
         policy = Policy(config)
-        params = policy.init_base(jax.random.key(_SEED.value))
-        for seed, lessons in enumerate(LESSONS, start=1000 + 10 * _SEED.value):
-            steps = max(1, round(lessons.updates * _SCALE.value))
+        params = policy.init_base(jax.random.key(args.seed))
+        for seed, lessons in enumerate(LESSONS, start=1000 + 10 * args.seed):
+            steps = max(2, round(lessons.updates * args.scale))
             teacher = Teacher(tokenizer, prompts, lessons.right)
             params = pretrain(params, policy, batches(teacher, lessons.rows, seed), steps, lessons.rate)
-        hub.save(_OUTPUT.value, config, params, scratch)
-    print(f"wrote {_OUTPUT.value}")
+        hub.save(args.output, config, params, scratch)
+    print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

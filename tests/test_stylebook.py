@@ -4,14 +4,21 @@ import itertools
 import math
 import types
 
+import jax
 import numpy as np
 import pytest
 
-from popi_jax.data import stylebook
+from configs import quickstart
+from experiments import pretrain_stylebook
+from popi_jax import sampler
+from popi_jax.data import stylebook, templates
 from popi_jax.data import stylebook_exact as exact
 from popi_jax.data import stylebook_text as text
 from popi_jax.data.schema import Query, Signal
 from popi_jax.errors import UserError
+from popi_jax.model import hub
+from popi_jax.model.policy import Policy
+from popi_jax.model.tokenizer import Tokenizer
 
 
 def _config(**changes):
@@ -273,3 +280,82 @@ def test_difference_is_chosen_minus_rejected():
     rng = np.random.default_rng(6)
     query = Query("?", text.response(rng, "tea", (1, 1, 1, 1, 1, 1)), text.response(rng, "tea", (1, -1, 1, 1, 1, 1)))
     assert exact.difference(query).tolist() == [0, 1, 0, 0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def base():
+    checkpoint = hub.load("stylebook", "float32", False)
+    return checkpoint, Tokenizer.load(checkpoint.tokenizer_path)
+
+
+def test_shipped_base_is_small_and_its_tokenizer_fits_the_world(base, data):
+    checkpoint, tokenizer = base
+    assert sum(path.stat().st_size for path in hub.STYLEBOOK.iterdir()) < 8e6
+    ratios = []
+    for example in data["test"]:
+        signals = templates.signals_text(example.signals)
+        assert tokenizer.decode(tokenizer.encode(signals)) == signals
+        ratios.append(len(tokenizer.encode(example.persona)) / len(tokenizer.encode(signals)))
+    assert np.mean(ratios) < 1 / 8
+    assert tokenizer.vocab_size <= checkpoint.config.vocab_size
+
+
+def test_untrained_summaries_are_english_but_careless(base):
+    """Each sentence is one that the world could write; it names about half of the tastes, about 70% of them rightly."""
+    checkpoint, tokenizer = base
+    examples = stylebook.load(_config(train_users=1, test_users=48))["test"]
+    prompts = quickstart.get_config().prompts
+    rows = [tokenizer.render(templates.inference_messages(e.signals, prompts.inference_instruction)) for e in examples]
+    length_B = np.array([len(row) for row in rows])
+    prompt_BxT = np.zeros((len(rows), length_B.max()), np.int32)
+    for b, row in enumerate(rows):
+        prompt_BxT[b, : len(row)] = row
+    decoder = Policy(checkpoint.config).bind(checkpoint.params, None)
+    samples = sampler.sample(
+        decoder,
+        prompt_BxT,
+        length_B,
+        jax.random.key(0),
+        branches=2,
+        max_tokens=24,
+        temperature=1.0,
+        top_p=1.0,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+    )
+    named, right, english = [], [], []
+    for b, example in enumerate(examples):
+        taste_6 = exact.truth(example).taste_6
+        for n in range(2):
+            summary = tokenizer.decode(samples.tokens_BxNxS[b, n, : samples.length_BxN[b, n]])
+            statements = text.read_summary(summary)
+            english.append(bool(statements) and text.summary(statements) == summary)
+            named.append(len(statements))
+            right += [value == taste_6[taste] for taste, value in statements.items()]
+    assert np.mean(english) > 0.9
+    assert 2.5 < np.mean(named) < 4.5
+    assert 0.6 < np.mean(right) < 0.8
+
+
+def test_pretraining_sees_training_users_only(base, monkeypatch):
+    splits = []
+    draw = stylebook.draw_example
+
+    def spy(seed, split, index, signals, queries):
+        splits.append(split)
+        return draw(seed, split, index, signals, queries)
+
+    monkeypatch.setattr(stylebook, "draw_example", spy)
+    teacher = pretrain_stylebook.Teacher(base[1], quickstart.get_config().prompts, 1.0)
+    rows = {task: 2 for task in pretrain_stylebook.SHAPES}
+    batch = next(pretrain_stylebook.batches(teacher, rows, seed=0))
+    assert set(splits) == {"train"} and len(splits) >= 12
+    assert all((rows.prefix_length_B > 0).all() and (rows.branch_length_BxN > 0).all() for rows in batch.values())
+    tokenizer, follow = base[1], batch["follow"]
+    fits, other = (
+        text.read_response(tokenizer.decode(ids[:length]))
+        for ids, length in zip(follow.branches_BxNxR[0, :2], follow.branch_length_BxN[0, :2], strict=True)
+    )
+    summary = text.read_summary(tokenizer.decode(follow.prefix_BxT[0, : follow.prefix_length_B[0]]))
+    assert all(fits[taste] == value for taste, value in summary.items())
+    assert 1 <= sum(other[taste] != value for taste, value in summary.items()) <= 3
