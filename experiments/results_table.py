@@ -26,11 +26,6 @@ SCHEDULES = {"popi": "joint", "popi_two_phase": "two_phase", "popi_alternate": "
 TRAINED = ("base", "population", "raw_signals", "zero_shot_summary", "oracle", *SCHEDULES)
 BAYES = ("bayes_signals", "bayes_persona")
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: configs/NAME.py[:arg].", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "The table's folder.")
-_METHODS = flags.DEFINE_list("methods", None, "The methods, by name; config.table.methods by default.")
-_SEEDS = flags.DEFINE_list("seeds", None, "The seeds; config.table.seeds by default.")
-
 
 def method_config(config: ml_collections.ConfigDict, method: str, seed: int) -> ml_collections.ConfigDict:
     """The config of one method's run: everything but what the method is stays as it is."""
@@ -122,14 +117,23 @@ def make_table(
     print(f"\n{table / 'report.html'}")
 
 
+def _define_flags() -> None:
+    # Not at import: popi_jax.main has flags of the same names.
+    config_flags.DEFINE_config_file("config", None, "The experiment: configs/NAME.py[:arg].", lock_config=True)
+    flags.DEFINE_string("workdir", None, "The table's folder.")
+    flags.DEFINE_list("methods", None, "The methods, by name; config.table.methods by default.")
+    flags.DEFINE_list("seeds", None, "The seeds; config.table.seeds by default.")
+
+
 def _main(argv: list[str]) -> None:
-    if _CONFIG.value is None or _WORKDIR.value is None:
+    values = flags.FLAGS
+    if values.config is None or values.workdir is None:
         raise UserError("--config and --workdir are both needed")
-    config = _CONFIG.value
-    methods = _METHODS.value or list(config.table.methods)
-    seeds = [int(seed) for seed in _SEEDS.value] if _SEEDS.value else list(config.table.seeds)
-    make_table(config, pathlib.Path(_WORKDIR.value), methods, seeds)
+    methods = values.methods or list(values.config.table.methods)
+    seeds = [int(seed) for seed in values.seeds] if values.seeds else list(values.config.table.seeds)
+    make_table(values.config, pathlib.Path(values.workdir), methods, seeds)
 
 
 if __name__ == "__main__":
+    _define_flags()
     cli.run(_main)
