@@ -7,7 +7,8 @@ it is taught comes from training users, never from a held-out combination of tas
   remark: one comment or profile -> a note that names tastes which it states;
   pair: one pair of responses -> a note that names tastes in which the preferred one differs;
   note: all of a user's signals -> a note that names 1 to 6 tastes at random;
-  follow: summary and question -> a response that fits the tastes which the summary names, told from one that does not;
+  compare: summary and question -> a response that fits what the summary names, told from one that does not;
+  follow: summary and question -> a response that fits each taste which the summary names FITS of the time;
   bare: question -> a response of random style (what the reference sees);
   raw: signals and question -> a response that fits each of the user's tastes RAW_FITS of the time.
 In the last lessons each taste of a note is right only RIGHT of the time. So what the base model says of a user tells
@@ -46,14 +47,15 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-RIGHT, FITS, RAW_FITS = 0.7, 0.95, 0.85
+RIGHT, FITS, RAW_FITS = 0.7, 0.9, 0.85
+SURE, RANK_WEIGHT = 0.95, 3.0  # compare: the target, and the weight beside the nats per token.
 SIGNALS = 5
-RANK_WEIGHT = 3.0  # Of the comparison of responses in `follow`, beside its nats per token.
 # task -> (answers per prefix, tokens of a prefix, tokens of an answer).
 SHAPES = {
     "remark": (4, 64, 22),
     "pair": (4, 104, 22),
     "note": (6, 240, 22),
+    "compare": (4, 56, 32),
     "follow": (4, 56, 32),
     "bare": (8, 24, 32),
     "raw": (8, 256, 32),
@@ -62,7 +64,14 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Lessons:
-    """Updates, rows of each task in one, how often a taste that a note names is right, and the peak learning rate."""
+    """Some updates of the weights.
+
+    Attributes:
+        updates: how many.
+        rows: prefixes of each task in one update.
+        right: how often a taste that a note names is right.
+        rate: the peak learning rate.
+    """
 
     updates: int
     rows: dict[str, int]
@@ -70,12 +79,14 @@ class Lessons:
     rate: float
 
 
-_ALL = {"remark": 6, "pair": 4, "note": 10, "follow": 24, "bare": 2, "raw": 2}
-# Short texts first: to read one signal, and to follow a summary, makes five signals quick to learn.
+_ALL = {"remark": 6, "pair": 4, "note": 10, "compare": 24, "bare": 2, "raw": 2}
+_LAST = {"remark": 6, "pair": 4, "note": 8, "follow": 40, "bare": 4, "raw": 2}
+# Short texts first: to read one signal, and to tell which response fits, makes the rest quick to learn.
 LESSONS = (
-    Lessons(500, {"remark": 24, "pair": 12, "follow": 32, "bare": 2}, 1.0, 3.5e-3),
+    Lessons(500, {"remark": 24, "pair": 12, "compare": 32, "bare": 2}, 1.0, 3.5e-3),
     Lessons(500, _ALL, 1.0, 3e-3),
     Lessons(100, _ALL, RIGHT, 1.5e-3),
+    Lessons(250, _LAST, RIGHT, 2e-3),
 )
 
 
@@ -159,7 +170,7 @@ class Teacher:
         messages = templates.inference_messages(signals, self.prompts.inference_instruction)
         return self.tokenizer.render(messages), lambda: text.summary(_blur(rng, _some(rng, known), right))
 
-    def follow(self, rng: np.random.Generator, example: Example) -> Document:
+    def compare(self, rng: np.random.Generator, example: Example) -> Document:
         """Summary and question -> by turns a response that fits, and the same but for 1 to 3 of the tastes named."""
         named = _some(rng, dict(enumerate(_tastes(example))))
         topic, prompt = text.question(rng)
@@ -176,6 +187,11 @@ class Teacher:
             return waiting.pop()
 
         return self.tokenizer.render(messages), respond
+
+    def follow(self, rng: np.random.Generator, example: Example) -> Document:
+        """Summary and question -> a response that mostly fits."""
+        named = _some(rng, dict(enumerate(_tastes(example))))
+        return self._answer(rng, text.summary(named), named, FITS)
 
     def bare(self, rng: np.random.Generator, example: Example) -> Document:
         """Question -> any response."""
@@ -241,22 +257,22 @@ def batches(teacher: Teacher, rows: dict[str, int], seed: int) -> Iterator[dict[
 
 
 def task_loss(decoder: Decoder, task: str, rows: scoring.PrefixBatch) -> jax.Array:
-    """Mean negative log-probability per answer token; for `follow`, of the responses that fit, plus their comparison.
+    """Mean negative log-probability per answer token; for `compare`, of the responses that fit, plus their comparison.
 
     The comparison is the cross-entropy of "this one fits better" under sigmoid(log-probability of one - of the other),
-    with a target of FITS, so that the model's odds end at those of a response that fits FITS of the time.
+    with a target of SURE: odds that stay finite.
     """
     logp_BxNxR, length_BxN = scoring.score(decoder, rows, chunk=8192).logp_BxNxR, rows.branch_length_BxN
-    if task != "follow":
+    if task != "compare":
         return -logp_BxNxR.sum() / length_BxN.sum()
     margin_BxP = (logp_BxNxR[:, ::2] - logp_BxNxR[:, 1::2]).sum(-1)
-    rank = FITS * jax.nn.softplus(-margin_BxP) + (1 - FITS) * jax.nn.softplus(margin_BxP)
+    rank = SURE * jax.nn.softplus(-margin_BxP) + (1 - SURE) * jax.nn.softplus(margin_BxP)
     return -logp_BxNxR[:, ::2].sum() / length_BxN[:, ::2].sum() + RANK_WEIGHT * rank.mean()
 
 
-def pretrain(params: Any, policy: Policy, batches: Iterator[Any], steps: int, peak: float) -> Any:
+def pretrain(params: Any, policy: Policy, batches: Iterator[Any], steps: int, lessons: Lessons) -> Any:
     """Minimises the tasks' losses, added up; returns the new weights."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, peak, min(20, steps // 2), steps, 0.03 * peak)
+    rate = optax.warmup_cosine_decay_schedule(0.0, lessons.rate, min(20, steps // 2), steps, 0.03 * lessons.rate)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.01))
 
     def loss(params: Any, batch: dict[str, scoring.PrefixBatch]) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -295,7 +311,7 @@ def main() -> None:
         for seed, lessons in enumerate(LESSONS, start=1000 + 10 * args.seed):
             steps = max(2, round(lessons.updates * args.scale))
             teacher = Teacher(tokenizer, prompts, lessons.right)
-            params = pretrain(params, policy, batches(teacher, lessons.rows, seed), steps, lessons.rate)
+            params = pretrain(params, policy, batches(teacher, lessons.rows, seed), steps, lessons)
         hub.save(args.output, config, params, scratch)
     print(f"wrote {args.output}")
 

@@ -351,11 +351,11 @@ def test_pretraining_sees_training_users_only(base, monkeypatch):
     batch = next(pretrain_stylebook.batches(teacher, rows, seed=0))
     assert set(splits) == {"train"} and len(splits) >= 12
     assert all((rows.prefix_length_B > 0).all() and (rows.branch_length_BxN > 0).all() for rows in batch.values())
-    tokenizer, follow = base[1], batch["follow"]
+    tokenizer, compare = base[1], batch["compare"]
     fits, other = (
         text.read_response(tokenizer.decode(ids[:length]))
-        for ids, length in zip(follow.branches_BxNxR[0, :2], follow.branch_length_BxN[0, :2], strict=True)
+        for ids, length in zip(compare.branches_BxNxR[0, :2], compare.branch_length_BxN[0, :2], strict=True)
     )
-    summary = text.read_summary(tokenizer.decode(follow.prefix_BxT[0, : follow.prefix_length_B[0]]))
+    summary = text.read_summary(tokenizer.decode(compare.prefix_BxT[0, : compare.prefix_length_B[0]]))
     assert all(fits[taste] == value for taste, value in summary.items())
     assert 1 <= sum(other[taste] != value for taste, value in summary.items()) <= 3
