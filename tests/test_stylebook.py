@@ -310,19 +310,16 @@ def test_untrained_summaries_are_english_but_careless(base):
     prompt_BxT = np.zeros((len(rows), length_B.max()), np.int32)
     for b, row in enumerate(rows):
         prompt_BxT[b, : len(row)] = row
-    decoder = Policy(checkpoint.config).bind(checkpoint.params, None)
-    samples = sampler.sample(
-        decoder,
-        prompt_BxT,
-        length_B,
-        jax.random.key(0),
-        branches=2,
-        max_tokens=24,
-        temperature=1.0,
-        top_p=1.0,
-        stop_ids=tokenizer.stop_ids,
-        pad_id=tokenizer.pad_id,
-    )
+    policy = Policy(checkpoint.config)
+
+    @jax.jit
+    def draw(prompt_BxT, length_B):
+        options = {"branches": 2, "max_tokens": 24, "temperature": 1.0, "top_p": 1.0}
+        stops = {"stop_ids": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
+        decoder = policy.bind(checkpoint.params, None)
+        return sampler.sample(decoder, prompt_BxT, length_B, jax.random.key(0), **options, **stops)
+
+    samples = jax.device_get(draw(prompt_BxT, length_B))
     named, right, english = [], [], []
     for b, example in enumerate(examples):
         taste_6 = exact.truth(example).taste_6
