@@ -17,6 +17,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c = base.get_config()
     c.name = "psoups_smollm2"
     c.model.path = "checkpoints/SmolLM2-135M-Instruct"
+    c.model.compute_dtype = "bfloat16"
     c.model.remat = True
     c.lora.rank = 16
     c.lora.targets = ("q", "v")
@@ -30,21 +31,22 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.limits.response = 384
     c.limits.on_overflow = "drop"
     c.limits.summary = 24
-    c.limits.buckets = tuple(range(16, 256, 16)) + tuple(range(256, 1025, 64))
+    c.limits.bin = 384
+    c.limits.buckets = (24, 48, 96, 128, 192, 256, 384, 512, 640, 768, 1024)
     c.prompts.inference_instruction = (
         "Judging by the examples, what does this user like in a response: simple or technical words, short or detailed,"
         ' plain or formal? Answer in one short sentence that starts with "This user prefers".'
     )
-    c.sampling.k = 8
+    c.sampling.k = 6
     c.objective.beta = 0.1
-    c.objective.kl_coef = 0.01
-    c.schedule.steps = 48
-    c.optim.lr_inference = 1.5e-3
-    c.optim.lr_generator = 4e-4
+    c.objective.kl_coef = 0.05
+    c.schedule.steps = 64
+    c.optim.lr_inference = 1e-3
+    c.optim.lr_generator = 3e-4
     c.optim.schedule = "constant"
     c.optim.warmup_steps = 3
     c.train.users_per_step = 4
-    c.train.checkpoint_every = 12
+    c.train.checkpoint_every = 16
     c.eval.users_per_batch = 12
     c.eval.summaries_per_user = 2
     return c

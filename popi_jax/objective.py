@@ -44,20 +44,22 @@ def masked_total(values: jax.Array, mask: jax.Array) -> SumCount:
     return jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask, dtype=jnp.float32)
 
 
-def reduce_logp(logp_xR: jax.Array, mask_xR: jax.Array, reduction: str) -> jax.Array:
-    """Reduces token log-probabilities [..., R] over the last axis, in float32.
+def total_logp(logp_xR: jax.Array, mask_xR: jax.Array) -> jax.Array:
+    """Sums the log-probabilities of the tokens that count, [..., R], over the last axis, in float32."""
+    return jnp.sum(jnp.where(mask_xR, logp_xR.astype(jnp.float32), 0.0), axis=-1)
+
+
+def reduce_logp(logp_x: jax.Array, length_x: jax.Array, reduction: str) -> jax.Array:
+    """Makes log pi(y|x) of responses' summed log-probabilities, [...], in nats.
 
     Args:
-        logp_xR: log-probability of each token, in nats.
-        mask_xR: bool, True for the tokens that count: the response with its end token.
+        logp_x: log-probability of each response, summed over its tokens, the end token among them.
+        length_x: how many tokens those are.
         reduction: "sum" is log pi(y|x), as POPI, DPO and IPO define h; "mean" divides by the number of tokens.
     """
     if reduction not in LOGP_REDUCTIONS:
         raise ValueError(f"logp_reduction is {reduction!r}; it must be one of {LOGP_REDUCTIONS}")
-    sum_logp = jnp.sum(jnp.where(mask_xR, logp_xR.astype(jnp.float32), 0.0), axis=-1)
-    if reduction == "sum":
-        return sum_logp
-    return sum_logp / jnp.maximum(jnp.sum(mask_xR, axis=-1, dtype=jnp.float32), 1.0)
+    return logp_x if reduction == "sum" else logp_x / jnp.maximum(length_x, 1)
 
 
 # The generator's objective.
@@ -286,7 +288,7 @@ def inference_loss(
     terms = kl_terms(kl, logp_UxKxS, ref_logp_UxKxS, mask_UxKxS, position_kl_UxKxS, valid_U)
     penalised_UxK = jax.lax.stop_gradient(reward_UxK) - kl_coef * terms.penalty_UxK
     advantage_UxK = advantages(advantage, penalised_UxK, baseline, valid_U)
-    score_sum, count = score_function_loss(reduce_logp(logp_UxKxS, mask_UxKxS, "sum"), advantage_UxK, valid_U)
+    score_sum, count = score_function_loss(total_logp(logp_UxKxS, mask_UxKxS), advantage_UxK, valid_U)
     return InferenceLoss((score_sum + kl_coef * terms.loss[0], count), penalised_UxK, terms.estimate)
 
 

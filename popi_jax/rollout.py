@@ -7,6 +7,7 @@ exactly as a user of the trained pair would do.
 import dataclasses
 import functools
 import hashlib
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -14,12 +15,14 @@ import jax
 import numpy as np
 
 from popi_jax import sampler, sharding, steps
-from popi_jax.data import batches, templates
+from popi_jax.data import batches, packing, templates
 from popi_jax.data.schema import Example, Query
 from popi_jax.errors import UserError
 from popi_jax.model.policy import Policy
-from popi_jax.scoring import PrefixBatch
+from popi_jax.scoring import PackedBatch, PrefixBatch
 from popi_jax.system import System
+
+_BIN_STEP = 4  # A train step's number of bins is a multiple of this.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,15 +170,23 @@ def context_tokens(system: System, context: str | None) -> int:
     return len(system.tokenizer.encode(context)) if context else 0
 
 
+def _shards(system: System) -> int:
+    return system.mesh.shape["data"] * system.mesh.shape["fsdp"]
+
+
+def padded_users(system: System, users: int) -> int:
+    """How many users a batch of `users` has room for: as many on every device."""
+    return packing.round_up(users, _shards(system))
+
+
 def pack(system: System, prefixes, branches, rows: int) -> PrefixBatch:
     """Pads rows to a bucket and lays them over the mesh; the row count is rounded up to the devices that share it."""
-    shards = system.mesh.shape["data"] * system.mesh.shape["fsdp"]
-    packed = batches.pack(
+    packed = packing.pack(
         prefixes,
         branches,
         tuple(system.config.limits.buckets),
         system.tokenizer.pad_id,
-        rows=-(-rows // shards) * shards,
+        rows=padded_users(system, rows),
     )
     return jax.device_put(packed, sharding.batch_sharding(system.mesh))
 
@@ -195,32 +206,72 @@ def inference_batch(system: System, drawn: Drawn, rows: int) -> steps.InferenceB
     return steps.InferenceBatch(packed, jax.device_put(logp_UxKxS, sharding.batch_sharding(system.mesh)))
 
 
-def pair_rows(system: System, items: Sequence[Item | None], rows: int) -> PrefixBatch:
-    """Prompts with y+ and y-; a None is a row of padding that keeps its place."""
-    prefixes: list[list[int]] = []
-    branches: list[list[list[int]]] = []
-    for item in items:
-        if item is None:
-            prefixes.append([])
-            branches.append([[], []])
-            continue
-        prefix, chosen, rejected = encode_item(system, item)
-        prefixes.append(prefix)
-        branches.append([chosen, rejected])
-    return pack(system, prefixes, branches, rows)
+def pair_row(system: System, item: Item | None) -> packing.Row:
+    """A prompt with y+ and y-; None is a row of padding."""
+    if item is None:
+        return packing.Row([], [[], []])
+    prefix, chosen, rejected = encode_item(system, item)
+    return packing.Row(prefix, [chosen, rejected])
+
+
+def bin_length(system: System, rows: Sequence[packing.Row]) -> int:
+    """The length of bins for these rows: limits.bin, or more where one row needs it."""
+    longest = max(row.tokens for row in rows)
+    limit = system.config.limits.bin
+    return limit if longest <= limit else packing.bucket(longest, tuple(system.config.limits.buckets))
+
+
+def place_packed(system: System, packed: PackedBatch) -> PackedBatch:
+    """Spreads the bins over the devices that share the rows; the rows' lengths go to all of them."""
+    spread, everywhere = sharding.batch_sharding(system.mesh), sharding.replicated(system.mesh)
+    lengths = jax.device_put(packed.length_RxN, everywhere)
+    bins = {f.name: getattr(packed, f.name) for f in dataclasses.fields(packed) if f.name != "length_RxN"}
+    return PackedBatch(**jax.device_put(bins, spread), length_RxN=lengths)
+
+
+def pack_pairs(system: System, items: Sequence[Item | None]) -> PackedBatch:
+    """Packs a train step's rows, each micro-batch's by itself."""
+    rows = [pair_row(system, item) for item in items]
+    length, micro = bin_length(system, rows), len(rows) // system.config.train.accumulation
+    parts = [rows[start : start + micro] for start in range(0, len(rows), micro)]
+    bins = [packing.fill_bins([row.tokens for row in part], length) for part in parts]
+    # Rounded up, so that steps have few shapes, and every device has as many bins.
+    n_bins = packing.round_up(max(map(len, bins)), math.lcm(_BIN_STEP, _shards(system)))
+    scored = packing.most_scored(rows, bins, micro)
+    packed = [
+        packing.pack_bins(part, own, n_bins=n_bins, length=length, scored=scored, pad_id=system.tokenizer.pad_id)
+        for part, own in zip(parts, bins, strict=True)
+    ]
+    return place_packed(system, jax.tree.map(lambda *leaves: np.concatenate(leaves), *packed))
 
 
 def pair_logps(system: System, theta, items: Sequence[Item], rows: int) -> np.ndarray:
-    """Log pi(y+|x,z) and log pi(y-|x,z) of every item, [n, 2], in batches of rows of about the same length."""
-    lengths = [sum(len(ids) for ids in encode_item(system, item)) for item in items]
-    order = np.argsort(lengths, kind="stable")
+    """Log pi(y+|x,z) and log pi(y-|x,z) of every item, [n, 2]; about `rows` of them at a time, all in one shape."""
+    encoded = [pair_row(system, item) for item in items]
+    lengths = [row.tokens for row in encoded]
+    length = bin_length(system, encoded)
+    bins = packing.fill_bins(lengths, length)
+    n_bins = packing.round_up(-(-len(bins) * min(rows, len(items)) // len(items)), _shards(system))
+    parts = [bins[start : start + n_bins] for start in range(0, len(bins), n_bins)]
+    members = [[i for own in part for i in own] for part in parts]
+    scored = packing.most_scored(encoded, [bins], len(encoded))
+    most = max(map(len, members))
     logps = np.zeros((len(items), 2), np.float32)
-    for start in range(0, len(items), rows):
-        part = order[start : start + rows]
-        packed = pair_rows(system, [items[i] for i in part], rows)
-        reduction = system.config.objective.logp_reduction
-        out = _pair_logps(system.base, theta, packed, policy=system.policy, reduction=reduction)
-        logps[part] = sharding.to_host(out)[: len(part)]
+    for part, chosen in zip(parts, members, strict=True):
+        place = {item: r for r, item in enumerate(chosen)}
+        own = [[place[item] for item in part_bin] for part_bin in part]
+        some = [encoded[i] for i in chosen] + [packing.Row([], [[], []])] * (most - len(chosen))
+        packed = packing.pack_bins(
+            some, own, n_bins=n_bins, length=length, scored=scored, pad_id=system.tokenizer.pad_id
+        )
+        out = _pair_logps(
+            system.base,
+            theta,
+            place_packed(system, packed),
+            policy=system.policy,
+            reduction=system.config.objective.logp_reduction,
+        )
+        logps[chosen] = sharding.to_host(out)[: len(chosen)]
     return logps
 
 
@@ -283,13 +334,13 @@ def reference_item(system: System, query: Query, context: str | None, signals: s
 
 
 def generator_batch(
-    system: System, items: Sequence[Item | None], signals: Sequence[str], references: References, rows: int
+    system: System, items: Sequence[Item | None], signals: Sequence[str], references: References
 ) -> steps.GeneratorBatch:
-    """Rows for the steps, with their reference log-probabilities."""
-    packed = pair_rows(system, items, rows)
-    ref_logp_Rx2 = np.zeros((packed.prefix_length_B.shape[0], 2), np.float32)
+    """Rows for the steps, with their reference log-probabilities; a None is a row of padding that keeps its place."""
+    ref_logp_Rx2 = np.zeros((len(items), 2), np.float32)
     present = [i for i, item in enumerate(items) if item is not None]
     wanted = [reference_item(system, items[i].query, items[i].context, signals[i]) for i in present]  # type: ignore[union-attr]
     if wanted:
         ref_logp_Rx2[present] = references.lookup(wanted)
-    return steps.GeneratorBatch(packed, jax.device_put(ref_logp_Rx2, sharding.batch_sharding(system.mesh)))
+    placed = jax.device_put(ref_logp_Rx2, sharding.replicated(system.mesh))
+    return steps.GeneratorBatch(pack_pairs(system, items), placed)

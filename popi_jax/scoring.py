@@ -1,9 +1,12 @@
 """Log-probabilities of responses under a prefix that they share: the prefix is read once, the vocabulary in chunks.
 
-A row is one prefix with N branches (y+ and y- under a prompt; K summaries under a user's signals), laid out as
-[prefix | branch 1 | ... | branch N]. A branch sees the prefix and itself, so its log-probabilities and gradients are
-those of the separate sequence prefix + branch.
-Shapes: B rows, T prefix length, N branches, R branch length, L = T + N * R, D model width, V vocabulary.
+A row is one prefix with N branches (y+ and y- under a prompt; K summaries under a user's signals). A branch sees the
+prefix and itself, so its log-probabilities and gradients are those of the separate sequence prefix + branch.
+There are two layouts. A PrefixBatch has a line [prefix | branch 1 | ... | branch N] per row, each part padded: made on
+the device, token by token, for summaries. A PackedBatch has rows of all lengths one after another in bins of one
+length: made on the host, with little padding and nearly always of one shape, for responses, of which the sum is wanted.
+Shapes: B or R rows, T prefix length, N branches, R branch length, L = T + N * R, D model width, V vocabulary; C bins of
+length L with at most Q branch tokens each.
 """
 
 import dataclasses
@@ -12,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from popi_jax.model import attention
 from popi_jax.model.decoder import Decoder
 
 Array = jax.Array | np.ndarray
@@ -37,6 +41,45 @@ class PrefixBatch:
         """True at the branches' real tokens."""
         return jnp.arange(self.branches_BxNxR.shape[-1])[None, None, :] < self.branch_length_BxN[:, :, None]
 
+    @property
+    def token_count(self) -> jax.Array:
+        """How many tokens are not padding."""
+        return jnp.sum(self.prefix_length_B) + jnp.sum(self.branch_length_BxN)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedBatch:
+    """Rows in bins, int32: what data/batches.py makes with `pack_bins`.
+
+    Attributes:
+        tokens_CxL: token ids.
+        positions_CxL: rope positions: each row's start at 0, each branch's where its prefix ended.
+        segments_CxL: see attention.attend.
+        predictor_CxQ: the place in the bin of the token whose hidden state predicts a branch token.
+        target_CxQ: that branch token.
+        branch_CxQ: which branch of which row it belongs to, row * N + branch; R * N where there is none.
+        length_RxN: tokens of each branch. A row of empty branches is padding.
+    """
+
+    tokens_CxL: Array
+    positions_CxL: Array
+    segments_CxL: Array
+    predictor_CxQ: Array
+    target_CxQ: Array
+    branch_CxQ: Array
+    length_RxN: Array
+
+    @property
+    def valid_R(self) -> jax.Array:
+        """True at the rows that are not padding."""
+        return jnp.sum(jnp.asarray(self.length_RxN), axis=1) > 0
+
+    @property
+    def token_count(self) -> jax.Array:
+        """How many tokens are not padding."""
+        return jnp.sum(jnp.asarray(self.segments_CxL) >= 0)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +101,8 @@ def layout(batch: PrefixBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns tokens, rope positions and segments, each [B, L], of the rows (see Decoder for segments)."""
     B, T = batch.prefix_BxT.shape
     _, N, R = batch.branches_BxNxR.shape
+    if N >= attention.ROW:
+        raise ValueError(f"{N} branches in a row; at most {attention.ROW - 1}")
     prefix_index_1xT, branch_index_1x1xR = jnp.arange(T)[None, :], jnp.arange(R)[None, None, :]
     prefix_segment_BxT = jnp.where(prefix_index_1xT < batch.prefix_length_B[:, None], 0, -1)
     branch_segment_BxNxR = jnp.where(batch.mask_BxNxR, 1 + jnp.arange(N)[None, :, None], -1)
@@ -123,6 +168,27 @@ def score(
 
     logp_P, ref_logp_P, kl_P = _in_chunks(both, chunk, hidden_PxD, ref_hidden_PxD, target_P)
     return TokenScores(unflatten(logp_P), unflatten(ref_logp_P), unflatten(kl_P))
+
+
+def score_packed(decoder: Decoder, batch: PackedBatch, *, chunk: int = 1024) -> jax.Array:
+    """Returns the log-probability of every branch under its prefix, summed over its tokens, [R, N], float32, in nats.
+
+    Args:
+        chunk: as for `score`.
+    """
+    read = (jnp.asarray(x) for x in (batch.tokens_CxL, batch.positions_CxL, batch.segments_CxL))
+    hidden_CxLxD = decoder(*read)
+    # Within its own bin, so that bins that lie on different devices need nothing of each other.
+    hidden_CxQxD = jnp.take_along_axis(hidden_CxLxD, jnp.asarray(batch.predictor_CxQ)[:, :, None], axis=1)
+    hidden_PxD = hidden_CxQxD.reshape(-1, hidden_CxQxD.shape[-1])
+
+    def one(hidden_CxD: jax.Array, target_C: jax.Array) -> jax.Array:
+        return _gather(_log_softmax(decoder, hidden_CxD, 1.0), target_C)
+
+    logp_P = _in_chunks(one, chunk, hidden_PxD, jnp.asarray(batch.target_CxQ).reshape(-1))
+    R, N = batch.length_RxN.shape
+    branch_P = jnp.asarray(batch.branch_CxQ).reshape(-1)
+    return jax.ops.segment_sum(logp_P, branch_P, R * N + 1)[:-1].reshape(R, N)
 
 
 def _flatten(hidden_BxNxRxD: jax.Array) -> jax.Array:

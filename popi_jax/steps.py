@@ -14,7 +14,7 @@ import optax
 
 from popi_jax import objective, scoring
 from popi_jax.model.policy import Policy
-from popi_jax.scoring import PrefixBatch
+from popi_jax.scoring import PackedBatch, PrefixBatch
 
 Params = Any
 Terms = dict[str, objective.SumCount]
@@ -66,9 +66,12 @@ class InferenceBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GeneratorBatch:
-    """rows: prompts with y+ and y- (in this order); ref_logp_Rx2 is reduced as Settings.logp_reduction says."""
+    """rows: prompts with y+ and y- (in this order); ref_logp_Rx2 is reduced as Settings.logp_reduction says.
 
-    rows: PrefixBatch
+    With accumulation, each micro-batch has bins and rows of its own: it is the same share of both.
+    """
+
+    rows: PackedBatch
     ref_logp_Rx2: jax.Array
 
 
@@ -89,22 +92,21 @@ def init_state(key: jax.Array, base: Params, settings: Settings) -> TrainState:
 
 def pair_margin(policy: Policy, base: Params, theta: Params | None, batch: GeneratorBatch, reduction: str) -> jax.Array:
     """h_theta(x, z) of every row, [R] (POPI section 2), in nats."""
-    scores = scoring.score(policy.bind(base, theta), batch.rows)
-    logp_Rx2 = objective.reduce_logp(scores.logp_BxNxR, batch.rows.mask_BxNxR, reduction)
+    logp_Rx2 = pair_logps(policy, base, theta, batch.rows, reduction)
     return objective.implicit_reward_margin(logp_Rx2, batch.ref_logp_Rx2)
 
 
-def pair_logps(policy: Policy, base: Params, theta: Params | None, rows: PrefixBatch, reduction: str) -> jax.Array:
-    """Log pi(y|x, z) of every branch, [B, N], reduced over its tokens."""
-    scores = scoring.score(policy.bind(base, theta), rows)
-    return objective.reduce_logp(scores.logp_BxNxR, rows.mask_BxNxR, reduction)
+def pair_logps(policy: Policy, base: Params, theta: Params | None, rows: PackedBatch, reduction: str) -> jax.Array:
+    """Log pi(y|x, z) of every response, [R, N], reduced over its tokens."""
+    logp_RxN = scoring.score_packed(policy.bind(base, theta), rows)
+    return objective.reduce_logp(logp_RxN, jnp.asarray(rows.length_RxN), reduction)
 
 
 def generator_loss(
     theta: Params, base: Params, batch: GeneratorBatch, settings: Settings
 ) -> tuple[jax.Array, tuple[jax.Array, Terms]]:
     """Sums l(h_theta(x, z)) over the rows; also returns l of each row and the terms to log as (sum, count)."""
-    valid_R = batch.rows.valid_B
+    valid_R = batch.rows.valid_R
     h_R = pair_margin(settings.policy, base, theta, batch, settings.logp_reduction)
     loss_R = objective.preference_loss(settings.loss)(h_R, settings.beta)
     terms = {
@@ -214,7 +216,7 @@ def joint_step(
 
 def _inference_sums(state, base, micro, loss_R, terms, settings):
     users, summaries = micro[0].rows.branch_length_BxN.shape
-    reward_UxK = summary_rewards(loss_R, micro[1].rows.valid_B, users, summaries)
+    reward_UxK = summary_rewards(loss_R, micro[1].rows.valid_R, users, summaries)
     (_, (phi_terms, maxima)), grads = jax.value_and_grad(inference_loss, has_aux=True)(
         state.phi, base, micro[0], jax.lax.stop_gradient(reward_UxK), state.baseline, settings
     )

@@ -152,7 +152,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     _one_of("config.limits.on_overflow", config.limits.on_overflow, ("error", "drop"))
     _one_of("config.data.dataset", config.data.dataset, ("stylebook", "psoups", "users"))
     for key in (
-        "limits.signals", "limits.prompt", "limits.response", "limits.summary", "sampling.k", "train.users_per_step",
+        "limits.signals", "limits.prompt", "limits.response", "limits.summary", "limits.bin", "sampling.k",
+        "train.users_per_step",
         "train.accumulation", "train.checkpoint_every", "train.checkpoints_kept", "data.queries_per_user",
         "eval.summaries_per_user", "eval.users_per_batch", "eval.bootstrap", "eval.response_tokens",
         "data.signals_per_user", "data.train_draws", "data.test_draws", "data.test_queries_per_user",

@@ -303,15 +303,13 @@ def make_batch(
         for context in own:
             items += [Item(query, context) for query in queries] + [None] * (M - len(queries))
             row_signals += [signals[place]] * M
-    rows = users * len(contexts[0]) * M
-    generator = rollout.generator_batch(system, items, row_signals, references, rows)
-    tokens = _tokens(generator.rows)
+    # As many users as the inference batch has, and, with accumulation, rows that micro-batches share alike.
+    missing = (rollout.padded_users(system, users) - len(examples)) * len(contexts[0]) * M
+    items, row_signals = items + [None] * missing, row_signals + [""] * missing
+    generator = rollout.generator_batch(system, items, row_signals, references)
+    tokens = float(generator.rows.token_count)
     if kind == "generator":
         return generator, counts | {"tokens": tokens}
     assert drawn is not None  # An inference or joint step is popi's, and draws.
     inference = rollout.inference_batch(system, drawn, users)
-    return (inference, generator), counts | {"tokens": tokens + _tokens(inference.rows)}
-
-
-def _tokens(rows) -> float:
-    return float(np.sum(sharding.to_host(rows.prefix_length_B)) + np.sum(sharding.to_host(rows.branch_length_BxN)))
+    return (inference, generator), counts | {"tokens": tokens + float(inference.rows.token_count)}

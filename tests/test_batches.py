@@ -3,15 +3,11 @@
 import dataclasses
 import types
 
-import jax
-import numpy as np
 import pytest
 
 from popi_jax.data import batches
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError
-
-BUCKETS = (4, 8, 16)
 
 
 class WordTokenizer:
@@ -133,48 +129,3 @@ def test_prompts_and_responses_are_never_cut(on_overflow: str) -> None:
     swapped = Query(query.prompt, query.rejected, query.chosen)
     with pytest.raises(UserError, match=r"query 'why now': rejected takes 3 tokens, limits.response is 2"):
         batches.encode_query(swapped, None, TOKENIZER, "please", limits(response=2, on_overflow=on_overflow))
-
-
-@pytest.mark.parametrize(("length", "expected"), [(0, 4), (4, 4), (5, 8), (16, 16)])
-@pytest.mark.parametrize("buckets", [BUCKETS, BUCKETS[::-1]])
-def test_bucket_is_the_smallest_that_holds(length: int, expected: int, buckets: tuple[int, ...]) -> None:
-    assert batches.bucket(length, buckets) == expected
-
-
-def test_bucket_beyond_the_largest_names_the_limit() -> None:
-    with pytest.raises(UserError, match=r"17 tokens exceed the largest of limits.buckets \(16\)"):
-        batches.bucket(17, BUCKETS)
-
-
-def test_pack_pads_right_to_buckets_and_rows() -> None:
-    batch = batches.pack([[7, 8, 9], [5] * 5], [[[1], [2, 3]], [[4], []]], BUCKETS, pad_id=99, rows=3)
-    _ = 99
-    np.testing.assert_array_equal(
-        batch.prefix_BxT, [[7, 8, 9, _, _, _, _, _], [5, 5, 5, 5, 5, _, _, _], [_] * 8], strict=False
-    )
-    np.testing.assert_array_equal(batch.prefix_length_B, [3, 5, 0])
-    np.testing.assert_array_equal(
-        batch.branches_BxNxR, [[[1, _, _, _], [2, 3, _, _]], [[4, _, _, _], [_] * 4], [[_] * 4, [_] * 4]]
-    )
-    np.testing.assert_array_equal(batch.branch_length_BxN, [[1, 2], [1, 0], [0, 0]])
-    assert {leaf.dtype for leaf in jax.tree.leaves(batch)} == {np.dtype(np.int32)}
-    assert len(jax.tree.leaves(batch)) == 4
-
-
-def test_pack_then_cut_gives_back_what_went_in() -> None:
-    rng = np.random.default_rng(0)
-    prefixes = [rng.integers(1, 50, n).tolist() for n in rng.integers(1, 16, 6)]
-    rows = [[rng.integers(1, 50, n).tolist() for n in rng.integers(0, 9, 3)] for _ in prefixes]
-    batch = batches.pack(prefixes, rows, BUCKETS, pad_id=0)
-    assert [batch.prefix_BxT[b, : batch.prefix_length_B[b]].tolist() for b in range(6)] == prefixes
-    lengths = batch.branch_length_BxN
-    assert [[batch.branches_BxNxR[b, n, : lengths[b, n]].tolist() for n in range(3)] for b in range(6)] == rows
-
-
-def test_pack_refuses_what_does_not_line_up() -> None:
-    with pytest.raises(ValueError, match="2 prefixes do not fit into 1 rows"):
-        batches.pack([[1], [2]], [[[1]], [[1]]], BUCKETS, 0, rows=1)
-    with pytest.raises(ValueError, match=r"rows of \[1, 2\] branches"):
-        batches.pack([[1], [2]], [[[1]], [[1], [2]]], BUCKETS, 0)
-    with pytest.raises(ValueError, match="1 prefixes, 2 rows"):
-        batches.pack([[1]], [[[1]], [[1]]], BUCKETS, 0)

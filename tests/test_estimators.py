@@ -260,10 +260,10 @@ def test_k1_differentiated_in_the_loss_is_no_control_at_all():
 
     def k1_in_the_loss(logits_PxV, picks_K):
         terms = policy_terms(logits_PxV, picks_K)
-        return objective.reduce_logp(terms["logp_UxKxS"] - terms["ref_logp_UxKxS"], terms["mask_UxKxS"], "sum").mean()
+        return objective.total_logp(terms["logp_UxKxS"] - terms["ref_logp_UxKxS"], terms["mask_UxKxS"]).mean()
 
     assert np.linalg.norm(gradient_W(exact_kl)) > 0.1
-    # float32 accumulation in reduce_logp bounds what is left.
+    # float32 accumulation in total_logp bounds what is left.
     np.testing.assert_allclose(expected_gradient_W(k1_in_the_loss, 1), np.zeros(LOGITS_PxV.size), atol=1e-6)
 
 
@@ -354,7 +354,7 @@ def _wrong_sign_of_the_penalty(original):
 def _k1_in_the_loss(original):
     def mutant(name, logp_UxKxS, ref_logp_UxKxS, mask_UxKxS, *args):
         terms = original(name, logp_UxKxS, ref_logp_UxKxS, mask_UxKxS, *args)
-        ratio_UxK = objective.reduce_logp(logp_UxKxS - ref_logp_UxKxS, mask_UxKxS, "sum")
+        ratio_UxK = objective.total_logp(logp_UxKxS - ref_logp_UxKxS, mask_UxKxS)
         return terms._replace(penalty_UxK=0.0 * terms.penalty_UxK, loss=(ratio_UxK.sum(), terms.loss[1]))
 
     return mutant

@@ -48,18 +48,23 @@ def test_accuracy_is_strict():
     np.testing.assert_array_equal(objective.preference_accuracy(jnp.array([-1.0, 0.0, 1e-6])), [0.0, 0.0, 1.0])
 
 
-def test_reduce_logp_sums_or_averages_the_masked_tokens_alone():
+def test_total_logp_sums_the_masked_tokens_alone():
     logp = jnp.array([[-1.0, -2.0, jnp.nan], [-3.0, jnp.inf, jnp.nan], [jnp.nan] * 3])
     mask = jnp.array([[True, True, False], [True, False, False], [False] * 3])
-    np.testing.assert_allclose(objective.reduce_logp(logp, mask, "sum"), [-3.0, -3.0, 0.0])
-    np.testing.assert_allclose(objective.reduce_logp(logp, mask, "mean"), [-1.5, -3.0, 0.0])
-    grad = jax.grad(lambda x: objective.reduce_logp(x, mask, "sum").sum())(logp)
+    np.testing.assert_allclose(objective.total_logp(logp, mask), [-3.0, -3.0, 0.0])
+    grad = jax.grad(lambda x: objective.total_logp(x, mask).sum())(logp)
     np.testing.assert_array_equal(grad, mask.astype(np.float32))
 
 
-def test_reduce_logp_accumulates_in_float32():
+def test_total_logp_accumulates_in_float32():
     logp = jnp.full((257,), -1.0, jnp.bfloat16)  # bfloat16 rounds 257 to 256.
-    assert float(objective.reduce_logp(logp, jnp.ones(257, bool), "sum")) == -257.0
+    assert float(objective.total_logp(logp, jnp.ones(257, bool))) == -257.0
+
+
+def test_reduce_logp_sums_or_averages():
+    logp, length = jnp.array([-3.0, -3.0, 0.0]), jnp.array([2, 1, 0])
+    np.testing.assert_allclose(objective.reduce_logp(logp, length, "sum"), [-3.0, -3.0, 0.0])
+    np.testing.assert_allclose(objective.reduce_logp(logp, length, "mean"), [-1.5, -3.0, 0.0])
 
 
 def test_masked_total_counts_what_it_sums():
@@ -229,7 +234,7 @@ def test_unknown_names_are_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'kto'.*'dpo', 'ipo'"):
         objective.preference_loss("kto")
     with pytest.raises(ValueError, match="'avg'.*'sum', 'mean'"):
-        objective.reduce_logp(jnp.zeros(2), jnp.ones(2, bool), "avg")
+        objective.reduce_logp(jnp.zeros(2), jnp.ones(2), "avg")
     with pytest.raises(ValueError, match="'gae'.*'rloo'"):
         objective.advantages("gae", inputs["reward_UxK"], 0.0)
     with pytest.raises(ValueError, match="'k1'.*'k1_reward'"):

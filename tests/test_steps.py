@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from popi_jax import sharding, steps
+from popi_jax import scoring, sharding, steps
 from popi_jax.steps import GeneratorBatch, InferenceBatch, Settings
 from tests import tiny
 
@@ -35,15 +35,20 @@ def settings(lora=None, **changes) -> Settings:
     return Settings(**(fields | changes))
 
 
-def world(config: Settings, seed=0, users=U):
-    """A base, a state away from it, and a batch of users with all kinds of lengths."""
+def world(config: Settings, seed=0, users=U, empty=False, n_bins=0):
+    """A base, a state away from it, and a batch of users with all kinds of lengths; `empty`: some rows are padding."""
     rng = np.random.default_rng(seed)
     base = config.policy.init_base(jax.random.key(0))
     state = steps.init_state(jax.random.key(1), base, config)
     state = dataclasses.replace(state, phi=tiny.perturbed(state.phi, 2, 0.1), theta=tiny.perturbed(state.theta, 3, 0.1))
     inference = InferenceBatch(tiny.rows(rng, users, K, 6, 4), rng.normal(-2, 1, (users, K, 4)).astype(np.float32))
     ref = rng.normal(-9, 1, (users * K * M, 2)).astype(np.float32)
-    return base, state, (inference, GeneratorBatch(tiny.rows(rng, users * K * M, 2, 5, 4), ref))
+    lines = tiny.rows(rng, users * K * M, 2, 5, 4)
+    if empty:
+        inference.rows.prefix_length_B[3] = 0
+        lines.prefix_length_B[:5] = lines.branch_length_BxN[:5] = 0
+    pairs = tiny.packed(lines, 24, groups=config.accumulation, n_bins=n_bins)
+    return base, state, (inference, GeneratorBatch(pairs, ref))
 
 
 def jitted(fn, config):
@@ -57,11 +62,10 @@ def assert_close(a, b, rtol=1e-5, atol=1e-6):
 @pytest.mark.parametrize("fn", [steps.joint_step, steps.inference_step])
 def test_micro_batches_equal_one_batch(fn):
     one, four = settings(tiny.LORA), settings(tiny.LORA, accumulation=4)
-    base, state, batch = world(one)
-    batch[1].rows.prefix_length_B[:5] = 0  # Unequal counts: a mean of means would differ.
-    batch[0].rows.prefix_length_B[3] = 0
-    state_1, metrics_1 = jitted(fn, one)(state, base, batch)
-    state_4, metrics_4 = jitted(fn, four)(state, base, batch)
+    base, state, batch_1 = world(one, empty=True)  # Unequal counts: a mean of means would differ.
+    _, _, batch_4 = world(four, empty=True)
+    state_1, metrics_1 = jitted(fn, one)(state, base, batch_1)
+    state_4, metrics_4 = jitted(fn, four)(state, base, batch_4)
     assert_close(metrics_1, metrics_4, rtol=1e-4)
     assert_close((state_1.phi, state_1.theta), (state_4.phi, state_4.theta))
 
@@ -127,7 +131,7 @@ def test_generator_learns_and_inference_follows_its_reward():
     reward = steps.summary_rewards(jnp.asarray(loss_R.ravel()), jnp.ones(loss_R.size, bool), U, K)
     grad = jax.jit(jax.grad(lambda phi: steps.inference_loss(phi, base, batch[0], reward, jnp.float32(0), config)[0]))
     phi = jax.tree.map(lambda p, g: p - 0.02 * g, state.phi, grad(state.phi))
-    before, after = (steps.pair_logps(config.policy, base, p, rows, "sum") for p in (state.phi, phi))
+    before, after = (scoring.score(config.policy.bind(base, p), rows).logp_BxNxR.sum(-1) for p in (state.phi, phi))
     gain = np.asarray(after - before)
     assert (gain[:, 0].mean() > 0) and (gain[:, 1:].mean() < gain[:, 0].mean())
 
@@ -151,7 +155,7 @@ def test_trace_once():
 @pytest.mark.parametrize("lora", [tiny.LORA, None])
 def test_sharded_equals_one_device(sizes, lora):
     config = settings(lora)
-    base, state, batch = world(config, users=8)
+    base, state, batch = world(config, users=8, n_bins=32)
     alone, metrics = jitted(steps.joint_step, config)(state, base, batch)
     mesh = sharding.make_mesh(*sizes)
     policy = config.policy
@@ -160,7 +164,7 @@ def test_sharded_equals_one_device(sizes, lora):
     )
     delta = sharding.param_shardings(policy.logical_axes_delta(), policy.abstract_delta(), mesh)
     placed = dataclasses.replace(state, phi=jax.device_put(state.phi, delta), theta=jax.device_put(state.theta, delta))
-    rows = jax.device_put(batch, sharding.batch_sharding(mesh))
+    rows = jax.device_put(batch, sharding.batch_sharding(mesh))  # 48 rows, 8 users: the rows' arrays divide too.
     with jax.set_mesh(mesh):
         sharded, sharded_metrics = jitted(steps.joint_step, config)(placed, placed_base, rows)
     assert_close(metrics, sharded_metrics, rtol=1e-4, atol=1e-5)

@@ -3,9 +3,10 @@
 import jax
 import numpy as np
 
+from popi_jax.data import packing
 from popi_jax.model.config import LoraConfig, ModelConfig
 from popi_jax.model.policy import Policy
-from popi_jax.scoring import PrefixBatch
+from popi_jax.scoring import PackedBatch, PrefixBatch
 
 CONFIG = ModelConfig(
     vocab_size=30,
@@ -49,3 +50,27 @@ def rows(rng: np.random.Generator, B: int, N: int, T: int, R: int, least: int = 
         branches_BxNxR=rng.integers(0, CONFIG.vocab_size, (B, N, R)).astype(np.int32),
         branch_length_BxN=rng.integers(1, R + 1, (B, N)).astype(np.int32),
     )
+
+
+def packed(lines: PrefixBatch, length: int, groups: int = 1, n_bins: int = 0) -> PackedBatch:
+    """The same rows in bins of `length`, each group's by itself in `n_bins`, or as many as the fullest group needs."""
+    rows = [
+        packing.Row(prefix[:at].tolist(), [ids[:n].tolist() for ids, n in zip(branches, lengths, strict=True)])
+        for prefix, at, branches, lengths in zip(
+            lines.prefix_BxT,
+            lines.prefix_length_B,
+            lines.branches_BxNxR,
+            lines.branch_length_BxN,
+            strict=True,
+        )
+    ]
+    size = len(rows) // groups
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    bins = [packing.fill_bins([row.tokens for row in part], length) for part in parts]
+    count = n_bins or max(map(len, bins))
+    scored = packing.most_scored(rows, bins, size)
+    filled = [
+        packing.pack_bins(part, own, n_bins=count, length=length, scored=scored, pad_id=0)
+        for part, own in zip(parts, bins, strict=True)
+    ]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *filled)

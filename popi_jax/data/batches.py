@@ -1,20 +1,16 @@
-"""From examples and contexts to token ids, and from token ids to padded arrays of a few static shapes.
+"""From examples and contexts to token ids.
 
 What exceeds a limit is an error that names it, or, with on_overflow = "drop", costs whole signals, the oldest first; a
 prompt or a response is never cut. Drops are counted in an `OverflowLog` that the caller shows.
-Shapes: B rows, T prefix length, N branches, R branch length.
 """
 
 import bisect
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
-
 from popi_jax.data import templates
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError
-from popi_jax.scoring import PrefixBatch
 
 Ids = list[int]
 
@@ -66,14 +62,6 @@ class OverflowLog:
     def __str__(self) -> str:
         parts = (f"{s} signals of {u} users dropped to fit {name}" for name, (s, u) in self.counts().items())
         return "; ".join(parts) or "no signals dropped"
-
-
-def bucket(length: int, buckets: Sequence[int]) -> int:
-    """Returns the smallest bucket that holds `length` tokens, so that few shapes are ever compiled."""
-    fitting = [size for size in buckets if size >= length]
-    if not fitting:
-        raise UserError(f"{length} tokens exceed the largest of limits.buckets ({max(buckets)}); add a larger one")
-    return min(fitting)
 
 
 def encode_signals(
@@ -183,51 +171,3 @@ def encode_query(
                 f"{where}: {name} takes {len(ids)} tokens, {limit_name} is {limit}; raise it or shorten the text"
             )
     return prefix, chosen, rejected
-
-
-def pack(
-    prefixes: Sequence[Ids],
-    branches: Sequence[Sequence[Ids]],
-    buckets: Sequence[int],
-    pad_id: int,
-    rows: int | None = None,
-) -> PrefixBatch:
-    """Pads prefixes and their branches to the smallest buckets that hold them.
-
-    Args:
-        prefixes: B lists of ids.
-        branches: B lists of N lists of ids.
-        buckets: the lengths to choose T and R from.
-        pad_id: fills what is left; any id does, since lengths tell what is real.
-        rows: pads to this many rows, the added ones of length 0; None: B.
-    """
-    n_branches = {len(row) for row in branches}
-    if len(n_branches) != 1 or len(prefixes) != len(branches):
-        raise ValueError(f"{len(prefixes)} prefixes, {len(branches)} rows of {sorted(n_branches)} branches")
-    prefix_BxT, prefix_length_B = pack_prefixes(prefixes, buckets, pad_id, rows)
-    (N,) = n_branches
-    flat = [ids for row in branches for ids in row]
-    branches_PxR, branch_length_P = pack_prefixes(flat, buckets, pad_id, len(prefix_BxT) * N)
-    B, R = len(prefix_BxT), branches_PxR.shape[-1]
-    return PrefixBatch(
-        prefix_BxT=prefix_BxT,
-        prefix_length_B=prefix_length_B,
-        branches_BxNxR=branches_PxR.reshape(B, N, R),
-        branch_length_BxN=branch_length_P.reshape(B, N),
-    )
-
-
-def pack_prefixes(
-    prefixes: Sequence[Ids], buckets: Sequence[int], pad_id: int, rows: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Right-pads to the smallest bucket that holds the longest: ids [B, T], lengths [B], int32; `rows` as in `pack`."""
-    B = len(prefixes) if rows is None else rows
-    if len(prefixes) > B:
-        raise ValueError(f"{len(prefixes)} prefixes do not fit into {B} rows")
-    length_B = np.zeros(B, np.int32)
-    length_B[: len(prefixes)] = [len(ids) for ids in prefixes]
-    T = bucket(int(length_B.max(initial=0)), buckets)
-    ids_BxT = np.full((B, T), pad_id, np.int32)
-    for row, ids in enumerate(prefixes):
-        ids_BxT[row, : len(ids)] = ids
-    return ids_BxT, length_B

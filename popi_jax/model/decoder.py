@@ -17,6 +17,7 @@ from popi_jax import sharding
 from popi_jax.model import attention
 from popi_jax.model import lora as lora_lib
 from popi_jax.model.config import LoraConfig, ModelConfig
+from popi_jax.model.product import product
 from popi_jax.model.weights import Tree, Weight, fan_in, init_tree, merge_trees
 
 
@@ -119,6 +120,10 @@ class Norm(nnx.Module):
         return (normed * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
 
 
+def _matmul(x_RxI: jax.Array, kernel_IxO: jax.Array) -> jax.Array:
+    return product("ri,io->ro", x_RxI, kernel_IxO.astype(x_RxI.dtype)).astype(x_RxI.dtype)
+
+
 class Linear(nnx.Module):
     """A product over the last `input_dims` axes, with a bias and an adapter where the values have them."""
 
@@ -136,13 +141,12 @@ class Linear(nnx.Module):
         x_RxI = x.reshape(math.prod(rows), -1)
         kernel = self.kernel[...]
         into = x_RxI.shape[1]
-        y_RxO = x_RxI @ kernel.reshape(into, -1).astype(x.dtype)
+        y_RxO = _matmul(x_RxI, kernel.reshape(into, -1))
         if self.bias is not None:
             y_RxO += self.bias[...].reshape(1, -1).astype(x.dtype)
         if self.a is not None and self.b is not None:
-            a_Ixr = self.a[...].reshape(into, -1).astype(x.dtype)
-            b_rxO = self.b[...].reshape(a_Ixr.shape[1], -1).astype(x.dtype)
-            y_RxO += self.lora_scale * ((x_RxI @ a_Ixr) @ b_rxO)
+            a_Ixr = self.a[...].reshape(into, -1)
+            y_RxO += self.lora_scale * _matmul(_matmul(x_RxI, a_Ixr), self.b[...].reshape(a_Ixr.shape[1], -1))
         return y_RxO.reshape(*rows, *kernel.shape[self.input_dims :])
 
 
@@ -188,9 +192,9 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
     """Tokens to hidden states to logits.
 
-    Segments: -1 is padding, 0 the shared prefix, n >= 1 branch n. A token attends to tokens at its own or an earlier
-    index whose segment is 0 or its own, never to padding. Positions are rope positions; every branch restarts where the
-    prefix ended.
+    Segments say which row and branch a token belongs to (see attention.attend). A token attends to tokens at its own or
+    an earlier index of its row's prefix or its own branch, never to padding. Positions are rope positions; every branch
+    restarts where the prefix ended.
     """
 
     def __init__(self, config: ModelConfig, lora: LoraConfig | None, *, rngs: nnx.Rngs):
@@ -277,10 +281,10 @@ class Decoder(nnx.Module):
         with jax.named_scope("logits"):
             hidden_RxD = hidden.reshape(-1, hidden.shape[-1])
             if self.head is None:
-                kernel_DxV = self.embed["embedding"][...].T
+                spec, kernel = "rd,vd->rv", self.embed["embedding"][...]
             else:
-                kernel_DxV = self.head["kernel"][...]
-            logits_RxV = jnp.matmul(hidden_RxD, kernel_DxV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+                spec, kernel = "rd,dv->rv", self.head["kernel"][...]
+            logits_RxV = product(spec, hidden_RxD, kernel.astype(hidden.dtype))
             return logits_RxV.reshape(*hidden.shape[:-1], -1)
 
     def _embed(self, tokens_BxL: jax.Array) -> jax.Array:

@@ -1,0 +1,173 @@
+"""From token ids to padded arrays of a few static shapes: lines of one row each, or bins of many rows.
+
+Shapes: B or R rows, T prefix length, N branches, R branch length; C bins of length L with at most Q branch tokens each.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from popi_jax.errors import UserError
+from popi_jax.model.attention import ROW
+from popi_jax.scoring import PackedBatch, PrefixBatch
+
+Ids = list[int]
+
+
+def bucket(length: int, buckets: Sequence[int]) -> int:
+    """Returns the smallest bucket that holds `length` tokens, so that few shapes are ever compiled."""
+    fitting = [size for size in buckets if size >= length]
+    if not fitting:
+        raise UserError(f"{length} tokens exceed the largest of limits.buckets ({max(buckets)}); add a larger one")
+    return min(fitting)
+
+
+def round_up(count: int, step: int) -> int:
+    """The smallest multiple of step that is at least count, and at least step."""
+    return max(1, -(-count // step)) * step
+
+
+def pack(
+    prefixes: Sequence[Ids],
+    branches: Sequence[Sequence[Ids]],
+    buckets: Sequence[int],
+    pad_id: int,
+    rows: int | None = None,
+) -> PrefixBatch:
+    """Pads prefixes and their branches to the smallest buckets that hold them.
+
+    Args:
+        prefixes: B lists of ids.
+        branches: B lists of N lists of ids.
+        buckets: the lengths to choose T and R from.
+        pad_id: fills what is left; any id does, since lengths tell what is real.
+        rows: pads to this many rows, the added ones of length 0; None: B.
+    """
+    n_branches = {len(row) for row in branches}
+    if len(n_branches) != 1 or len(prefixes) != len(branches):
+        raise ValueError(f"{len(prefixes)} prefixes, {len(branches)} rows of {sorted(n_branches)} branches")
+    prefix_BxT, prefix_length_B = pack_prefixes(prefixes, buckets, pad_id, rows)
+    (N,) = n_branches
+    flat = [ids for row in branches for ids in row]
+    branches_PxR, branch_length_P = pack_prefixes(flat, buckets, pad_id, len(prefix_BxT) * N)
+    B, R = len(prefix_BxT), branches_PxR.shape[-1]
+    return PrefixBatch(
+        prefix_BxT=prefix_BxT,
+        prefix_length_B=prefix_length_B,
+        branches_BxNxR=branches_PxR.reshape(B, N, R),
+        branch_length_BxN=branch_length_P.reshape(B, N),
+    )
+
+
+def pack_prefixes(
+    prefixes: Sequence[Ids], buckets: Sequence[int], pad_id: int, rows: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Right-pads to the smallest bucket that holds the longest: ids [B, T], lengths [B], int32; `rows` as in `pack`."""
+    B = len(prefixes) if rows is None else rows
+    if len(prefixes) > B:
+        raise ValueError(f"{len(prefixes)} prefixes do not fit into {B} rows")
+    length_B = np.zeros(B, np.int32)
+    length_B[: len(prefixes)] = [len(ids) for ids in prefixes]
+    T = bucket(int(length_B.max(initial=0)), buckets)
+    ids_BxT = np.full((B, T), pad_id, np.int32)
+    for row, ids in enumerate(prefixes):
+        ids_BxT[row, : len(ids)] = ids
+    return ids_BxT, length_B
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row to pack: a prefix and its branches, as token ids. Without tokens it is padding that keeps its place."""
+
+    prefix: Ids
+    branches: list[Ids]
+
+    @property
+    def tokens(self) -> int:
+        """The length that the row takes in a bin."""
+        return len(self.prefix) + self.branch_tokens
+
+    @property
+    def branch_tokens(self) -> int:
+        """How many of its tokens are scored."""
+        return sum(map(len, self.branches))
+
+
+def fill_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Puts items into bins, first-fit decreasing: each, the longest first, into the first bin with room for it.
+
+    Args:
+        lengths: of the items; those of length 0 are in no bin.
+        capacity: of a bin; no item is longer.
+
+    Returns:
+        The items of each bin, by index.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[item] == 0:
+            break
+        place = next((i for i, left in enumerate(room) if left >= lengths[item]), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(capacity)
+        bins[place].append(item)
+        room[place] -= lengths[item]
+    return bins
+
+
+def most_scored(rows: Sequence[Row], groups: Sequence[Sequence[Sequence[int]]], size: int) -> int:
+    """The branch tokens of the fullest bin, rounded up to a multiple of 128: few shapes.
+
+    Args:
+        rows: all rows.
+        groups: the bins of each group of `size` rows; their items count from the group's first row.
+        size: rows in a group.
+    """
+    counts = [
+        sum(rows[group * size + item].branch_tokens for item in members)
+        for group, bins in enumerate(groups)
+        for members in bins
+    ]
+    return round_up(max(counts, default=0), 128)
+
+
+def pack_bins(
+    rows: Sequence[Row], bins: Sequence[Sequence[int]], *, n_bins: int, length: int, scored: int, pad_id: int
+) -> PackedBatch:
+    """Lays rows out in bins.
+
+    Args:
+        rows: R rows of N branches each.
+        bins: which rows are in which bin; see `fill_bins`.
+        n_bins: C, at least the number of bins; the added ones are empty.
+        length: L, no less than the tokens of any bin.
+        scored: Q, no less than the branch tokens of any bin.
+        pad_id: fills what is left; any id does.
+    """
+    (N,) = {len(row.branches) for row in rows}
+    tokens_CxL = np.full((n_bins, length), pad_id, np.int32)
+    positions_CxL, segments_CxL = np.zeros((n_bins, length), np.int32), np.full((n_bins, length), -1, np.int32)
+    predictor_CxQ, target_CxQ = np.zeros((n_bins, scored), np.int32), np.full((n_bins, scored), pad_id, np.int32)
+    branch_CxQ = np.full((n_bins, scored), len(rows) * N, np.int32)
+    for c, members in enumerate(bins):
+        start, first = 0, 0
+        for place, r in enumerate(members):
+            prefix, branches = rows[r].prefix, rows[r].branches
+            own = slice(start, start + len(prefix))
+            tokens_CxL[c, own], positions_CxL[c, own] = prefix, np.arange(len(prefix))
+            segments_CxL[c, own] = place * ROW
+            last, start = own.stop - 1, own.stop
+            for n, ids in enumerate(branches):
+                own = slice(start, start + len(ids))
+                tokens_CxL[c, own], positions_CxL[c, own] = ids, len(prefix) + np.arange(len(ids))
+                segments_CxL[c, own] = place * ROW + n + 1
+                asked = slice(first, first + len(ids))
+                # A branch's first token is predicted by its prefix's last, any other by the one before it.
+                predictor_CxQ[c, asked] = [last, *range(start, own.stop - 1)][: len(ids)]
+                target_CxQ[c, asked], branch_CxQ[c, asked] = ids, r * N + n
+                start, first = own.stop, asked.stop
+    length_RxN = np.array([[len(ids) for ids in row.branches] for row in rows], np.int32)
+    return PackedBatch(tokens_CxL, positions_CxL, segments_CxL, predictor_CxQ, target_CxQ, branch_CxQ, length_RxN)

@@ -1,0 +1,103 @@
+"""Padded lines and bins: what goes in comes out, and bins score as separate rows do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from popi_jax import scoring
+from popi_jax.data import packing
+from popi_jax.errors import UserError
+from tests import tiny
+
+BUCKETS = (4, 8, 16)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(0, 4), (4, 4), (5, 8), (16, 16)])
+@pytest.mark.parametrize("buckets", [BUCKETS, BUCKETS[::-1]])
+def test_bucket_is_the_smallest_that_holds(length: int, expected: int, buckets: tuple[int, ...]) -> None:
+    assert packing.bucket(length, buckets) == expected
+
+
+def test_bucket_beyond_the_largest_names_the_limit() -> None:
+    with pytest.raises(UserError, match=r"17 tokens exceed the largest of limits.buckets \(16\)"):
+        packing.bucket(17, BUCKETS)
+
+
+def test_pack_pads_right_to_buckets_and_rows() -> None:
+    batch = packing.pack([[7, 8, 9], [5] * 5], [[[1], [2, 3]], [[4], []]], BUCKETS, pad_id=99, rows=3)
+    _ = 99
+    np.testing.assert_array_equal(
+        batch.prefix_BxT, [[7, 8, 9, _, _, _, _, _], [5, 5, 5, 5, 5, _, _, _], [_] * 8], strict=False
+    )
+    np.testing.assert_array_equal(batch.prefix_length_B, [3, 5, 0])
+    np.testing.assert_array_equal(
+        batch.branches_BxNxR, [[[1, _, _, _], [2, 3, _, _]], [[4, _, _, _], [_] * 4], [[_] * 4, [_] * 4]]
+    )
+    np.testing.assert_array_equal(batch.branch_length_BxN, [[1, 2], [1, 0], [0, 0]])
+    assert {leaf.dtype for leaf in jax.tree.leaves(batch)} == {np.dtype(np.int32)}
+    assert len(jax.tree.leaves(batch)) == 4
+
+
+def test_pack_then_cut_gives_back_what_went_in() -> None:
+    rng = np.random.default_rng(0)
+    prefixes = [rng.integers(1, 50, n).tolist() for n in rng.integers(1, 16, 6)]
+    rows = [[rng.integers(1, 50, n).tolist() for n in rng.integers(0, 9, 3)] for _ in prefixes]
+    batch = packing.pack(prefixes, rows, BUCKETS, pad_id=0)
+    assert [batch.prefix_BxT[b, : batch.prefix_length_B[b]].tolist() for b in range(6)] == prefixes
+    lengths = batch.branch_length_BxN
+    assert [[batch.branches_BxNxR[b, n, : lengths[b, n]].tolist() for n in range(3)] for b in range(6)] == rows
+
+
+def test_pack_refuses_what_does_not_line_up() -> None:
+    with pytest.raises(ValueError, match="2 prefixes do not fit into 1 rows"):
+        packing.pack([[1], [2]], [[[1]], [[1]]], BUCKETS, 0, rows=1)
+    with pytest.raises(ValueError, match=r"rows of \[1, 2\] branches"):
+        packing.pack([[1], [2]], [[[1]], [[1], [2]]], BUCKETS, 0)
+    with pytest.raises(ValueError, match="1 prefixes, 2 rows"):
+        packing.pack([[1]], [[[1]], [[1]]], BUCKETS, 0)
+
+
+def test_fill_bins_is_first_fit_decreasing() -> None:
+    assert packing.fill_bins([3, 0, 7, 5, 2, 10], 10) == [[5], [2, 0], [3, 4]]
+    assert packing.fill_bins([], 10) == [] == packing.fill_bins([0], 10)
+
+
+def test_pack_bins_by_hand() -> None:
+    rows = [packing.Row([7, 8], [[1, 2], [3]]), packing.Row([], [[], []]), packing.Row([9], [[4], [5, 6]])]
+    batch = packing.pack_bins(rows, [[0, 2]], n_bins=2, length=11, scored=7, pad_id=0)
+    assert batch.tokens_CxL[0].tolist() == [7, 8, 1, 2, 3, 9, 4, 5, 6, 0, 0]
+    assert batch.positions_CxL[0].tolist() == [0, 1, 2, 3, 2, 0, 1, 1, 2, 0, 0]
+    assert batch.segments_CxL[0].tolist() == [0, 0, 1, 1, 2, 1024, 1025, 1026, 1026, -1, -1]
+    assert batch.predictor_CxQ[0].tolist() == [1, 2, 1, 5, 5, 7, 0]
+    assert batch.target_CxQ[0].tolist() == [1, 2, 3, 4, 5, 6, 0]
+    assert batch.branch_CxQ[0].tolist() == [0, 0, 1, 4, 5, 5, 6]
+    assert (batch.segments_CxL[1] == -1).all() and (batch.branch_CxQ[1] == 6).all()
+    assert batch.length_RxN.tolist() == [[2, 1], [0, 0], [1, 2]]
+    assert batch.valid_R.tolist() == [True, False, True] and int(batch.token_count) == 9
+
+
+@pytest.mark.parametrize("length", [12, 40])
+def test_bins_score_as_lines_of_one_row_do(length: int) -> None:
+    policy = tiny.policy(tiny.LORA)
+    base = tiny.perturbed(policy.init_base(jax.random.key(0)), 1, 0.05)
+    delta = tiny.perturbed(policy.init_delta(base, jax.random.key(2)), 3)
+    lines = tiny.rows(np.random.default_rng(0), 7, 2, 4, 4)
+    lines.prefix_length_B[3] = lines.branch_length_BxN[3] = 0
+    packed = tiny.packed(lines, length=length)
+    assert packed.tokens_CxL.shape[0] < 7 or length == 12
+    weight = np.random.default_rng(1).normal(size=(7, 2)).astype(np.float32)
+
+    def by_line(delta):
+        total = scoring.score(policy.bind(base, delta), lines).logp_BxNxR.sum(-1)
+        return jnp.sum(weight * total), total
+
+    def by_bin(delta):
+        total = scoring.score_packed(policy.bind(base, delta), packed, chunk=5)
+        return jnp.sum(weight * total), total
+
+    (_, expected), expected_grad = jax.jit(jax.value_and_grad(by_line, has_aux=True))(delta)
+    (_, total), grad = jax.jit(jax.value_and_grad(by_bin, has_aux=True))(delta)
+    np.testing.assert_allclose(total, expected, atol=1e-4)
+    assert (np.asarray(total)[3] == 0).all()
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=5e-5, rtol=5e-4), grad, expected_grad)
