@@ -54,6 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
         "The examples above show which responses a user prefers. Describe in one short sentence what kind of responses"
         " this user prefers, so that it helps to answer any other prompt."
     )
+    c.prompts.summary_start = ""  # Every summary starts with this text; the inference model writes on from there.
     c.prompts.generator_instruction = "Answer the prompt below in the way this user prefers."
 
     c.sampling = ml_collections.ConfigDict()  # How summaries are drawn in training.

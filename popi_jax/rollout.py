@@ -66,8 +66,12 @@ def draw_text(
     temperature: float,
     top_p: float,
     rows: int,
+    start: str = "",
 ) -> tuple[list[list[str]], sampler.Samples]:
-    """Draws `branches` texts after each prompt (at most `rows` of them) with the base model and this adapter."""
+    """Draws `branches` texts after each prompt (at most `rows` of them) with the base model and this adapter.
+
+    `start` is what the prompts end with of the text itself: the texts that are returned have it, the samples do not.
+    """
     tokenizer = system.tokenizer
     empty: list[list[list[int]]] = [[[]]] * len(prefixes)
     packed = pack(system, prefixes, empty, rows)
@@ -88,7 +92,7 @@ def draw_text(
     samples = sharding.to_host(samples)
     texts = [
         [
-            tokenizer.decode(samples.tokens_BxNxS[b, n, : samples.length_BxN[b, n]].tolist()).strip()
+            (start + tokenizer.decode(samples.tokens_BxNxS[b, n, : samples.length_BxN[b, n]].tolist())).strip()
             for n in range(branches)
         ]
         for b in range(len(prefixes))
@@ -119,6 +123,7 @@ def draw_summaries(
         temperature=temperature,
         top_p=top_p,
         rows=rows,
+        start=system.config.prompts.summary_start,
     )
     return Drawn(texts, prefixes, samples)
 
@@ -133,6 +138,7 @@ def encode_signals(system: System, example: Example) -> list[int]:
         config.limits.signals,
         config.limits.on_overflow,
         system.overflow,
+        config.prompts.summary_start,
     )
 
 

@@ -71,6 +71,7 @@ def encode_signals(
     limit: int,
     on_overflow: str,
     log: OverflowLog | None = None,
+    start: str = "",
 ) -> Ids:
     """The prompt of q_phi for one user, generation prompt included.
 
@@ -81,10 +82,12 @@ def encode_signals(
         limit: limits.signals, the most tokens.
         on_overflow: "error", or "drop": drops the oldest (first) signals until the rest fits.
         log: counts what was dropped.
+        start: how every summary starts: the model goes on from there.
     """
+    start_ids = tokenizer.encode(start)
 
     def render(signals: Sequence[Signal]) -> Ids:
-        return tokenizer.render(templates.inference_messages(signals, instruction))
+        return [*tokenizer.render(templates.inference_messages(signals, instruction)), *start_ids]
 
     def length(signals: Sequence[Signal]) -> int:
         return len(render(signals))
