@@ -61,7 +61,7 @@ def summarize(
             yield {
                 "user": example.user,
                 "summary": drawn.texts_UxK[i][0],
-                "summary_tokens": int(drawn.samples.length_BxN[i, 0]),
+                "summary_tokens": rollout.context_tokens(system, drawn.texts_UxK[i][0]),
                 "signal_tokens": len(drawn.prefixes_U[i]),
                 "finished": bool(drawn.samples.finished_BxN[i, 0]),
             }

@@ -57,6 +57,14 @@ def test_encode_signals_is_the_rendered_inference_prompt_ready_to_generate() -> 
     assert TOKENIZER.text(ids).endswith("fact3 sum up <2> <3>")
 
 
+def test_a_start_of_the_summary_ends_the_prompt_and_counts() -> None:
+    plain = batches.encode_signals(EXAMPLE, TOKENIZER, "sum up", SIGNALS_LIMIT, "error")
+    ids = batches.encode_signals(EXAMPLE, TOKENIZER, "sum up", SIGNALS_LIMIT + 2, "error", start="They like")
+    assert ids[: len(plain)] == plain and TOKENIZER.text(ids[len(plain) :]) == "They like"
+    with pytest.raises(UserError, match="limits.signals"):
+        batches.encode_signals(EXAMPLE, TOKENIZER, "sum up", SIGNALS_LIMIT + 1, "error", start="They like")
+
+
 def test_too_many_signals_are_an_error_that_names_user_tokens_and_limit() -> None:
     with pytest.raises(
         UserError, match=r"user 'u1': .* 4 signals takes 33 tokens, limits.signals is 32; raise it or set"

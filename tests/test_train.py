@@ -12,7 +12,7 @@ import pytest
 
 from configs import psoups_smollm2, quickstart
 from experiments import results_table
-from popi_jax import train
+from popi_jax import evaluate, train
 from popi_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -172,8 +172,12 @@ def test_two_phases_with_adapters(tmp_path):
     config = psoups_smollm2.get_config("runlocal")
     config.schedule.name, config.schedule.n_phi, config.schedule.n_theta = "two_phase", 1, 2
     config.eval.samples = 1
+    config.prompts.summary_start = "This reader likes"
     row = train.train(config, tmp_path)
     assert row["method"] == "popi_two_phase"
+    assert all(
+        r.context.startswith("This reader likes") for r in evaluate.read_records(tmp_path / "eval_records.jsonl")
+    )
     kinds = [
         {name for name in ("grad_norm_inference", "grad_norm_generator") if name in line} for line in metrics(tmp_path)
     ]
