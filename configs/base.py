@@ -55,6 +55,9 @@ def get_config() -> ml_collections.ConfigDict:
         " this user prefers, so that it helps to answer any other prompt."
     )
     c.prompts.summary_start = ""  # Every summary starts with this text; the inference model writes on from there.
+    # Whether the inference model sees the rejected response of a pair. To read a taste off a difference is hard for a
+    # small model, which may learn it from the preferred responses alone, at half the tokens.
+    c.prompts.show_rejected = True
     c.prompts.generator_instruction = "Answer the prompt below in the way this user prefers."
 
     c.sampling = ml_collections.ConfigDict()  # How summaries are drawn in training.

@@ -26,26 +26,26 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.data.signals = "disjoint"
     c.data.signals_per_user = 4
     c.data.train_draws = 8
-    c.limits.signals = 640
+    c.limits.signals = 512
     c.limits.prompt = 768
     c.limits.response = 384
     c.limits.on_overflow = "drop"
-    c.limits.summary = 24
+    c.limits.summary = 16
     c.limits.bin = 384
-    c.limits.buckets = (24, 48, 96, 128, 192, 256, 384, 512, 640, 768, 1024)
-    c.prompts.inference_instruction = (
-        "Judging by the examples, what does this user like in a response: simple or technical words, short or detailed,"
-        ' plain or formal? Answer in one short sentence that starts with "This user prefers".'
-    )
+    c.limits.buckets = (16, 24, 48, 96, 128, 192, 256, 384, 512, 640, 768, 1024)
+    # A 135M model does not learn to read a taste off differences in a few hundred users; off what is preferred it does.
+    c.prompts.show_rejected = False
+    c.prompts.summary_start = "This user prefers"  # Without it half of the first summaries say nothing of preferences.
+    c.prompts.inference_instruction = "Judging by the examples, are the preferred responses simple or technical?"
     c.sampling.k = 6
     c.objective.beta = 0.1
-    c.objective.kl_coef = 0.05
-    c.schedule.steps = 64
+    c.objective.kl_coef = 0.02
+    c.schedule.steps = 60
     c.optim.lr_inference = 1e-3
-    c.optim.lr_generator = 3e-4
+    c.optim.lr_generator = 1e-4
     c.optim.schedule = "constant"
     c.optim.warmup_steps = 3
-    c.train.users_per_step = 4
+    c.train.users_per_step = 8
     c.train.checkpoint_every = 16
     c.eval.users_per_batch = 12
     c.eval.summaries_per_user = 2

@@ -139,6 +139,7 @@ def encode_signals(system: System, example: Example) -> list[int]:
         config.limits.on_overflow,
         system.overflow,
         config.prompts.summary_start,
+        config.prompts.show_rejected,
     )
 
 

@@ -31,6 +31,14 @@ def test_inference_messages_end_with_the_instruction_in_one_user_turn() -> None:
     ]
 
 
+def test_inference_messages_can_leave_out_rejected_responses() -> None:
+    (message,) = templates.inference_messages([PAIR, COMMENT], "Describe the user.", rejected=False)
+    assert message["content"] == (
+        "### Example 1\nPrompt: Why is the sky blue?\nPreferred: Air scatters blue.\n\n"
+        "### Example 2\nPrompt: Best soup?\nThe user wrote: Keep it short.\n\nDescribe the user."
+    )
+
+
 def test_generator_without_context_sees_the_bare_prompt_only() -> None:
     assert templates.generator_messages("What is rain?", None, "Please the user.") == [
         {"role": "user", "content": "What is rain?"}

@@ -72,6 +72,7 @@ def encode_signals(
     on_overflow: str,
     log: OverflowLog | None = None,
     start: str = "",
+    rejected: bool = True,
 ) -> Ids:
     """The prompt of q_phi for one user, generation prompt included.
 
@@ -83,11 +84,12 @@ def encode_signals(
         on_overflow: "error", or "drop": drops the oldest (first) signals until the rest fits.
         log: counts what was dropped.
         start: how every summary starts: the model goes on from there.
+        rejected: whether pairs show the rejected response too.
     """
     start_ids = tokenizer.encode(start)
 
     def render(signals: Sequence[Signal]) -> Ids:
-        return [*tokenizer.render(templates.inference_messages(signals, instruction)), *start_ids]
+        return [*tokenizer.render(templates.inference_messages(signals, instruction, rejected)), *start_ids]
 
     def length(signals: Sequence[Signal]) -> int:
         return len(render(signals))

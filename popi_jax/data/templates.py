@@ -15,22 +15,30 @@ def _user_turn(content: str) -> Messages:
     return [{"role": "user", "content": content}]
 
 
-def _signal_text(signal: Signal) -> str:
+def _signal_text(signal: Signal, rejected: bool) -> str:
     if signal.kind == "pair":
-        return f"Prompt: {signal.prompt}\nPreferred: {signal.chosen}\nRejected: {signal.rejected}"
+        text = f"Prompt: {signal.prompt}\nPreferred: {signal.chosen}"
+        return f"{text}\nRejected: {signal.rejected}" if rejected else text
     if signal.kind == "comment":
         return f"Prompt: {signal.prompt}\nThe user wrote: {signal.text}"
     return f"About the user: {signal.text}"
 
 
-def signals_text(signals: Sequence[Signal]) -> str:
-    """Lays signals out as numbered blocks, in their order: what q_phi reads, and the context of raw_signals."""
-    return "\n\n".join(f"### Example {i}\n{_signal_text(signal)}" for i, signal in enumerate(signals, start=1))
+def signals_text(signals: Sequence[Signal], rejected: bool = True) -> str:
+    """Lays signals out as numbered blocks, in their order: what q_phi reads, and the context of raw_signals.
+
+    Args:
+        signals: of one user.
+        rejected: whether pairs show the rejected response too.
+    """
+    return "\n\n".join(
+        f"### Example {i}\n{_signal_text(signal, rejected)}" for i, signal in enumerate(signals, start=1)
+    )
 
 
-def inference_messages(signals: Sequence[Signal], instruction: str) -> Messages:
-    """Asks q_phi for a summary z of the signals s (POPI section 1): the signals, then `instruction`."""
-    return _user_turn(f"{signals_text(signals)}\n\n{instruction}")
+def inference_messages(signals: Sequence[Signal], instruction: str, rejected: bool = True) -> Messages:
+    """Asks q_phi for a summary z of the signals s (POPI section 1): `signals_text`, then `instruction`."""
+    return _user_turn(f"{signals_text(signals, rejected)}\n\n{instruction}")
 
 
 def generator_messages(prompt: str, context: str | None, instruction: str) -> Messages:
