@@ -33,9 +33,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.limits.summary = 16
     c.limits.bin = 384
     c.limits.buckets = (16, 24, 48, 96, 128, 192, 256, 384, 512, 640, 768, 1024)
-    # A 135M model does not learn to read a taste off differences in a few hundred users; off what is preferred it does.
+    # Both responses are of opposite styles, so that with both shown only their labels tell the user's: hard at 135M.
     c.prompts.show_rejected = False
-    c.prompts.summary_start = "This user prefers"  # Without it half of the first summaries say nothing of preferences.
+    c.prompts.summary_start = "This user prefers"  # So that the first token sampled can already tell users apart.
     c.prompts.inference_instruction = "Judging by the examples, are the preferred responses simple or technical?"
     c.sampling.k = 6
     c.objective.beta = 0.1
