@@ -45,7 +45,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.limits.prompt = 512  # The generator's whole prompt: summary, question and template.
     c.limits.response = 256
     c.limits.summary = 48
-    c.limits.bin = 512  # Pairs to score are packed into bins of this length, or longer where one pair needs it.
+    c.limits.bin = (
+        512  # Pairs to score are packed into bins of this length, or a bucket's where that suits them better.
+    )
     c.limits.on_overflow = "error"  # error, or drop (drops whole signals, oldest first; counted and logged).
     c.limits.buckets = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
 
@@ -55,13 +57,17 @@ def get_config() -> ml_collections.ConfigDict:
         " this user prefers, so that it helps to answer any other prompt."
     )
     c.prompts.summary_start = ""  # Every summary starts with this text; the inference model writes on from there.
-    # Whether the inference model sees the rejected response of a pair. To read a taste off a difference is hard for a
-    # small model, which may learn it from the preferred responses alone, at half the tokens.
-    c.prompts.show_rejected = True
+    c.prompts.summary_stop = ""  # One token, such as ".", that ends a summary and belongs to it.
+    # What the inference model sees of a pair. To read a taste off a difference is hard for a small model, which may
+    # learn it from the preferred responses alone, at less than half the tokens.
+    c.prompts.pair_fields = ("prompt", "chosen", "rejected")
     c.prompts.generator_instruction = "Answer the prompt below in the way this user prefers."
 
     c.sampling = ml_collections.ConfigDict()  # How summaries are drawn in training.
     c.sampling.k = 4  # K summaries per user.
+    # The generator learns from the first k_generator of them, at a fraction of the cost; 0: from all. The inference
+    # model is rewarded for all K either way.
+    c.sampling.k_generator = 0
     c.sampling.temperature = 1.0
     c.sampling.top_p = 1.0
 

@@ -34,10 +34,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.limits.bin = 384
     c.limits.buckets = (16, 24, 48, 96, 128, 192, 256, 384, 512, 640, 768, 1024)
     # Both responses are of opposite styles, so that with both shown only their labels tell the user's: hard at 135M.
-    c.prompts.show_rejected = False
-    c.prompts.summary_start = "This user prefers"  # So that the first token sampled can already tell users apart.
-    c.prompts.inference_instruction = "Judging by the examples, are the preferred responses simple or technical?"
-    c.sampling.k = 6
+    c.prompts.pair_fields = ("chosen",)
+    # The first token sampled can already tell users apart, and no wording that names every style fits here.
+    c.prompts.summary_start = "This user prefers answers in the style of a"
+    c.prompts.summary_stop = "."
+    c.prompts.inference_instruction = "Describe the style of these texts."
+    c.sampling.k = 4
     c.objective.beta = 0.1
     c.objective.kl_coef = 0.02
     c.schedule.steps = 60

@@ -25,14 +25,16 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.limits.prompt = 272
     c.limits.response = 32
     c.limits.summary = 24
+    c.limits.bin = 256
     c.limits.buckets = (24, 32, 56, 256, 320)  # Few, for each shape is compiled anew; they fit what stylebook writes.
     c.prompts.inference_instruction = "In one sentence, what does this reader like?"
     c.prompts.generator_instruction = "Answer as this reader likes."
 
     c.sampling.k = 6
+    c.sampling.k_generator = 1  # As accurate as learning from all six, in half the time.
     c.objective.beta = 1.0  # The base model's own log-odds are near the world's already.
     c.objective.kl_coef = 0.03  # With 0.01 the summaries grow short before they grow right.
-    c.schedule.steps = 110
+    c.schedule.steps = 80
     c.optim.lr_inference = 4e-4
     c.optim.lr_generator = 2.5e-4
     c.optim.schedule = "cosine"

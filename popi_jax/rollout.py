@@ -7,7 +7,6 @@ exactly as a user of the trained pair would do.
 import dataclasses
 import functools
 import hashlib
-import math
 import pathlib
 from collections.abc import Sequence
 
@@ -21,8 +20,6 @@ from popi_jax.errors import UserError
 from popi_jax.model.policy import Policy
 from popi_jax.scoring import PackedBatch, PrefixBatch
 from popi_jax.system import System
-
-_BIN_STEP = 4  # A train step's number of bins is a multiple of this.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +64,12 @@ def draw_text(
     top_p: float,
     rows: int,
     start: str = "",
+    stop: str = "",
 ) -> tuple[list[list[str]], sampler.Samples]:
     """Draws `branches` texts after each prompt (at most `rows` of them) with the base model and this adapter.
 
     `start` is what the prompts end with of the text itself: the texts that are returned have it, the samples do not.
+    `stop` is one token that ends a text, and belongs to it, beside the tokens that always do.
     """
     tokenizer = system.tokenizer
     empty: list[list[list[int]]] = [[[]]] * len(prefixes)
@@ -86,7 +85,7 @@ def draw_text(
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
-        stop_ids=tokenizer.stop_ids,
+        stop_ids=tokenizer.stop_ids + stop_token(system, stop),
         pad_id=tokenizer.pad_id,
     )
     samples = sharding.to_host(samples)
@@ -124,8 +123,17 @@ def draw_summaries(
         top_p=top_p,
         rows=rows,
         start=system.config.prompts.summary_start,
+        stop=system.config.prompts.summary_stop,
     )
     return Drawn(texts, prefixes, samples)
+
+
+def stop_token(system: System, stop: str) -> tuple[int, ...]:
+    """The id of the text `stop`; nothing where it is empty. Raises UserError where it is more than one token."""
+    ids = system.tokenizer.encode(stop)
+    if len(ids) > 1:
+        raise UserError(f"config.prompts.summary_stop is {stop!r}, {len(ids)} tokens of this tokenizer; give one token")
+    return tuple(ids)
 
 
 def encode_signals(system: System, example: Example) -> list[int]:
@@ -139,7 +147,7 @@ def encode_signals(system: System, example: Example) -> list[int]:
         config.limits.on_overflow,
         system.overflow,
         config.prompts.summary_start,
-        config.prompts.show_rejected,
+        tuple(config.prompts.pair_fields),
     )
 
 
@@ -222,10 +230,18 @@ def pair_row(system: System, item: Item | None) -> packing.Row:
 
 
 def bin_length(system: System, rows: Sequence[packing.Row]) -> int:
-    """The length of bins for these rows: limits.bin, or more where one row needs it."""
-    longest = max(row.tokens for row in rows)
-    limit = system.config.limits.bin
-    return limit if longest <= limit else packing.bucket(longest, tuple(system.config.limits.buckets))
+    """The length of bins for these rows: limits.bin, or a bucket that holds the longest where that pads far less."""
+    lengths, limit = [row.tokens for row in rows], system.config.limits.bin
+    if max(lengths) > limit:
+        return packing.bucket(max(lengths), tuple(system.config.limits.buckets))
+    positions = {
+        size: len(packing.fill_bins(lengths, size)) * size
+        for size in (limit, *system.config.limits.buckets)
+        if max(lengths) <= size <= limit
+    }
+    best = min(positions, key=lambda size: positions[size])
+    # Not for a little less: another length is another shape to compile.
+    return best if positions[best] < 0.8 * positions[limit] else limit
 
 
 def place_packed(system: System, packed: PackedBatch) -> PackedBatch:
@@ -236,14 +252,14 @@ def place_packed(system: System, packed: PackedBatch) -> PackedBatch:
     return PackedBatch(**jax.device_put(bins, spread), length_RxN=lengths)
 
 
-def pack_pairs(system: System, items: Sequence[Item | None]) -> PackedBatch:
-    """Packs a train step's rows, each micro-batch's by itself."""
+def pack_pairs(system: System, items: Sequence[Item | None], least_bins: int = 0) -> PackedBatch:
+    """Packs a train step's rows, each micro-batch's by itself, in `least_bins` or more of them."""
     rows = [pair_row(system, item) for item in items]
     length, micro = bin_length(system, rows), len(rows) // system.config.train.accumulation
     parts = [rows[start : start + micro] for start in range(0, len(rows), micro)]
     bins = [packing.fill_bins([row.tokens for row in part], length) for part in parts]
     # Rounded up, so that steps have few shapes, and every device has as many bins.
-    n_bins = packing.round_up(max(map(len, bins)), math.lcm(_BIN_STEP, _shards(system)))
+    n_bins = packing.round_up(packing.coarse(max(least_bins, *map(len, bins))), _shards(system))
     scored = packing.most_scored(rows, bins, micro)
     packed = [
         packing.pack_bins(part, own, n_bins=n_bins, length=length, scored=scored, pad_id=system.tokenizer.pad_id)
@@ -341,7 +357,7 @@ def reference_item(system: System, query: Query, context: str | None, signals: s
 
 
 def generator_batch(
-    system: System, items: Sequence[Item | None], signals: Sequence[str], references: References
+    system: System, items: Sequence[Item | None], signals: Sequence[str], references: References, least_bins: int = 0
 ) -> steps.GeneratorBatch:
     """Rows for the steps, with their reference log-probabilities; a None is a row of padding that keeps its place."""
     ref_logp_Rx2 = np.zeros((len(items), 2), np.float32)
@@ -350,4 +366,4 @@ def generator_batch(
     if wanted:
         ref_logp_Rx2[present] = references.lookup(wanted)
     placed = jax.device_put(ref_logp_Rx2, sharding.replicated(system.mesh))
-    return steps.GeneratorBatch(pack_pairs(system, items), placed)
+    return steps.GeneratorBatch(pack_pairs(system, items, least_bins), placed)

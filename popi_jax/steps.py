@@ -18,6 +18,7 @@ from popi_jax.scoring import PackedBatch, PrefixBatch
 
 Params = Any
 Terms = dict[str, objective.SumCount]
+Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,10 @@ class GeneratorBatch:
 
     rows: PackedBatch
     ref_logp_Rx2: jax.Array
+
+
+# The third part is what theta learns from; None: from all rows of the second.
+JointBatch = tuple[InferenceBatch, GeneratorBatch, GeneratorBatch | None]
 
 
 def init_state(key: jax.Array, base: Params, settings: Settings) -> TrainState:
@@ -171,7 +176,7 @@ def inference_loss(
 
 def generator_step(
     state: TrainState, base: Params, batch: GeneratorBatch, *, settings: Settings
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, Metrics]:
     """One preference update of theta. Pure."""
 
     def sums(micro: GeneratorBatch):
@@ -185,7 +190,7 @@ def generator_step(
 
 def inference_step(
     state: TrainState, base: Params, batch: tuple[InferenceBatch, GeneratorBatch], *, settings: Settings
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, Metrics]:
     """One REINFORCE update of phi; the generator only gives the rewards. Pure."""
 
     def sums(micro: tuple[InferenceBatch, GeneratorBatch]):
@@ -197,20 +202,29 @@ def inference_step(
     return dataclasses.replace(state, step=state.step + 1), _means(terms) | maxima | norms
 
 
-def joint_step(
-    state: TrainState, base: Params, batch: tuple[InferenceBatch, GeneratorBatch], *, settings: Settings
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of both models from one batch of summaries: the loss that moves theta is phi's reward. Pure."""
+def joint_step(state: TrainState, base: Params, batch: JointBatch, *, settings: Settings) -> tuple[TrainState, Metrics]:
+    """One update of both models from one batch of summaries: the loss that moves theta is phi's reward. Pure.
 
-    def sums(micro: tuple[InferenceBatch, GeneratorBatch]):
+    All rows give rewards. Theta learns from all of them, or from the third part of the batch alone: rows of the first
+    few of each user's summaries, which are an unbiased sample of the same loss at a fraction of its backward pass.
+    """
+
+    def sums(micro: JointBatch):
+        inference, rows, learned = micro
         value_and_grad = jax.value_and_grad(generator_loss, has_aux=True)
-        (_, (loss_R, terms)), grads = value_and_grad(state.theta, base, micro[1], settings)
-        phi_grads, terms, maxima = _inference_sums(state, base, micro, loss_R, terms, settings)
+        if learned is None:
+            (_, (loss_R, terms)), grads = value_and_grad(state.theta, base, rows, settings)
+            terms = terms | {"learned": terms["loss"]}
+        else:
+            _, (loss_R, terms) = generator_loss(state.theta, base, rows, settings)
+            (_, (_, own)), grads = value_and_grad(state.theta, base, learned, settings)
+            terms = terms | {"learned": own["loss"]}
+        phi_grads, terms, maxima = _inference_sums(state, base, (inference, rows), loss_R, terms, settings)
         return phi_grads | {"theta": grads}, terms, maxima
 
     grads, terms, maxima = _accumulate(sums, batch, settings.accumulation)
     state, phi_norms = _update_phi(state, grads["phi"], terms, settings)
-    state, theta_norms = _update_theta(state, _divide(grads["theta"], terms["loss"][1]), settings)
+    state, theta_norms = _update_theta(state, _divide(grads["theta"], terms.pop("learned")[1]), settings)
     return dataclasses.replace(state, step=state.step + 1), _means(terms) | maxima | phi_norms | theta_norms
 
 

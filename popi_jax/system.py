@@ -8,6 +8,7 @@ import ml_collections
 import optax
 
 from popi_jax import objective, sharding, steps
+from popi_jax.data import templates
 from popi_jax.data.batches import OverflowLog
 from popi_jax.errors import UserError
 from popi_jax.model import hub
@@ -174,10 +175,21 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"config.sampling.top_p is {config.sampling.top_p}; REINFORCE needs the whole distribution: set it to 1"
             " (config.eval.top_p is free)"
         )
+    fields = tuple(config.prompts.pair_fields)
+    if "chosen" not in fields or not set(fields) <= set(templates.PAIR_LABELS):
+        raise UserError(
+            f"config.prompts.pair_fields is {fields}; give 'chosen', and with it what is wanted of"
+            f" {', '.join(templates.PAIR_LABELS)}"
+        )
     if config.train.users_per_step % config.train.accumulation:
         raise UserError(
             f"config.train.accumulation is {config.train.accumulation}, which does not divide"
             f" config.train.users_per_step, {config.train.users_per_step}"
+        )
+    if not 0 <= config.sampling.k_generator <= config.sampling.k:
+        raise UserError(
+            f"config.sampling.k_generator is {config.sampling.k_generator}; it must be between 0 (all) and"
+            f" config.sampling.k, {config.sampling.k}"
         )
     learns_phi = config.method == "popi" and config.schedule.name != "generator_only"
     if learns_phi and config.objective.advantage != "reinforce" and config.sampling.k < 2:

@@ -276,6 +276,7 @@ def make_batch(
     """
     config = system.config
     users, started = config.train.users_per_step, time.perf_counter()
+    learned = config.sampling.k_generator or config.sampling.k
     key = system_lib.stream_key(config.seed, "sample", step)
     signals = [""] * len(examples)
     if config.objective.reference_context == "signals":
@@ -286,30 +287,60 @@ def make_batch(
         contexts = written.contexts(system, state.phi, examples, key)
     elif config.method in ("popi", "zero_shot_summary"):
         phi = state.phi if config.method == "popi" else None
-        temperature = config.sampling.temperature
+        k = learned if kind == "generator" else config.sampling.k
         drawn = rollout.draw_summaries(
-            system, phi, examples, key, k=config.sampling.k, temperature=temperature, top_p=1.0, rows=users
+            system, phi, examples, key, k=k, temperature=config.sampling.temperature, top_p=1.0, rows=users
         )
         contexts = [list(texts) for texts in drawn.texts_UxK]
         finished = drawn.samples.finished_BxN[: len(examples)]
         counts |= {"summaries_cut": float(np.mean(~finished)), "sample_s": time.perf_counter() - started}
     else:
         contexts = evaluate.contexts(system, None, examples, key)
-    items: list[Item | None] = []
-    row_signals: list[str] = []
-    M = config.data.queries_per_user
-    for place, (example, own) in enumerate(zip(examples, contexts, strict=True)):
-        queries = chosen_queries(example, M, config.seed, step, place)
-        for context in own:
-            items += [Item(query, context) for query in queries] + [None] * (M - len(queries))
-            row_signals += [signals[place]] * M
-    # As many users as the inference batch has, and, with accumulation, rows that micro-batches share alike.
-    missing = (rollout.padded_users(system, users) - len(examples)) * len(contexts[0]) * M
-    items, row_signals = items + [None] * missing, row_signals + [""] * missing
-    generator = rollout.generator_batch(system, items, row_signals, references)
+    queries = [chosen_queries(e, config.data.queries_per_user, config.seed, step, u) for u, e in enumerate(examples)]
+    generator = generator_rows(system, queries, contexts, signals, references)
     tokens = float(generator.rows.token_count)
     if kind == "generator":
         return generator, counts | {"tokens": tokens}
     assert drawn is not None  # An inference or joint step is popi's, and draws.
     inference = rollout.inference_batch(system, drawn, users)
-    return (inference, generator), counts | {"tokens": tokens + float(inference.rows.token_count)}
+    counts["tokens"] = tokens + float(inference.rows.token_count)
+    if kind == "inference":
+        return (inference, generator), counts
+    fewer = None
+    if learned < config.sampling.k:
+        # Their share of all bins, which varies less than their own number: few shapes.
+        bins = len(generator.rows.tokens_CxL) // config.train.accumulation
+        few = [own[:learned] for own in contexts]
+        fewer = generator_rows(system, queries, few, signals, references, bins * learned // config.sampling.k)
+    return (inference, generator, fewer), counts
+
+
+def generator_rows(
+    system: System,
+    queries: Sequence[Sequence[Query]],
+    contexts: Sequence[Sequence[str | None]],
+    signals: Sequence[str],
+    references: References,
+    least_bins: int = 0,
+) -> steps.GeneratorBatch:
+    """The rows (u, k, m) of a step: each user's queries under each of the user's contexts.
+
+    Args:
+        queries: of each user, at most M.
+        contexts: of each user, the same number for all.
+        signals: each user's raw signals, where the reference reads them.
+        references: where the reference's log-probabilities come from.
+        least_bins: see `rollout.pack_pairs`.
+    """
+    config = system.config
+    M = config.data.queries_per_user
+    items: list[Item | None] = []
+    row_signals: list[str] = []
+    for own_queries, own_contexts, own_signals in zip(queries, contexts, signals, strict=True):
+        for context in own_contexts:
+            items += [Item(query, context) for query in own_queries] + [None] * (M - len(own_queries))
+            row_signals += [own_signals] * M
+    # As many users as the inference batch has, and, with accumulation, rows that micro-batches share alike.
+    missing = (rollout.padded_users(system, config.train.users_per_step) - len(queries)) * len(contexts[0]) * M
+    items, row_signals = items + [None] * missing, row_signals + [""] * missing
+    return rollout.generator_batch(system, items, row_signals, references, least_bins)

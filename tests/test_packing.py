@@ -101,3 +101,9 @@ def test_bins_score_as_lines_of_one_row_do(length: int) -> None:
     np.testing.assert_allclose(total, expected, atol=1e-4)
     assert (np.asarray(total)[3] == 0).all()
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=5e-5, rtol=5e-4), grad, expected_grad)
+
+
+def test_coarse_counts_are_few_and_waste_at_most_a_quarter():
+    counts = [packing.coarse(n) for n in range(1, 257)]
+    assert all(n <= size <= max(4, 1.25 * n) for n, size in enumerate(counts, start=1))
+    assert sorted(set(counts))[:10] == [4, 5, 6, 7, 8, 10, 12, 14, 16, 20] and len(set(counts)) == 25

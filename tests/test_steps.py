@@ -36,7 +36,10 @@ def settings(lora=None, **changes) -> Settings:
 
 
 def world(config: Settings, seed=0, users=U, empty=False, n_bins=0):
-    """A base, a state away from it, and a batch of users with all kinds of lengths; `empty`: some rows are padding."""
+    """A base, a state away from it, and a batch of users with all kinds of lengths; `empty`: some rows are padding.
+
+    The batch's third part has the rows of each user's first summary.
+    """
     rng = np.random.default_rng(seed)
     base = config.policy.init_base(jax.random.key(0))
     state = steps.init_state(jax.random.key(1), base, config)
@@ -48,7 +51,20 @@ def world(config: Settings, seed=0, users=U, empty=False, n_bins=0):
         inference.rows.prefix_length_B[3] = 0
         lines.prefix_length_B[:5] = lines.branch_length_BxN[:5] = 0
     pairs = tiny.packed(lines, 24, groups=config.accumulation, n_bins=n_bins)
-    return base, state, (inference, GeneratorBatch(pairs, ref))
+    first, first_ref = of_summary(0, lines, ref)
+    first_pairs = tiny.packed(first, 24, groups=config.accumulation, n_bins=n_bins)
+    return base, state, (inference, GeneratorBatch(pairs, ref), GeneratorBatch(first_pairs, first_ref))
+
+
+def of_summary(k, lines, ref):
+    """The rows of each user's summary k, from the rows (u, k, m) of all."""
+    own = np.arange(len(ref)).reshape(-1, K, M)[:, k].ravel()
+    return jax.tree.map(lambda x: x[own], lines), ref[own]
+
+
+def from_all(batch):
+    """The same batch, theta learning from all of its rows."""
+    return (*batch[:2], None)
 
 
 def jitted(fn, config):
@@ -59,13 +75,17 @@ def assert_close(a, b, rtol=1e-5, atol=1e-6):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
 
 
-@pytest.mark.parametrize("fn", [steps.joint_step, steps.inference_step])
-def test_micro_batches_equal_one_batch(fn):
+@pytest.mark.parametrize(
+    ("fn", "part"),
+    [(steps.joint_step, from_all), (steps.joint_step, tuple), (steps.inference_step, lambda batch: batch[:2])],
+    ids=["joint", "joint_first", "inference"],
+)
+def test_micro_batches_equal_one_batch(fn, part):
     one, four = settings(tiny.LORA), settings(tiny.LORA, accumulation=4)
     base, state, batch_1 = world(one, empty=True)  # Unequal counts: a mean of means would differ.
     _, _, batch_4 = world(four, empty=True)
-    state_1, metrics_1 = jitted(fn, one)(state, base, batch_1)
-    state_4, metrics_4 = jitted(fn, four)(state, base, batch_4)
+    state_1, metrics_1 = jitted(fn, one)(state, base, part(batch_1))
+    state_4, metrics_4 = jitted(fn, four)(state, base, part(batch_4))
     assert_close(metrics_1, metrics_4, rtol=1e-4)
     assert_close((state_1.phi, state_1.theta), (state_4.phi, state_4.theta))
 
@@ -75,8 +95,8 @@ def test_what_each_step_moves():
     base, state, batch = world(config)
     moved = {}
     for name, fn, rows in (
-        ("joint", steps.joint_step, batch),
-        ("inference", steps.inference_step, batch),
+        ("joint", steps.joint_step, from_all(batch)),
+        ("inference", steps.inference_step, batch[:2]),
         ("generator", steps.generator_step, batch[1]),
     ):
         new, _ = jitted(fn, config)(state, base, rows)
@@ -89,14 +109,33 @@ def test_what_each_step_moves():
     assert moved == {"joint": (True, True), "inference": (True, False), "generator": (False, True)}
 
 
-def test_joint_is_both_steps_from_one_batch():
+@pytest.mark.parametrize("learned", ["all", "first"])
+def test_joint_is_both_steps_from_one_batch(learned):
     config = settings(tiny.LORA)
     base, state, batch = world(config)
-    joint, _ = jitted(steps.joint_step, config)(state, base, batch)
-    inference, _ = jitted(steps.inference_step, config)(state, base, batch)
-    generator, _ = jitted(steps.generator_step, config)(state, base, batch[1])
+    joint, metrics = jitted(steps.joint_step, config)(state, base, from_all(batch) if learned == "all" else batch)
+    inference, alone = jitted(steps.inference_step, config)(state, base, batch[:2])
+    generator, _ = jitted(steps.generator_step, config)(state, base, batch[1] if learned == "all" else batch[2])
     assert_close(joint.phi, inference.phi)
     assert_close(joint.theta, generator.theta)
+    np.testing.assert_allclose(metrics["loss"], alone["loss"], rtol=1e-6)  # Logged of all rows either way.
+
+
+def test_first_summaries_give_the_loss_of_all_on_average():
+    # Whichever summary is the first, the mean of theta's gradients is that of all rows: nothing favours a place.
+    config = settings(tiny.LORA)
+    base, state, (inference, pairs, _) = world(config)
+    ref = pairs.ref_logp_Rx2
+    lines = tiny.rows(np.random.default_rng(5), U * K * M, 2, 5, 4)
+    everything = GeneratorBatch(tiny.packed(lines, 24), ref)
+    step = jitted(steps.joint_step, config)
+    whole, _ = step(state, base, (inference, everything, None))
+    moves = []
+    for k in range(K):
+        own, own_ref = of_summary(k, lines, ref)
+        learned = GeneratorBatch(tiny.packed(own, 24), own_ref)
+        moves.append(step(state, base, (inference, everything, learned))[0].theta)
+    assert_close(jax.tree.map(lambda *leaves: sum(leaves) / K, *moves), whole.theta)
 
 
 def test_rewards_by_hand():
@@ -107,7 +146,7 @@ def test_rewards_by_hand():
 
 def test_policy_at_its_reference_has_the_loss_of_no_opinion():
     config = settings(tiny.LORA)
-    base, _, (_, generator) = world(config)
+    base, _, (_, generator, _) = world(config)
     state = steps.init_state(jax.random.key(1), base, config)
     ref = steps.pair_logps(config.policy, base, None, generator.rows, "sum")
     _, metrics = jitted(steps.generator_step, config)(state, base, dataclasses.replace(generator, ref_logp_Rx2=ref))
@@ -143,7 +182,7 @@ def test_trace_once():
 
     def counted(state, base, batch):
         traces.append(1)
-        return steps.joint_step(state, base, batch, settings=config)
+        return steps.joint_step(state, base, from_all(batch), settings=config)
 
     step = jax.jit(counted)
     for _ in range(3):
@@ -156,6 +195,7 @@ def test_trace_once():
 def test_sharded_equals_one_device(sizes, lora):
     config = settings(lora)
     base, state, batch = world(config, users=8, n_bins=32)
+    batch = from_all(batch)
     alone, metrics = jitted(steps.joint_step, config)(state, base, batch)
     mesh = sharding.make_mesh(*sizes)
     policy = config.policy

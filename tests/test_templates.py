@@ -1,5 +1,7 @@
 """The text that the models read, held to exact strings: any change of it invalidates trained checkpoints."""
 
+import pytest
+
 from popi_jax.data import templates
 from popi_jax.data.schema import Signal
 
@@ -31,12 +33,18 @@ def test_inference_messages_end_with_the_instruction_in_one_user_turn() -> None:
     ]
 
 
-def test_inference_messages_can_leave_out_rejected_responses() -> None:
-    (message,) = templates.inference_messages([PAIR, COMMENT], "Describe the user.", rejected=False)
-    assert message["content"] == (
-        "### Example 1\nPrompt: Why is the sky blue?\nPreferred: Air scatters blue.\n\n"
-        "### Example 2\nPrompt: Best soup?\nThe user wrote: Keep it short.\n\nDescribe the user."
-    )
+@pytest.mark.parametrize(
+    ("pair_fields", "shown"),
+    [
+        (("chosen", "prompt"), "Prompt: Why is the sky blue?\nPreferred: Air scatters blue."),
+        (("chosen", "rejected"), "Preferred: Air scatters blue.\nRejected: Rayleigh, 1871."),
+        (("chosen",), "Air scatters blue."),
+    ],
+)
+def test_inference_messages_show_the_pair_fields_that_are_asked_for(pair_fields: tuple[str, ...], shown: str) -> None:
+    (message,) = templates.inference_messages([PAIR, COMMENT], "Describe the user.", pair_fields)
+    comment = "### Example 2\nPrompt: Best soup?\nThe user wrote: Keep it short."
+    assert message["content"] == f"### Example 1\n{shown}\n\n{comment}\n\nDescribe the user."
 
 
 def test_generator_without_context_sees_the_bare_prompt_only() -> None:

@@ -133,7 +133,10 @@ BAD = [
     ("data.dataset", "users", "data.path is empty"),
     ("schedule.name", "sideways", "sideways"),
     ("sampling.k", 1, "config.sampling.k is 1"),
+    ("sampling.k_generator", 7, "config.sampling.k_generator is 7"),
     ("sampling.top_p", 0.9, "config.sampling.top_p is 0.9"),
+    ("prompts.pair_fields", ("prompt",), "config.prompts.pair_fields is ('prompt',)"),
+    ("prompts.summary_stop", "two words", "config.prompts.summary_stop is"),
     ("train.accumulation", 3, "config.train.accumulation is 3"),
     ("mesh.fsdp", 3, "mesh.fsdp=3"),
 ]
@@ -172,12 +175,12 @@ def test_two_phases_with_adapters(tmp_path):
     config = psoups_smollm2.get_config("runlocal")
     config.schedule.name, config.schedule.n_phi, config.schedule.n_theta = "two_phase", 1, 2
     config.eval.samples = 1
-    config.prompts.summary_start = "This reader likes"
+    config.prompts.summary_start, config.prompts.summary_stop = "This reader likes", ","
     row = train.train(config, tmp_path)
     assert row["method"] == "popi_two_phase"
-    assert all(
-        r.context.startswith("This reader likes") for r in evaluate.read_records(tmp_path / "eval_records.jsonl")
-    )
+    summaries = [record.context for record in evaluate.read_records(tmp_path / "eval_records.jsonl")]
+    assert all(summary.startswith("This reader likes") for summary in summaries)
+    assert all("," not in summary[:-1] for summary in summaries) and any(summary[-1] == "," for summary in summaries)
     kinds = [
         {name for name in ("grad_norm_inference", "grad_norm_generator") if name in line} for line in metrics(tmp_path)
     ]

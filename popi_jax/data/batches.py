@@ -72,7 +72,7 @@ def encode_signals(
     on_overflow: str,
     log: OverflowLog | None = None,
     start: str = "",
-    rejected: bool = True,
+    pair_fields: Sequence[str] = tuple(templates.PAIR_LABELS),
 ) -> Ids:
     """The prompt of q_phi for one user, generation prompt included.
 
@@ -84,12 +84,12 @@ def encode_signals(
         on_overflow: "error", or "drop": drops the oldest (first) signals until the rest fits.
         log: counts what was dropped.
         start: how every summary starts: the model goes on from there.
-        rejected: whether pairs show the rejected response too.
+        pair_fields: see `templates.signals_text`.
     """
     start_ids = tokenizer.encode(start)
 
     def render(signals: Sequence[Signal]) -> Ids:
-        return [*tokenizer.render(templates.inference_messages(signals, instruction, rejected)), *start_ids]
+        return [*tokenizer.render(templates.inference_messages(signals, instruction, pair_fields)), *start_ids]
 
     def length(signals: Sequence[Signal]) -> int:
         return len(render(signals))

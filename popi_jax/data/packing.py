@@ -76,6 +76,15 @@ def pack_prefixes(
     return ids_BxT, length_B
 
 
+def coarse(count: int) -> int:
+    """Rounds up to a number of three significant bits: 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...
+
+    A step of another shape is compiled anew, which takes as long as many steps: better some empty bins.
+    """
+    unit = 1 << max(0, (count - 1).bit_length() - 3)
+    return round_up(max(count, 4), unit)
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One row to pack: a prefix and its branches, as token ids. Without tokens it is padding that keeps its place."""

@@ -15,30 +15,38 @@ def _user_turn(content: str) -> Messages:
     return [{"role": "user", "content": content}]
 
 
-def _signal_text(signal: Signal, rejected: bool) -> str:
+PAIR_LABELS = {"prompt": "Prompt: ", "chosen": "Preferred: ", "rejected": "Rejected: "}
+
+
+def _signal_text(signal: Signal, pair_fields: Sequence[str]) -> str:
     if signal.kind == "pair":
-        text = f"Prompt: {signal.prompt}\nPreferred: {signal.chosen}"
-        return f"{text}\nRejected: {signal.rejected}" if rejected else text
+        if tuple(pair_fields) == ("chosen",):  # Nothing to tell it from.
+            return signal.chosen
+        return "\n".join(
+            f"{label}{getattr(signal, name)}" for name, label in PAIR_LABELS.items() if name in pair_fields
+        )
     if signal.kind == "comment":
         return f"Prompt: {signal.prompt}\nThe user wrote: {signal.text}"
     return f"About the user: {signal.text}"
 
 
-def signals_text(signals: Sequence[Signal], rejected: bool = True) -> str:
+def signals_text(signals: Sequence[Signal], pair_fields: Sequence[str] = tuple(PAIR_LABELS)) -> str:
     """Lays signals out as numbered blocks, in their order: what q_phi reads, and the context of raw_signals.
 
     Args:
         signals: of one user.
-        rejected: whether pairs show the rejected response too.
+        pair_fields: what is shown of a pair, of prompt, chosen and rejected.
     """
     return "\n\n".join(
-        f"### Example {i}\n{_signal_text(signal, rejected)}" for i, signal in enumerate(signals, start=1)
+        f"### Example {i}\n{_signal_text(signal, pair_fields)}" for i, signal in enumerate(signals, start=1)
     )
 
 
-def inference_messages(signals: Sequence[Signal], instruction: str, rejected: bool = True) -> Messages:
+def inference_messages(
+    signals: Sequence[Signal], instruction: str, pair_fields: Sequence[str] = tuple(PAIR_LABELS)
+) -> Messages:
     """Asks q_phi for a summary z of the signals s (POPI section 1): `signals_text`, then `instruction`."""
-    return _user_turn(f"{signals_text(signals, rejected)}\n\n{instruction}")
+    return _user_turn(f"{signals_text(signals, pair_fields)}\n\n{instruction}")
 
 
 def generator_messages(prompt: str, context: str | None, instruction: str) -> Messages:
