@@ -1,11 +1,14 @@
 """Padded lines and bins: what goes in comes out, and bins score as separate rows do."""
 
+import types
+
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
-from popi_jax import scoring
+from popi_jax import rollout, scoring
 from popi_jax.data import packing
 from popi_jax.errors import UserError
 from tests import tiny
@@ -107,3 +110,17 @@ def test_coarse_counts_are_few_and_waste_at_most_a_quarter():
     counts = [packing.coarse(n) for n in range(1, 257)]
     assert all(n <= size <= max(4, 1.25 * n) for n, size in enumerate(counts, start=1))
     assert sorted(set(counts))[:10] == [4, 5, 6, 7, 8, 10, 12, 14, 16, 20] and len(set(counts)) == 25
+
+
+@pytest.mark.parametrize(
+    ("lengths", "length"),
+    [
+        ([30] * 5, 64),  # Two a bin: 192 positions; bins of 32 would have 160, not much less.
+        ([40] * 4, 48),  # One a bin of 64 leaves a third of it empty.
+        ([40, 70], 96),  # One row needs more than limits.bin.
+    ],
+)
+def test_bins_take_a_bucket_where_that_pads_far_less(lengths, length):
+    config = ml_collections.ConfigDict({"limits": {"bin": 64, "buckets": (32, 48, 96)}})
+    rows = [packing.Row([1] * (n - 2), [[2], [3]]) for n in lengths]
+    assert rollout.bin_length(types.SimpleNamespace(config=config), rows) == length
