@@ -45,9 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.limits.prompt = 512  # The generator's whole prompt: summary, question and template.
     c.limits.response = 256
     c.limits.summary = 48
-    c.limits.bin = (
-        512  # Pairs to score are packed into bins of this length, or a bucket's where that suits them better.
-    )
+    c.limits.bin = 512  # Pairs to score are packed into bins of this length, or of a bucket's where it suits better.
     c.limits.on_overflow = "error"  # error, or drop (drops whole signals, oldest first; counted and logged).
     c.limits.buckets = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
 

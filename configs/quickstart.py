@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.prompts.generator_instruction = "Answer as this reader likes."
 
     c.sampling.k = 6
-    c.sampling.k_generator = 1  # A sixth of the rows in the backward pass; the accuracy stays.
+    c.sampling.k_generator = 1  # A sixth of the rows in the backward pass.
     c.objective.beta = 1.0  # The base model's own log-odds are near the world's already.
     c.objective.kl_coef = 0.03  # With 0.01 the summaries grow short before they grow right.
     c.schedule.steps = 80

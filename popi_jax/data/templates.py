@@ -10,12 +10,12 @@ from popi_jax.data.schema import Signal
 
 Messages = list[dict[str, str]]
 
+# The fields of a pair that can be shown, in the order of the text.
+PAIR_LABELS = {"prompt": "Prompt: ", "chosen": "Preferred: ", "rejected": "Rejected: "}
+
 
 def _user_turn(content: str) -> Messages:
     return [{"role": "user", "content": content}]
-
-
-PAIR_LABELS = {"prompt": "Prompt: ", "chosen": "Preferred: ", "rejected": "Rejected: "}
 
 
 def _signal_text(signal: Signal, pair_fields: Sequence[str]) -> str:
