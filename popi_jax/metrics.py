@@ -78,6 +78,28 @@ class MetricWriter:
             self._board.close()
 
 
+class CompileClock:
+    """Seconds that XLA has compiled for in this process since the clock was made."""
+
+    _total_s = 0.0
+    _listening = False
+
+    def __init__(self) -> None:
+        if not CompileClock._listening:  # A listener cannot be taken off again: one for all clocks.
+            jax.monitoring.register_event_duration_secs_listener(CompileClock._hear)
+            CompileClock._listening = True
+        self._started_s = CompileClock._total_s
+
+    @staticmethod
+    def _hear(event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            CompileClock._total_s += seconds
+
+    def seconds(self) -> float:
+        """The time so far."""
+        return CompileClock._total_s - self._started_s
+
+
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, [] where there is no such file. Raises UserError naming a line that is not JSON."""
     path = workdir / METRICS_FILE

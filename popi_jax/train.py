@@ -163,19 +163,22 @@ def _loop(system: System, workdir: pathlib.Path, sources: dict[str, Any], refere
         for step in range(start, total):
             _profile(config, workdir, step)
             kind = system_lib.step_kind(config, step)
+            compiling = metrics.CompileClock()
             with jax.profiler.StepTraceAnnotation(kind, step_num=step):
                 batch, counts = make_batch(system, state, next(iterator), step, kind, references, written)
                 state, scalars = step_fns[kind](state, system.base, batch)
             # The step before this one is written while this one runs: the host never waits for the newest.
             _write(log, progress, pending)
-            pending = (step + 1, scalars | counts)
+            pending = (step + 1, scalars | counts | {"compile_s": compiling.seconds()})
             last, saves = step + 1 == total, (step + 1) % config.train.checkpoint_every == 0
             evaluates = config.eval.every and (step + 1) % config.eval.every == 0 and not last
             if saves or last or evaluates or stop.reached(step + 1):
                 _write(log, progress, pending)
                 pending = None
             if evaluates:
-                log.write(step + 1, periodic(system, state, sources["test"], references, step + 1))
+                started = time.perf_counter()
+                found = periodic(system, state, sources["test"], references, step + 1)
+                log.write(step + 1, found | {"evaluate_s": time.perf_counter() - started})
             if saves or last or stop.reached(step + 1):
                 meta = {
                     "model": system.fingerprint,

@@ -63,6 +63,17 @@ def test_lines_of_the_resume_step_itself_stay(tmp_path):
     assert [line["step"] for line in metrics.read_metrics(tmp_path)] == [1, 1, 2, 2]
 
 
+def test_compiling_is_timed_apart_from_running():
+    double = jax.jit(lambda x: 2 * x + 41)
+    clock = metrics.CompileClock()
+    double(jnp.ones(3))
+    first = clock.seconds()
+    assert first > 0
+    double(jnp.zeros(3))
+    assert clock.seconds() == first
+    assert metrics.CompileClock().seconds() == 0
+
+
 def test_floats_come_back_to_the_bit(tmp_path):
     numbers = np.random.default_rng(0).normal(size=50).astype(np.float32) * np.float32(10) ** np.arange(-25, 25)
     with metrics.MetricWriter(tmp_path, resume_step=0) as log:

@@ -16,6 +16,7 @@ from tests import tiny
 U, K, M = 4, 3, 2
 
 
+@functools.cache
 def settings(lora=None, **changes) -> Settings:
     policy = tiny.policy(lora)
     fields = {
@@ -67,6 +68,7 @@ def from_all(batch):
     return (*batch[:2], None)
 
 
+@functools.cache  # Compiling is what these tests spend their time on: the same step of the same settings once.
 def jitted(fn, config):
     return jax.jit(functools.partial(fn, settings=config))
 
