@@ -91,9 +91,9 @@ class CompileClock:
         self._started_s = CompileClock._total_s
 
     @staticmethod
-    def _hear(event: str, seconds: float, **_: Any) -> None:
+    def _hear(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            CompileClock._total_s += seconds
+            CompileClock._total_s += duration_secs
 
     def seconds(self) -> float:
         """The time so far."""
