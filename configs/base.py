@@ -77,7 +77,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.objective.advantage = "rloo"  # rloo, reinforce, group_mean or grpo.
     c.objective.baseline_decay = 0.9  # reinforce: the moving average's decay.
     c.objective.kl = "exact"  # exact, k1_reward or k3_loss.
-    c.objective.kl_coef = 2e-3  # lambda.
+    c.objective.kl_coef = 2e-3  # lambda; the loss that it is weighed against is in nats / beta.
 
     c.schedule = ml_collections.ConfigDict()
     c.schedule.name = "joint"  # joint, alternate, two_phase, inference_only or generator_only.

@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.limits.buckets = (16, 48, 96, 384, 512, 640, 768, 1024)
     # Both responses are of opposite styles, so that with both shown only their labels tell the user's: hard at 135M.
     c.prompts.pair_fields = ("chosen",)
-    # The first token sampled can already tell users apart, and no wording that names every style fits here.
+    # An open question: offered two words, this model takes the likelier one for everybody.
     c.prompts.summary_start = "This user prefers answers in the style of a"
     c.prompts.summary_stop = "."
     c.prompts.inference_instruction = "Describe the style of these texts."
