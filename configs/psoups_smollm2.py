@@ -30,26 +30,29 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.limits.prompt = 768
     c.limits.response = 384
     c.limits.on_overflow = "drop"
-    c.limits.summary = 10
+    # One word: a user's K summaries are then few different texts, and each is scored once.
+    c.limits.summary = 1
     c.limits.bin = 384
-    c.limits.buckets = (16, 48, 96, 384, 512, 640, 768, 1024)
+    c.limits.buckets = (1, 48, 96, 384, 512, 640, 768, 1024)
     # Both responses are of opposite styles, so that with both shown only their labels tell the user's: hard at 135M.
     c.prompts.pair_fields = ("chosen",)
-    # An open question: offered two words, this model takes the likelier one for everybody.
-    c.prompts.summary_start = "This user prefers answers in the style of a"
-    c.prompts.summary_stop = "."
-    c.prompts.inference_instruction = "Describe the style of these texts."
-    c.sampling.k = 6
+    # The two words are both likely before training, for every user: REINFORCE finds what is drawn often.
+    c.prompts.inference_instruction = "Is this the language of children or of scientists?"
+    c.prompts.summary_start = "This user prefers the language of"
+    c.sampling.k = 8
     c.sampling.k_generator = 1
+    # Sharper than the model: less of what is drawn is a word of its own, to be scored once and never again.
+    c.sampling.temperature = 0.7
     c.objective.beta = 0.1
-    c.objective.kl_coef = 0.02
-    c.schedule.steps = 70
-    c.optim.lr_inference = 1e-3
+    # Weighed against a loss in nats / beta. At 0.02 one word wins for all users before the signals are read.
+    c.objective.kl_coef = 0.3
+    c.schedule.steps = 44
+    c.optim.lr_inference = 1.5e-3
     c.optim.lr_generator = 3e-4
     c.optim.schedule = "cosine"
     c.optim.warmup_steps = 3
-    c.train.users_per_step = 6
-    c.train.checkpoint_every = 16
+    c.train.users_per_step = 8
+    c.train.checkpoint_every = 8
     c.eval.users_per_batch = 12
     c.eval.summaries_per_user = 2
     return c

@@ -1,11 +1,14 @@
 """The results table of any config: every method x seed, resumable, with paired comparisons.
 
     python experiments/results_table.py --config=configs/NAME.py --workdir=DIR [--methods=base,popi] [--seeds=0,1,2]
+        [--nodata_texts]
 
 Each method and seed is a run of its own in DIR/METHOD_seedN. A run that has finished is not repeated, one that was cut
-off goes on. DIR/results.json holds all rows; DIR/report.html shows them with popi's curves and samples.
+off goes on. DIR/results.json holds all rows; DIR/report.html shows them with popi's curves and samples;
+--nodata_texts leaves the data set's own texts out of both, for data that may not be passed on.
 """
 
+import json
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -23,6 +26,8 @@ from popi_jax.errors import UserError
 SCHEDULES = {"popi": "joint", "popi_two_phase": "two_phase", "popi_alternate": "alternate"} | {
     name: name for name in ("inference_only", "generator_only")
 }
+# The fields of samples.jsonl that are the data set's.
+DATA_TEXTS = ("signals", "prompt", "chosen", "rejected")
 TRAINED = ("base", "population", "raw_signals", "zero_shot_summary", "oracle", *SCHEDULES)
 BAYES = ("bayes_signals", "bayes_persona")
 
@@ -94,9 +99,13 @@ def compare(config: ml_collections.ConfigDict, table: pathlib.Path, rows: Sequen
 
 
 def make_table(
-    config: ml_collections.ConfigDict, table: pathlib.Path, methods: Sequence[str], seeds: Sequence[int]
+    config: ml_collections.ConfigDict,
+    table: pathlib.Path,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    data_texts: bool = True,
 ) -> None:
-    """Runs what is missing, then writes and prints the table."""
+    """Runs what is missing, then writes and prints the table; without `data_texts`, samples lack DATA_TEXTS."""
     unknown = [method for method in methods if method not in TRAINED + BAYES]
     if unknown:
         raise UserError(f"--methods: {unknown[0]!r} is unknown; choose from {', '.join(TRAINED + BAYES)}")
@@ -109,9 +118,14 @@ def make_table(
     compare(config, table, rows)
     runfiles.write_results(table, config, rows)
     shown = table / f"popi_seed{seeds[0]}"
-    for name in ("metrics.jsonl", "samples.jsonl", "environment.json", "config.json"):
+    for name in ("metrics.jsonl", "environment.json", "config.json"):
         if (shown / name).exists():
             shutil.copy(shown / name, table / name)
+    if (shown / "samples.jsonl").exists():
+        samples = map(json.loads, (shown / "samples.jsonl").read_text().splitlines())
+        left_out = () if data_texts else DATA_TEXTS
+        kept = [{key: value for key, value in sample.items() if key not in left_out} for sample in samples]
+        runfiles.write_jsonl(table / "samples.jsonl", kept)
     report.write(table)
     report.print_table(rows)
     print(f"\n{table / 'report.html'}")
@@ -123,6 +137,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("workdir", None, "The table's folder.")
     flags.DEFINE_list("methods", None, "The methods, by name; config.table.methods by default.")
     flags.DEFINE_list("seeds", None, "The seeds; config.table.seeds by default.")
+    flags.DEFINE_bool("data_texts", True, "Whether samples and report show the data set's own texts.")
 
 
 def _main(argv: list[str]) -> None:
@@ -131,7 +146,7 @@ def _main(argv: list[str]) -> None:
         raise UserError("--config and --workdir are both needed")
     methods = values.methods or list(values.config.table.methods)
     seeds = [int(seed) for seed in values.seeds] if values.seeds else list(values.config.table.seeds)
-    make_table(values.config, pathlib.Path(values.workdir), methods, seeds)
+    make_table(values.config, pathlib.Path(values.workdir), methods, seeds, values.data_texts)
 
 
 if __name__ == "__main__":

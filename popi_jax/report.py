@@ -184,7 +184,10 @@ def _sample(sample: Mapping[str, Any]) -> str:
             )
             text = f'<div class="text">{_text(sample[key])}</div>'
             answers.append(f'<div><span class="label">{title}</span>{text}{cost}</div>')
-    signals = ""
+    prompt = signals = ""
+    if sample.get("prompt"):
+        text = f'<div class="text">{_text(sample["prompt"])}</div>'
+        prompt = f'<div class="prompt"><span class="label">Prompt</span>{text}</div>'
     if sample.get("signals"):
         tokens = f" ({sample['signal_tokens']:,} tokens)" if "signal_tokens" in sample else ""
         signals = (
@@ -193,8 +196,7 @@ def _sample(sample: Mapping[str, Any]) -> str:
         )
     return (
         f'<article class="sample"><h3>User {_text(sample["user"])}</h3>{persona}{inferred}'
-        f'<div class="prompt"><span class="label">Prompt</span><div class="text">{_text(sample["prompt"])}</div></div>'
-        f'<div class="answers">{"".join(answers)}</div>{signals}</article>'
+        f'{prompt}<div class="answers">{"".join(answers)}</div>{signals}</article>'
     )
 
 

@@ -229,9 +229,9 @@ def pair_row(system: System, item: Item | None) -> packing.Row:
     return packing.Row(prefix, [chosen, rejected])
 
 
-def bin_length(system: System, rows: Sequence[packing.Row]) -> int:
-    """The length of bins for these rows: limits.bin, or a bucket that holds the longest where that pads far less."""
-    lengths, limit = [row.tokens for row in rows], system.config.limits.bin
+def bin_length(system: System, lengths: Sequence[int]) -> int:
+    """The length of bins for such rows: limits.bin, or a bucket that holds the longest where that pads far less."""
+    limit = system.config.limits.bin
     if max(lengths) > limit:
         return packing.bucket(max(lengths), tuple(system.config.limits.buckets))
     positions = {
@@ -245,25 +245,36 @@ def bin_length(system: System, rows: Sequence[packing.Row]) -> int:
 
 
 def place_packed(system: System, packed: PackedBatch) -> PackedBatch:
-    """Spreads the bins over the devices that share the rows; the rows' lengths go to all of them."""
+    """Spreads the bins over the devices that share the rows; what there is of each row goes to all of them."""
     spread, everywhere = sharding.batch_sharding(system.mesh), sharding.replicated(system.mesh)
-    lengths = jax.device_put(packed.length_RxN, everywhere)
-    bins = {f.name: getattr(packed, f.name) for f in dataclasses.fields(packed) if f.name != "length_RxN"}
-    return PackedBatch(**jax.device_put(bins, spread), length_RxN=lengths)
+    values = {f.name: getattr(packed, f.name) for f in dataclasses.fields(packed)}
+    placed = {name: everywhere if name in ("length_RxN", "first_R") else spread for name in values}
+    return PackedBatch(**jax.device_put(values, placed))
 
 
 def pack_pairs(system: System, items: Sequence[Item | None], least_bins: int = 0) -> PackedBatch:
-    """Packs a train step's rows, each micro-batch's by itself, in `least_bins` or more of them."""
+    """Packs a train step's rows, each micro-batch's by itself, in `least_bins` or more of them.
+
+    Where some of a user's K summaries are the same text, their rows are read once.
+    """
     rows = [pair_row(system, item) for item in items]
-    length, micro = bin_length(system, rows), len(rows) // system.config.train.accumulation
-    parts = [rows[start : start + micro] for start in range(0, len(rows), micro)]
-    bins = [packing.fill_bins([row.tokens for row in part], length) for part in parts]
+    micro = len(rows) // system.config.train.accumulation
+    starts = range(0, len(rows), micro)
+    parts = [rows[start : start + micro] for start in starts]
+    firsts = [packing.first_equals(items[start : start + micro]) for start in starts]
+    lengths = [
+        [row.tokens if own == i else 0 for i, (row, own) in enumerate(zip(part, first, strict=True))]
+        for part, first in zip(parts, firsts, strict=True)
+    ]
+    length = bin_length(system, sum(lengths, []))
+    bins = [packing.fill_bins(own, length) for own in lengths]
     # Rounded up, so that steps have few shapes, and every device has as many bins.
     n_bins = packing.round_up(packing.coarse(max(least_bins, *map(len, bins))), _shards(system))
-    scored = packing.most_scored(rows, bins, micro)
+    shape = packing.BinShape(n_bins, length, _shards(system))
+    scored = max(packing.most_scored(part, own, shape) for part, own in zip(parts, bins, strict=True))
     packed = [
-        packing.pack_bins(part, own, n_bins=n_bins, length=length, scored=scored, pad_id=system.tokenizer.pad_id)
-        for part, own in zip(parts, bins, strict=True)
+        packing.pack_bins(part, own, shape, scored=scored, pad_id=system.tokenizer.pad_id, first_R=first)
+        for part, own, first in zip(parts, bins, firsts, strict=True)
     ]
     return place_packed(system, jax.tree.map(lambda *leaves: np.concatenate(leaves), *packed))
 
@@ -272,21 +283,20 @@ def pair_logps(system: System, theta, items: Sequence[Item], rows: int) -> np.nd
     """Log pi(y+|x,z) and log pi(y-|x,z) of every item, [n, 2]; about `rows` of them at a time, all in one shape."""
     encoded = [pair_row(system, item) for item in items]
     lengths = [row.tokens for row in encoded]
-    length = bin_length(system, encoded)
+    length = bin_length(system, lengths)
     bins = packing.fill_bins(lengths, length)
     n_bins = packing.round_up(-(-len(bins) * min(rows, len(items)) // len(items)), _shards(system))
     parts = [bins[start : start + n_bins] for start in range(0, len(bins), n_bins)]
     members = [[i for own in part for i in own] for part in parts]
-    scored = packing.most_scored(encoded, [bins], len(encoded))
+    shape = packing.BinShape(n_bins, length, _shards(system))
+    scored = max(packing.most_scored(encoded, part, shape) for part in parts)
     most = max(map(len, members))
     logps = np.zeros((len(items), 2), np.float32)
     for part, chosen in zip(parts, members, strict=True):
         place = {item: r for r, item in enumerate(chosen)}
         own = [[place[item] for item in part_bin] for part_bin in part]
         some = [encoded[i] for i in chosen] + [packing.Row([], [[], []])] * (most - len(chosen))
-        packed = packing.pack_bins(
-            some, own, n_bins=n_bins, length=length, scored=scored, pad_id=system.tokenizer.pad_id
-        )
+        packed = packing.pack_bins(some, own, shape, scored=scored, pad_id=system.tokenizer.pad_id)
         out = _pair_logps(
             system.base,
             theta,

@@ -6,7 +6,7 @@ There are two layouts. A PrefixBatch has a line [prefix | branch 1 | ... | branc
 the device, token by token, for summaries. A PackedBatch has rows of all lengths one after another in bins of one
 length: made on the host, with little padding and nearly always of one shape, for responses, of which the sum is wanted.
 Shapes: B or R rows, T prefix length, N branches, R branch length, L = T + N * R, D model width, V vocabulary; C bins of
-length L with at most Q branch tokens each.
+length L in G groups with at most P branch tokens each.
 """
 
 import dataclasses
@@ -56,19 +56,22 @@ class PackedBatch:
         tokens_CxL: token ids.
         positions_CxL: rope positions: each row's start at 0, each branch's where its prefix ended.
         segments_CxL: see attention.attend.
-        predictor_CxQ: the place in the bin of the token whose hidden state predicts a branch token.
-        target_CxQ: that branch token.
-        branch_CxQ: which branch of which row it belongs to, row * N + branch; R * N where there is none.
+        predictor_GxP: of each branch token, where the token lies whose hidden state predicts it: bin * L + place, the
+            bins counted from the group's first. A group is C / G bins that lie side by side on one device.
+        target_GxP: that branch token.
+        branch_GxP: which branch of which row it belongs to, row * N + branch; R * N where there is none.
         length_RxN: tokens of each branch. A row of empty branches is padding.
+        first_R: which row's scores are this row's: its own, or those of an equal row that alone is in a bin.
     """
 
     tokens_CxL: Array
     positions_CxL: Array
     segments_CxL: Array
-    predictor_CxQ: Array
-    target_CxQ: Array
-    branch_CxQ: Array
+    predictor_GxP: Array
+    target_GxP: Array
+    branch_GxP: Array
     length_RxN: Array
+    first_R: Array
 
     @property
     def valid_R(self) -> jax.Array:
@@ -77,7 +80,7 @@ class PackedBatch:
 
     @property
     def token_count(self) -> jax.Array:
-        """How many tokens are not padding."""
+        """How many tokens are not padding; those of equal rows count once."""
         return jnp.sum(jnp.asarray(self.segments_CxL) >= 0)
 
 
@@ -178,21 +181,23 @@ def score_packed(decoder: Decoder, batch: PackedBatch, *, chunk: int = 1024) -> 
     """
     read = (jnp.asarray(x) for x in (batch.tokens_CxL, batch.positions_CxL, batch.segments_CxL))
     hidden_CxLxD = decoder(*read)
-    # Within its own bin, so that bins that lie on different devices need nothing of each other.
-    hidden_CxQxD = jnp.take_along_axis(hidden_CxLxD, jnp.asarray(batch.predictor_CxQ)[:, :, None], axis=1)
-    hidden_PxD = hidden_CxQxD.reshape(-1, hidden_CxQxD.shape[-1])
+    # Within its own group, so that bins that lie on different devices need nothing of each other.
+    predictor_GxP = jnp.asarray(batch.predictor_GxP)
+    hidden_GxXxD = hidden_CxLxD.reshape(len(predictor_GxP), -1, hidden_CxLxD.shape[-1])
+    hidden_PxD = _flatten(jnp.take_along_axis(hidden_GxXxD, predictor_GxP[:, :, None], axis=1))
 
     def one(hidden_CxD: jax.Array, target_C: jax.Array) -> jax.Array:
         return _gather(_log_softmax(decoder, hidden_CxD, 1.0), target_C)
 
-    logp_P = _in_chunks(one, chunk, hidden_PxD, jnp.asarray(batch.target_CxQ).reshape(-1))
+    logp_P = _in_chunks(one, chunk, hidden_PxD, jnp.asarray(batch.target_GxP).reshape(-1))
     R, N = batch.length_RxN.shape
-    branch_P = jnp.asarray(batch.branch_CxQ).reshape(-1)
-    return jax.ops.segment_sum(logp_P, branch_P, R * N + 1)[:-1].reshape(R, N)
+    branch_P = jnp.asarray(batch.branch_GxP).reshape(-1)
+    packed_RxN = jax.ops.segment_sum(logp_P, branch_P, R * N + 1)[:-1].reshape(R, N)
+    return packed_RxN[jnp.asarray(batch.first_R)]
 
 
-def _flatten(hidden_BxNxRxD: jax.Array) -> jax.Array:
-    return hidden_BxNxRxD.reshape(-1, hidden_BxNxRxD.shape[-1])
+def _flatten(hidden_XxD: jax.Array) -> jax.Array:
+    return hidden_XxD.reshape(-1, hidden_XxD.shape[-1])
 
 
 def _log_softmax(decoder: Decoder, hidden_CxD: jax.Array, temperature: float) -> jax.Array:
@@ -208,11 +213,12 @@ def _in_chunks(fn, chunk: int, *args_Px: jax.Array):
     P = args_Px[0].shape[0]
     if P <= chunk:
         return jax.checkpoint(fn)(*args_Px)
-    padding = -P % chunk
+    count = -(-P // chunk)
+    size = -(-P // count)  # Of nearly equal chunks, so that little is added to fill the last.
 
     def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(-1, chunk, *x.shape[1:])
+        x = jnp.pad(x, [(0, count * size - P)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(count, size, *x.shape[1:])
 
     out = jax.lax.map(lambda xs: jax.checkpoint(fn)(*xs), tuple(split(x) for x in args_Px))
     return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:P], out)

@@ -68,27 +68,40 @@ def test_fill_bins_is_first_fit_decreasing() -> None:
 
 def test_pack_bins_by_hand() -> None:
     rows = [packing.Row([7, 8], [[1, 2], [3]]), packing.Row([], [[], []]), packing.Row([9], [[4], [5, 6]])]
-    batch = packing.pack_bins(rows, [[0, 2]], n_bins=2, length=11, scored=7, pad_id=0)
+    batch = packing.pack_bins(rows, [[0, 2]], packing.BinShape(2, 11, groups=2), scored=7, pad_id=0)
     assert batch.tokens_CxL[0].tolist() == [7, 8, 1, 2, 3, 9, 4, 5, 6, 0, 0]
     assert batch.positions_CxL[0].tolist() == [0, 1, 2, 3, 2, 0, 1, 1, 2, 0, 0]
     assert batch.segments_CxL[0].tolist() == [0, 0, 1, 1, 2, 1024, 1025, 1026, 1026, -1, -1]
-    assert batch.predictor_CxQ[0].tolist() == [1, 2, 1, 5, 5, 7, 0]
-    assert batch.target_CxQ[0].tolist() == [1, 2, 3, 4, 5, 6, 0]
-    assert batch.branch_CxQ[0].tolist() == [0, 0, 1, 4, 5, 5, 6]
-    assert (batch.segments_CxL[1] == -1).all() and (batch.branch_CxQ[1] == 6).all()
-    assert batch.length_RxN.tolist() == [[2, 1], [0, 0], [1, 2]]
+    assert batch.predictor_GxP[0].tolist() == [1, 2, 1, 5, 5, 7, 0]
+    assert batch.target_GxP[0].tolist() == [1, 2, 3, 4, 5, 6, 0]
+    assert batch.branch_GxP[0].tolist() == [0, 0, 1, 4, 5, 5, 6]
+    assert (batch.segments_CxL[1] == -1).all() and (batch.branch_GxP[1] == 6).all()
+    assert batch.length_RxN.tolist() == [[2, 1], [0, 0], [1, 2]] and batch.first_R.tolist() == [0, 1, 2]
     assert batch.valid_R.tolist() == [True, False, True] and int(batch.token_count) == 9
 
 
-@pytest.mark.parametrize("length", [12, 40])
-def test_bins_score_as_lines_of_one_row_do(length: int) -> None:
+def test_bins_of_a_group_share_their_scored_positions() -> None:
+    rows = [packing.Row([7, 8], [[1, 2], [3]]), packing.Row([9], [[4], [5, 6]]), packing.Row([6], [[2], [2]])]
+    shape = packing.BinShape(n_bins=4, length=6, groups=2)
+    bins = [[0], [1], [2]]
+    assert packing.most_scored(rows, bins, shape) == 6  # 3 + 3 of the first group; an eighth of its length is 2.
+    batch = packing.pack_bins(rows, bins, shape, scored=6, pad_id=0)
+    assert batch.predictor_GxP.tolist() == [[1, 2, 1, 6, 6, 8], [0, 0, 0, 0, 0, 0]]
+    assert batch.target_GxP.tolist() == [[1, 2, 3, 4, 5, 6], [2, 2, 0, 0, 0, 0]]
+    assert batch.branch_GxP.tolist() == [[0, 0, 1, 2, 3, 3], [4, 5, 6, 6, 6, 6]]
+
+
+@pytest.mark.parametrize(("length", "groups"), [(12, 1), (40, 1), (12, 3)])
+def test_bins_score_as_lines_of_one_row_do(length: int, groups: int) -> None:
     policy = tiny.policy(tiny.LORA)
     base = tiny.perturbed(policy.init_base(jax.random.key(0)), 1, 0.05)
     delta = tiny.perturbed(policy.init_delta(base, jax.random.key(2)), 3)
     lines = tiny.rows(np.random.default_rng(0), 7, 2, 4, 4)
     lines.prefix_length_B[3] = lines.branch_length_BxN[3] = 0
-    packed = tiny.packed(lines, length=length)
-    assert packed.tokens_CxL.shape[0] < 7 or length == 12
+    for values in (lines.prefix_BxT, lines.prefix_length_B, lines.branches_BxNxR, lines.branch_length_BxN):
+        values[5] = values[2]
+    packed = tiny.packed(lines, length=length, n_bins=6, groups=groups)
+    assert packed.first_R.tolist() == [0, 1, 2, 3, 4, 2, 6] and not (np.asarray(packed.branch_GxP) // 2 == 5).any()
     weight = np.random.default_rng(1).normal(size=(7, 2)).astype(np.float32)
 
     def by_line(delta):
@@ -122,5 +135,4 @@ def test_coarse_counts_are_few_and_waste_at_most_a_quarter():
 )
 def test_bins_take_a_bucket_where_that_pads_far_less(lengths, length):
     config = ml_collections.ConfigDict({"limits": {"bin": 64, "buckets": (32, 48, 96)}})
-    rows = [packing.Row([1] * (n - 2), [[2], [3]]) for n in lengths]
-    assert rollout.bin_length(types.SimpleNamespace(config=config), rows) == length
+    assert rollout.bin_length(types.SimpleNamespace(config=config), lengths) == length

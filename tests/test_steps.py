@@ -36,7 +36,7 @@ def settings(lora=None, **changes) -> Settings:
     return Settings(**(fields | changes))
 
 
-def world(config: Settings, seed=0, users=U, empty=False, n_bins=0):
+def world(config: Settings, seed=0, users=U, empty=False, n_bins=0, groups=1):
     """A base, a state away from it, and a batch of users with all kinds of lengths; `empty`: some rows are padding.
 
     The batch's third part has the rows of each user's first summary.
@@ -51,9 +51,9 @@ def world(config: Settings, seed=0, users=U, empty=False, n_bins=0):
     if empty:
         inference.rows.prefix_length_B[3] = 0
         lines.prefix_length_B[:5] = lines.branch_length_BxN[:5] = 0
-    pairs = tiny.packed(lines, 24, groups=config.accumulation, n_bins=n_bins)
+    pairs = tiny.packed(lines, 24, micros=config.accumulation, n_bins=n_bins, groups=groups)
     first, first_ref = of_summary(0, lines, ref)
-    first_pairs = tiny.packed(first, 24, groups=config.accumulation, n_bins=n_bins)
+    first_pairs = tiny.packed(first, 24, micros=config.accumulation, n_bins=n_bins, groups=groups)
     return base, state, (inference, GeneratorBatch(pairs, ref), GeneratorBatch(first_pairs, first_ref))
 
 
@@ -196,7 +196,7 @@ def test_trace_once():
 @pytest.mark.parametrize("lora", [tiny.LORA, None])
 def test_sharded_equals_one_device(sizes, lora):
     config = settings(lora)
-    base, state, batch = world(config, users=8, n_bins=32)
+    base, state, batch = world(config, users=8, n_bins=32, groups=8)
     batch = batch if lora else from_all(batch)  # Both ways for theta to learn.
     alone, metrics = jitted(steps.joint_step, config)(state, base, batch)
     mesh = sharding.make_mesh(*sizes)

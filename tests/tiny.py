@@ -52,8 +52,11 @@ def rows(rng: np.random.Generator, B: int, N: int, T: int, R: int, least: int = 
     )
 
 
-def packed(lines: PrefixBatch, length: int, groups: int = 1, n_bins: int = 0) -> PackedBatch:
-    """The same rows in bins of `length`, each group's by itself in `n_bins`, or as many as the fullest group needs."""
+def packed(lines: PrefixBatch, length: int, micros: int = 1, n_bins: int = 0, groups: int = 1) -> PackedBatch:
+    """The same rows in bins of `length`, each micro-batch's by itself in `n_bins`, or as many as the fullest needs.
+
+    Of equal rows of a micro-batch the first alone is in a bin. `groups` as in packing.pack_bins.
+    """
     rows = [
         packing.Row(prefix[:at].tolist(), [ids[:n].tolist() for ids, n in zip(branches, lengths, strict=True)])
         for prefix, at, branches, lengths in zip(
@@ -64,13 +67,20 @@ def packed(lines: PrefixBatch, length: int, groups: int = 1, n_bins: int = 0) ->
             strict=True,
         )
     ]
-    size = len(rows) // groups
+    size = len(rows) // micros
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    bins = [packing.fill_bins([row.tokens for row in part], length) for part in parts]
+    firsts = [packing.first_equals([repr(row) for row in part]) for part in parts]
+    bins = [
+        packing.fill_bins(
+            [row.tokens * (own == i) for i, (row, own) in enumerate(zip(part, first, strict=True))], length
+        )
+        for part, first in zip(parts, firsts, strict=True)
+    ]
     count = n_bins or max(map(len, bins))
-    scored = packing.most_scored(rows, bins, size)
+    shape = packing.BinShape(count, length, groups)
+    scored = max(packing.most_scored(part, own, shape) for part, own in zip(parts, bins, strict=True))
     filled = [
-        packing.pack_bins(part, own, n_bins=count, length=length, scored=scored, pad_id=0)
-        for part, own in zip(parts, bins, strict=True)
+        packing.pack_bins(part, own, shape, scored=scored, pad_id=0, first_R=first)
+        for part, own, first in zip(parts, bins, firsts, strict=True)
     ]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *filled)

@@ -1,10 +1,11 @@
 """From token ids to padded arrays of a few static shapes: lines of one row each, or bins of many rows.
 
-Shapes: B or R rows, T prefix length, N branches, R branch length; C bins of length L with at most Q branch tokens each.
+Shapes: B or R rows, T prefix length, N branches, R branch length; C bins of length L in G groups with
+at most P branch tokens each.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -127,42 +128,68 @@ def fill_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def most_scored(rows: Sequence[Row], groups: Sequence[Sequence[Sequence[int]]], size: int) -> int:
-    """The branch tokens of the fullest bin, rounded up to a multiple of 128: few shapes.
+@dataclasses.dataclass(frozen=True)
+class BinShape:
+    """n_bins = C bins of `length` = L tokens, in `groups` = G groups of as many bins each; see PackedBatch."""
 
-    Args:
-        rows: all rows.
-        groups: the bins of each group of `size` rows; their items count from the group's first row.
-        size: rows in a group.
+    n_bins: int
+    length: int
+    groups: int = 1
+
+    @property
+    def group_bins(self) -> int:
+        """How many bins are in a group."""
+        return self.n_bins // self.groups
+
+
+def most_scored(rows: Sequence[Row], bins: Sequence[Sequence[int]], shape: BinShape) -> int:
+    """The branch tokens of the fullest group of bins, rounded up to an eighth of a group's length: few shapes.
+
+    Arguments as in `pack_bins`.
     """
+    size = shape.group_bins
     counts = [
-        sum(rows[group * size + item].branch_tokens for item in members)
-        for group, bins in enumerate(groups)
-        for members in bins
+        sum(rows[item].branch_tokens for members in bins[start : start + size] for item in members)
+        for start in range(0, shape.n_bins, size)
     ]
-    return round_up(max(counts, default=0), 128)
+    return round_up(max(counts), -(-size * shape.length // 8))
+
+
+def first_equals(keys: Sequence[Hashable]) -> list[int]:
+    """For each of them the index of the first that is equal to it: its own where there is none before."""
+    first: dict[Hashable, int] = {}
+    return [first.setdefault(key, i) for i, key in enumerate(keys)]
 
 
 def pack_bins(
-    rows: Sequence[Row], bins: Sequence[Sequence[int]], *, n_bins: int, length: int, scored: int, pad_id: int
+    rows: Sequence[Row],
+    bins: Sequence[Sequence[int]],
+    shape: BinShape,
+    *,
+    scored: int,
+    pad_id: int,
+    first_R: Sequence[int] | None = None,
 ) -> PackedBatch:
     """Lays rows out in bins.
 
     Args:
         rows: R rows of N branches each.
         bins: which rows are in which bin; see `fill_bins`.
-        n_bins: C, at least the number of bins; the added ones are empty.
-        length: L, no less than the tokens of any bin.
-        scored: Q, no less than the branch tokens of any bin.
+        shape: at least as many bins, the added ones empty, and no shorter than the tokens of any.
+        scored: P, no less than the branch tokens of any group.
         pad_id: fills what is left; any id does.
+        first_R: for each row the one that is in a bin for it, see `first_equals`; None: each for itself.
     """
     (N,) = {len(row.branches) for row in rows}
+    n_bins, length, groups, size = shape.n_bins, shape.length, shape.groups, shape.group_bins
     tokens_CxL = np.full((n_bins, length), pad_id, np.int32)
     positions_CxL, segments_CxL = np.zeros((n_bins, length), np.int32), np.full((n_bins, length), -1, np.int32)
-    predictor_CxQ, target_CxQ = np.zeros((n_bins, scored), np.int32), np.full((n_bins, scored), pad_id, np.int32)
-    branch_CxQ = np.full((n_bins, scored), len(rows) * N, np.int32)
+    predictor_GxP, target_GxP = np.zeros((groups, scored), np.int32), np.full((groups, scored), pad_id, np.int32)
+    branch_GxP = np.full((groups, scored), len(rows) * N, np.int32)
     for c, members in enumerate(bins):
-        start, first = 0, 0
+        g, start = c // size, 0
+        if c % size == 0:
+            first = 0
         for place, r in enumerate(members):
             prefix, branches = rows[r].prefix, rows[r].branches
             own = slice(start, start + len(prefix))
@@ -175,8 +202,12 @@ def pack_bins(
                 segments_CxL[c, own] = place * ROW + n + 1
                 asked = slice(first, first + len(ids))
                 # A branch's first token is predicted by its prefix's last, any other by the one before it.
-                predictor_CxQ[c, asked] = [last, *range(start, own.stop - 1)][: len(ids)]
-                target_CxQ[c, asked], branch_CxQ[c, asked] = ids, r * N + n
+                predictors = [last, *range(start, own.stop - 1)][: len(ids)]
+                predictor_GxP[g, asked] = np.array(predictors, np.int32) + c % size * length
+                target_GxP[g, asked], branch_GxP[g, asked] = ids, r * N + n
                 start, first = own.stop, asked.stop
     length_RxN = np.array([[len(ids) for ids in row.branches] for row in rows], np.int32)
-    return PackedBatch(tokens_CxL, positions_CxL, segments_CxL, predictor_CxQ, target_CxQ, branch_CxQ, length_RxN)
+    own_R = np.asarray(range(len(rows)) if first_R is None else first_R, np.int32)
+    return PackedBatch(
+        tokens_CxL, positions_CxL, segments_CxL, predictor_GxP, target_GxP, branch_GxP, length_RxN, own_R
+    )
