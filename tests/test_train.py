@@ -1,5 +1,6 @@
 """Runs as a user starts them: killed and resumed, misused, and what they leave. On the embedded world and model."""
 
+import html
 import json
 import os
 import pathlib
@@ -209,3 +210,11 @@ def test_results_table_and_its_resumption(tmp_path, capsys):
     again = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert (tmp_path / "population_seed0" / "results.json").stat().st_mtime_ns == before
     assert again[2]["accuracy"] == rows["popi"]["accuracy"]
+    shown = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    results_table.make_table(config, tmp_path, methods, [0], data_texts=False)
+    kept = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [set(full) - set(own) for full, own in zip(shown, kept, strict=True)] == [
+        set(results_table.DATA_TEXTS)
+    ] * len(shown)
+    page = (tmp_path / "report.html").read_text()
+    assert shown[0]["summary"] in page and html.escape(shown[0]["prompt"]) not in page

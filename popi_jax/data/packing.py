@@ -78,11 +78,11 @@ def pack_prefixes(
 
 
 def coarse(count: int) -> int:
-    """Rounds up to a number of three significant bits: 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...
+    """Rounds up to a number of two significant bits: 4, 6, 8, 12, 16, 24, ...
 
     A step of another shape is compiled anew, which takes as long as many steps: better some empty bins.
     """
-    unit = 1 << max(0, (count - 1).bit_length() - 3)
+    unit = 1 << max(0, (count - 1).bit_length() - 2)
     return round_up(max(count, 4), unit)
 
 
@@ -143,7 +143,7 @@ class BinShape:
 
 
 def most_scored(rows: Sequence[Row], bins: Sequence[Sequence[int]], shape: BinShape) -> int:
-    """The branch tokens of the fullest group of bins, rounded up to an eighth of a group's length: few shapes.
+    """The branch tokens of the fullest group of bins, rounded up to a quarter of a group's length: few shapes.
 
     Arguments as in `pack_bins`.
     """
@@ -152,7 +152,7 @@ def most_scored(rows: Sequence[Row], bins: Sequence[Sequence[int]], shape: BinSh
         sum(rows[item].branch_tokens for members in bins[start : start + size] for item in members)
         for start in range(0, shape.n_bins, size)
     ]
-    return round_up(max(counts), -(-size * shape.length // 8))
+    return round_up(max(counts), -(-size * shape.length // 4))
 
 
 def first_equals(keys: Sequence[Hashable]) -> list[int]:
