@@ -188,7 +188,7 @@ def pack_bins(
     branch_GxP = np.full((groups, scored), len(rows) * N, np.int32)
     for c, members in enumerate(bins):
         g, start = c // size, 0
-        if c % size == 0:
+        if c % size == 0:  # A group begins: so do its scored positions.
             first = 0
         for place, r in enumerate(members):
             prefix, branches = rows[r].prefix, rows[r].branches
