@@ -30,29 +30,35 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.limits.prompt = 768
     c.limits.response = 384
     c.limits.on_overflow = "drop"
-    # One word: a user's K summaries are then few different texts, and each is scored once.
-    c.limits.summary = 1
+    c.limits.summary = 10
     c.limits.bin = 384
-    c.limits.buckets = (1, 48, 96, 384, 512, 640, 768, 1024)
+    # The first is a summary's: K of them per user are padded to it.
+    c.limits.buckets = (10, 48, 96, 384, 512, 640, 768, 1024)
     # Both responses are of opposite styles, so that with both shown only their labels tell the user's: hard at 135M.
     c.prompts.pair_fields = ("chosen",)
-    # The two words are both likely before training, for every user: REINFORCE finds what is drawn often.
-    c.prompts.inference_instruction = "Is this the language of children or of scientists?"
-    c.prompts.summary_start = "This user prefers the language of"
+    # Before training, one of both answers is copied out, each about as often, for every user: REINFORCE finds what is
+    # drawn often, and a user's K summaries are few different texts, each scored once.
+    c.prompts.inference_instruction = (
+        "Would this user want you to write in the simple language of children?"
+        " Or would this user want you to write in the technical language of scientists?"
+    )
+    c.prompts.summary_start = "This user wants you to write in the"
+    c.prompts.summary_stop = "."
     c.sampling.k = 8
     c.sampling.k_generator = 1
-    # Sharper than the model: less of what is drawn is a word of its own, to be scored once and never again.
+    # Sharper than the model: less of what is drawn is a text of its own, to be scored once and never again.
     c.sampling.temperature = 0.7
     c.objective.beta = 0.1
     # Weighed against a loss in nats / beta. At 0.02 one word wins for all users before the signals are read.
     c.objective.kl_coef = 0.3
-    c.schedule.steps = 44
-    c.optim.lr_inference = 1.5e-3
-    c.optim.lr_generator = 3e-4
+    c.schedule.steps = 60
+    c.optim.lr_inference = 1e-3
+    c.optim.lr_generator = 5e-4
     c.optim.schedule = "cosine"
     c.optim.warmup_steps = 3
     c.train.users_per_step = 8
     c.train.checkpoint_every = 8
     c.eval.users_per_batch = 12
     c.eval.summaries_per_user = 2
+    c.eval.temperature = 0.3  # A summary is inferred once: what the model holds likely, less its doubts.
     return c
