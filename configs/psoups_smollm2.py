@@ -52,10 +52,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # Weighed against a loss in nats / beta. At 0.02 one word wins for all users before the signals are read.
     c.objective.kl_coef = 0.3
     c.schedule.steps = 60
-    c.optim.lr_inference = 1e-3
+    c.optim.lr_inference = 5e-4
     c.optim.lr_generator = 5e-4
     c.optim.schedule = "cosine"
-    c.optim.warmup_steps = 3
+    c.optim.warmup_steps = 8
     c.train.users_per_step = 8
     c.train.checkpoint_every = 8
     c.eval.users_per_batch = 12
