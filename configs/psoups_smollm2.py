@@ -33,11 +33,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.limits.summary = 10
     c.limits.bin = 384
     # The first is a summary's: K of them per user are padded to it.
-    c.limits.buckets = (10, 48, 96, 384, 512, 640, 768, 1024)
+    c.limits.buckets = (c.limits.summary, 48, 96, 384, 512, 640, 768, 1024)
     # Both responses are of opposite styles, so that with both shown only their labels tell the user's: hard at 135M.
     c.prompts.pair_fields = ("chosen",)
-    # Before training, one of both answers is copied out, each about as often, for every user: REINFORCE finds what is
-    # drawn often, and a user's K summaries are few different texts, each scored once.
+    # Before training, the model copies out one answer or the other, about as often, for every user: REINFORCE finds
+    # what is drawn often, and a user's K summaries are few different texts, each scored once.
     c.prompts.inference_instruction = (
         "Would this user want you to write in the simple language of children?"
         " Or would this user want you to write in the technical language of scientists?"
@@ -49,7 +49,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # Sharper than the model: less of what is drawn is a text of its own, to be scored once and never again.
     c.sampling.temperature = 0.7
     c.objective.beta = 0.1
-    # Weighed against a loss in nats / beta. At 0.02 one word wins for all users before the signals are read.
+    # Weighed against a loss in nats / beta. Far lower, one answer wins for all users before the signals are read.
     c.objective.kl_coef = 0.3
     c.schedule.steps = 60
     c.optim.lr_inference = 5e-4
