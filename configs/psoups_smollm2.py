@@ -32,8 +32,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.limits.on_overflow = "drop"
     c.limits.summary = 10
     c.limits.bin = 384
-    # The first is a summary's: K of them per user are padded to it.
-    c.limits.buckets = (c.limits.summary, 48, 96, 384, 512, 640, 768, 1024)
+    c.limits.buckets = (48, 96, 384, 512, 640, 768, 1024)
     # Both responses are of opposite styles, so that with both shown only their labels tell the user's: hard at 135M.
     c.prompts.pair_fields = ("chosen",)
     # Before training, the model copies out one answer or the other, about as often, for every user: REINFORCE finds

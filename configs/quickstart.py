@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.limits.response = 32
     c.limits.summary = 24
     c.limits.bin = 256
-    c.limits.buckets = (24, 32, 56, 256, 320)  # Few, for each shape is compiled anew; they fit what stylebook writes.
+    c.limits.buckets = (32, 56, 256, 320)  # Few, for each shape is compiled anew; they fit what stylebook writes.
     c.prompts.inference_instruction = "In one sentence, what does this reader like?"
     c.prompts.generator_instruction = "Answer as this reader likes."
 

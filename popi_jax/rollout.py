@@ -194,7 +194,7 @@ def padded_users(system: System, users: int) -> int:
     return packing.round_up(users, _shards(system))
 
 
-def pack(system: System, prefixes, branches, rows: int) -> PrefixBatch:
+def pack(system: System, prefixes, branches, rows: int, branch_limit: int | None = None) -> PrefixBatch:
     """Pads rows to a bucket and lays them over the mesh; the row count is rounded up to the devices that share it."""
     packed = packing.pack(
         prefixes,
@@ -202,6 +202,7 @@ def pack(system: System, prefixes, branches, rows: int) -> PrefixBatch:
         tuple(system.config.limits.buckets),
         system.tokenizer.pad_id,
         rows=padded_users(system, rows),
+        branch_limit=branch_limit,
     )
     return jax.device_put(packed, sharding.batch_sharding(system.mesh))
 
@@ -213,11 +214,11 @@ def inference_batch(system: System, drawn: Drawn, rows: int) -> steps.InferenceB
         [samples.tokens_BxNxS[u, k, : samples.length_BxN[u, k]].tolist() for k in range(samples.length_BxN.shape[1])]
         for u in range(len(drawn.prefixes_U))
     ]
-    packed = pack(system, drawn.prefixes_U, branches, rows)
+    # K branches a user: padded to a bucket made for prompts, they can outweigh the signals.
+    packed = pack(system, drawn.prefixes_U, branches, rows, branch_limit=system.config.limits.summary)
     U, K, S = packed.branches_BxNxR.shape
     logp_UxKxS = np.zeros((U, K, S), np.float32)
-    width = min(S, samples.logp_BxNxS.shape[-1])
-    logp_UxKxS[: len(branches), :, :width] = samples.logp_BxNxS[: len(branches), :, :width]
+    logp_UxKxS[: len(branches)] = samples.logp_BxNxS[: len(branches), :, :S]
     return steps.InferenceBatch(packed, jax.device_put(logp_UxKxS, sharding.batch_sharding(system.mesh)))
 
 

@@ -42,6 +42,14 @@ def test_pack_pads_right_to_buckets_and_rows() -> None:
     assert len(jax.tree.leaves(batch)) == 4
 
 
+@pytest.mark.parametrize(("branch", "limit", "width"), [(5, None, 8), (5, 6, 6), (5, 5, 5), (3, 6, 4), (5, 99, 8)])
+def test_branches_are_not_padded_past_their_limit(branch: int, limit: int | None, width: int) -> None:
+    batch = packing.pack([[5] * 5], [[[1] * branch]], BUCKETS, pad_id=0, branch_limit=limit)
+    assert batch.branches_BxNxR.shape == (1, 1, width)
+    assert batch.branch_length_BxN.tolist() == [[branch]]
+    assert batch.prefix_BxT.shape == (1, 8)
+
+
 def test_pack_then_cut_gives_back_what_went_in() -> None:
     rng = np.random.default_rng(0)
     prefixes = [rng.integers(1, 50, n).tolist() for n in rng.integers(1, 16, 6)]

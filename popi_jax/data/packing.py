@@ -35,6 +35,7 @@ def pack(
     buckets: Sequence[int],
     pad_id: int,
     rows: int | None = None,
+    branch_limit: int | None = None,
 ) -> PrefixBatch:
     """Pads prefixes and their branches to the smallest buckets that hold them.
 
@@ -44,6 +45,7 @@ def pack(
         buckets: the lengths to choose T and R from.
         pad_id: fills what is left; any id does, since lengths tell what is real.
         rows: pads to this many rows, the added ones of length 0; None: B.
+        branch_limit: no branch is longer, so none is padded further, whatever the buckets are; None: it is not known.
     """
     n_branches = {len(row) for row in branches}
     if len(n_branches) != 1 or len(prefixes) != len(branches):
@@ -51,7 +53,8 @@ def pack(
     prefix_BxT, prefix_length_B = pack_prefixes(prefixes, buckets, pad_id, rows)
     (N,) = n_branches
     flat = [ids for row in branches for ids in row]
-    branches_PxR, branch_length_P = pack_prefixes(flat, buckets, pad_id, len(prefix_BxT) * N)
+    sizes = buckets if branch_limit is None else (*(size for size in buckets if size < branch_limit), branch_limit)
+    branches_PxR, branch_length_P = pack_prefixes(flat, sizes, pad_id, len(prefix_BxT) * N)
     B, R = len(prefix_BxT), branches_PxR.shape[-1]
     return PrefixBatch(
         prefix_BxT=prefix_BxT,
