@@ -32,7 +32,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.limits.on_overflow = "drop"
     c.limits.summary = 10
     c.limits.bin = 384
-    c.limits.buckets = (48, 96, 384, 512, 640, 768, 1024)
+    c.limits.buckets = (c.limits.summary, 48, 96, 384, 512, 640, 768, 1024)
     # Both responses are of opposite styles, so that with both shown only their labels tell the user's: hard at 135M.
     c.prompts.pair_fields = ("chosen",)
     # Before training, the model copies out one answer or the other, about as often, for every user: REINFORCE finds
@@ -50,9 +50,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.objective.beta = 0.1
     # Weighed against a loss in nats / beta. Far lower, one answer wins for all users before the signals are read.
     c.objective.kl_coef = 0.3
-    c.schedule.steps = 60
+    c.schedule.steps = 120
     c.optim.lr_inference = 5e-4
-    c.optim.lr_generator = 5e-4
+    # Lower: a generator that has learned the training prompts needs no summary, and then no summary is rewarded.
+    c.optim.lr_generator = 3e-4
     c.optim.schedule = "cosine"
     c.optim.warmup_steps = 8
     c.train.users_per_step = 8
