@@ -52,9 +52,6 @@ setuptools.setup(
     extras_require={
         "test": ["ipykernel", "mypy", "nbclient", "pytest", "ruff"],
         "torch": ["torch==2.13.0"],  # Parity tests only.
-        "wandb": ["wandb"],
-        "openai": ["openai"],  # Summaries for a generator behind an API.
-        "libtpu": ["libtpu"],  # --mode=compile: a TPU slice's compiler without the slice.
         "gpu": ['jax[cuda12]==0.10.2; python_version < "3.12"', 'jax[cuda12]>=0.11.1; python_version >= "3.12"'],
         "tpu": ['jax[tpu]==0.10.2; python_version < "3.12"', 'jax[tpu]>=0.11.1; python_version >= "3.12"'],
     },

@@ -61,13 +61,13 @@ def get_config() -> ml_collections.ConfigDict:
     c.prompts.pair_fields = ("prompt", "chosen", "rejected")
     c.prompts.generator_instruction = "Answer the prompt below in the way this user prefers."
 
-    c.sampling = ml_collections.ConfigDict()  # How summaries are drawn in training.
+    # How summaries are drawn in training; from the whole distribution (no top_p), as REINFORCE needs it.
+    c.sampling = ml_collections.ConfigDict()
     c.sampling.k = 4  # K summaries per user.
     # The generator learns from the first k_generator of them, at a fraction of the cost; 0: from all. The inference
     # model is rewarded for all K either way.
     c.sampling.k_generator = 0
     c.sampling.temperature = 1.0
-    c.sampling.top_p = 1.0
 
     c.objective = ml_collections.ConfigDict()
     c.objective.loss = "dpo"  # dpo or ipo.

@@ -8,7 +8,6 @@ off goes on. DIR/results.json holds all rows; DIR/report.html shows them with po
 --nodata_texts leaves the data set's own texts out of both, for data that may not be passed on.
 """
 
-import json
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ SCHEDULES = {"popi": "joint", "popi_two_phase": "two_phase", "popi_alternate": "
     name: name for name in ("inference_only", "generator_only")
 }
 # The fields of samples.jsonl that are the data set's.
-DATA_TEXTS = ("signals", "prompt", "chosen", "rejected")
+DATA_TEXTS = ("persona", "signals", "prompt", "chosen", "rejected")
 TRAINED = ("base", "population", "raw_signals", "zero_shot_summary", "oracle", *SCHEDULES)
 BAYES = ("bayes_signals", "bayes_persona")
 
@@ -47,10 +46,11 @@ def method_config(config: ml_collections.ConfigDict, method: str, seed: int) -> 
 def run_method(config: ml_collections.ConfigDict, table: pathlib.Path, method: str, seed: int) -> dict[str, Any]:
     """The method's row, from its finished run if there is one."""
     workdir = table / f"{method}_seed{seed}"
-    row = runfiles.finished_row(workdir)
+    own = method_config(config, method, seed)
+    row = runfiles.finished_row(workdir, own)
     if row is None:
         print(f"\n== {method}, seed {seed}", flush=True)
-        row = train.train(method_config(config, method, seed), workdir, shared=table / "shared")
+        row = train.train(own, workdir, shared=table / "shared")
     return row | {"method": method}
 
 
@@ -98,6 +98,13 @@ def compare(config: ml_collections.ConfigDict, table: pathlib.Path, rows: Sequen
                 row |= {"estimated_information_nats": told.mean, "estimated_information_ci95": [told.low, told.high]}
 
 
+def _number_personas(rows: Sequence[dict[str, Any]]) -> None:
+    """Replaces the personas' texts, which are the data set's, by their place in alphabetical order, from 1."""
+    for row in rows:
+        accuracies = row.get("accuracy_by_persona", {})
+        row["accuracy_by_persona"] = {f"persona {i}": accuracies[k] for i, k in enumerate(sorted(accuracies), start=1)}
+
+
 def make_table(
     config: ml_collections.ConfigDict,
     table: pathlib.Path,
@@ -109,6 +116,11 @@ def make_table(
     unknown = [method for method in methods if method not in TRAINED + BAYES]
     if unknown:
         raise UserError(f"--methods: {unknown[0]!r} is unknown; choose from {', '.join(TRAINED + BAYES)}")
+    if "oracle" in methods:
+        # Told before hours of training: the others would have finished by then.
+        nameless = [e.user for part in prepared.load_examples(config).values() for e in part if not e.persona]
+        if nameless:
+            raise UserError(f"--methods: user {nameless[0]!r} has no persona, which oracle shows; leave oracle out")
     table.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for seed in seeds:
@@ -116,13 +128,15 @@ def make_table(
         if config.data.dataset == "stylebook":
             rows += [row for row in bayes_rows(config, seed) if row["method"] in methods]
     compare(config, table, rows)
+    if not data_texts:
+        _number_personas(rows)
     runfiles.write_results(table, config, rows)
     shown = table / f"popi_seed{seeds[0]}"
     for name in ("metrics.jsonl", "environment.json", "config.json"):
         if (shown / name).exists():
             shutil.copy(shown / name, table / name)
     if (shown / "samples.jsonl").exists():
-        samples = map(json.loads, (shown / "samples.jsonl").read_text().splitlines())
+        samples = runfiles.read_jsonl(shown / "samples.jsonl")
         left_out = () if data_texts else DATA_TEXTS
         kept = [{key: value for key, value in sample.items() if key not in left_out} for sample in samples]
         runfiles.write_jsonl(table / "samples.jsonl", kept)
@@ -145,6 +159,9 @@ def _main(argv: list[str]) -> None:
     if values.config is None or values.workdir is None:
         raise UserError("--config and --workdir are both needed")
     methods = values.methods or list(values.config.table.methods)
+    wrong = [seed for seed in values.seeds or () if not seed.isdigit()]
+    if wrong:
+        raise UserError(f"--seeds: {wrong[0]!r} is not a seed; give numbers such as --seeds=0,1,2")
     seeds = [int(seed) for seed in values.seeds] if values.seeds else list(values.config.table.seeds)
     make_table(values.config, pathlib.Path(values.workdir), methods, seeds, values.data_texts)
 

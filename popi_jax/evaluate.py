@@ -1,8 +1,10 @@
-"""Preference accuracy on test users, with several summaries per user, intervals, and what personalization costs."""
+"""Preference accuracy on test users, with several summaries per user, intervals, and what personalization costs.
+
+Shapes: R test triples (a value averages over the triple's summaries).
+"""
 
 import collections
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -12,6 +14,7 @@ import numpy as np
 
 from popi_jax import rollout, runfiles, stats
 from popi_jax.data.schema import Example, Query
+from popi_jax.errors import UserError
 from popi_jax.rollout import Item, References
 from popi_jax.system import System, stream_key
 
@@ -46,6 +49,9 @@ def contexts(system: System, phi, examples: Sequence[Example], key: jax.Array) -
     if method in ("base", "population"):
         return [[None]] * len(examples)
     if method == "oracle":
+        nameless = next((example.user for example in examples if not example.persona), None)
+        if nameless is not None:
+            raise UserError(f"user {nameless!r} has no persona, which method oracle shows; give one or leave it out")
         return [[example.persona] for example in examples]
     if method == "raw_signals":
         return [[rollout.signals_context(system, example)] for example in examples]
@@ -191,8 +197,8 @@ def respond(system: System, phi, theta, examples: Sequence[Example], step: int) 
     examples = [e for e in examples if e.queries][: config.eval.samples]
     if not examples:
         return []
-    key = stream_key(config.seed, "respond", step)
-    texts = [own[0] for own in contexts(system, phi, examples, key)]
+    context_key, response_key = jax.random.split(stream_key(config.seed, "respond", step))
+    texts = [own[0] for own in contexts(system, phi, examples, context_key)]
     queries = [example.queries[0] for example in examples]
     items = [Item(query, text) for query, text in zip(queries, texts, strict=True)]
     prompts = [rollout.encode_item(system, item)[0] for item in items]
@@ -201,7 +207,7 @@ def respond(system: System, phi, theta, examples: Sequence[Example], step: int) 
         system,
         delta,
         prompts,
-        key,
+        response_key,
         branches=1,
         max_tokens=config.eval.response_tokens,
         temperature=config.eval.temperature,
@@ -234,7 +240,7 @@ def write_records(path: pathlib.Path, records: Sequence[Record]) -> None:
 
 def read_records(path: pathlib.Path) -> list[Record]:
     """Reads what `write_records` wrote."""
-    return [Record(**json.loads(line)) for line in path.read_text().splitlines()]
+    return [Record(**record) for record in runfiles.read_jsonl(path)]
 
 
 def informativeness(

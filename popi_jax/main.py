@@ -21,7 +21,7 @@ _DISTRIBUTED = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 _STEP = flags.DEFINE_integer("step", None, "The checkpoint to use; the newest by default.")
 _INPUT = flags.DEFINE_string("input", None, "summarize: users.jsonl. generate: prompts.jsonl.")
-_OUTPUT = flags.DEFINE_string("output", None, "summarize, generate: the jsonl to write. export: a folder.")
+_OUTPUT = flags.DEFINE_string("output", None, "summarize, generate: the jsonl to write. export, evaluate: a folder.")
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +39,8 @@ def main(argv: list[str]) -> None:
     if _MODE.value == "train":
         train.train(config, workdir)
     elif _MODE.value == "evaluate":
-        personalize.evaluate_checkpoint(config, workdir, _STEP.value)
+        output = None if _OUTPUT.value is None else pathlib.Path(_OUTPUT.value)
+        personalize.evaluate_checkpoint(config, workdir, output, _STEP.value)
     elif _MODE.value == "summarize":
         personalize.summarize(config, workdir, _path(_INPUT), _path(_OUTPUT), _STEP.value)
     elif _MODE.value == "generate":

@@ -43,6 +43,7 @@ class MetricWriter:
 
     def __init__(self, workdir: pathlib.Path, resume_step: int, wall_s: float = 0.0) -> None:
         self._started = time.monotonic() - wall_s
+        self._before = (resume_step, self.wall_s())  # The last line with tokens: step, and when it was written.
         self._file: TextIO | None = None
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -58,16 +59,27 @@ class MetricWriter:
         """Seconds that the run has taken, all its starts together."""
         return time.monotonic() - self._started
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one line: {"step", "wall_s", ...values}; on disk when it returns. What is not finite becomes null."""
+    def write(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+        """Writes one line: {"step", "wall_s", ...values}; on disk when it returns. What is not finite becomes null.
+
+        Returns:
+            The values, and tokens_per_s since the last such line where they have `tokens`.
+        """
+        wall_s = self.wall_s()
+        values = dict(values)
+        if "tokens" in values:
+            step_before, wall_before = self._before
+            values["tokens_per_s"] = values["tokens"] * (step - step_before) / max(wall_s - wall_before, 1e-9)
+            self._before = (step, wall_s)
         if self._file is None:
-            return
-        line: dict[str, Any] = {"step": step, "wall_s": round(self.wall_s(), 3)}
+            return values
+        line: dict[str, Any] = {"step": step, "wall_s": round(wall_s, 3)}
         line |= {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")  # A float's repr reads back to the same bits.
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, float(value), step)
+        return values
 
     def __enter__(self) -> Self:
         return self
@@ -117,8 +129,8 @@ def check_finite(step: int, values: Mapping[str, float]) -> None:
     bad = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
     if bad:
         raise UserError(
-            f"step {step}: {', '.join(bad)}; nothing was saved of this step: lower config.optim.lr_inference or "
-            "config.optim.lr_generator (or the clip_* beside them) and run again"
+            f"step {step}: {', '.join(bad)}; nothing was saved of this step: run again in another --workdir"
+            " with a lower config.optim.lr_inference or config.optim.lr_generator (or the clip_* beside them)"
         )
 
 
@@ -146,16 +158,15 @@ class Progress:
             self._task = self._bar.add_task(name, total=total, completed=start, shown="compiling")
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows the metrics of `step` (loss, reward, accuracy, kl, tokens), tokens per second and the time left."""
+        """Shows the metrics of `step` (loss, reward, accuracy, kl, tokens_per_s) and the time left."""
         if jax.process_index() != 0:
             return
         now = time.monotonic()
-        before, step_before = self._recent[-1]
         first, step_first = self._recent[0]
         self._recent.append((now, step))
         parts = [f"{name} {values[name]:.4g}" for name in SHOWN if name in values]
-        if "tokens" in values:
-            parts.append(f"{values['tokens'] * (step - step_before) / max(now - before, 1e-9):,.0f} tokens/s")
+        if "tokens_per_s" in values:
+            parts.append(f"{values['tokens_per_s']:,.0f} tokens/s")
         left = (now - first) / max(step - step_first, 1) * (self._total - step)
         parts.append(f"{_duration(left)} left")
         shown = "  ".join(parts)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from popi_jax import metrics, plots
+from popi_jax import metrics, plots, runfiles
 from popi_jax.errors import UserError
 from popi_jax.plots import Summary
 
@@ -47,7 +47,7 @@ def write(workdir: pathlib.Path) -> None:
     results = _read_json(workdir / "results.json")
     environment = _read_json(workdir / "environment.json")
     summaries = plots.summarize(results["rows"]) if results else []
-    samples = _read_jsonl(workdir / "samples.jsonl")
+    samples = runfiles.read_jsonl(workdir / "samples.jsonl")
     figures = {
         "results": plots.results_figure(summaries) if len(summaries) > 1 else None,
         "personas": plots.personas_figure(summaries),
@@ -191,7 +191,7 @@ def _sample(sample: Mapping[str, Any]) -> str:
     if sample.get("signals"):
         tokens = f" ({sample['signal_tokens']:,} tokens)" if "signal_tokens" in sample else ""
         signals = (
-            f"<details><summary>What the inference model read{tokens}</summary>"
+            f"<details><summary>The user's signals{tokens}</summary>"
             f'<div class="text">{_text(sample["signals"])}</div></details>'
         )
     return (
@@ -238,11 +238,3 @@ def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); remove the file and run again") from error
-
-
-def _read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON lines ({error}); remove the file and run again") from error

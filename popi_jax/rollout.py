@@ -2,6 +2,8 @@
 
 The two models are joined by text: a sampled summary is decoded, and the generator's prompt is tokenised afresh with it,
 exactly as a user of the trained pair would do.
+Shapes: U users, K summaries each, S tokens of a summary at most; B prompts, N texts each, T prompt length; R rows for
+the generator, user-major as in steps.py.
 """
 
 import dataclasses

@@ -10,8 +10,12 @@ import jax
 from popi_jax import metrics
 from popi_jax.errors import UserError
 
-# What may change between two starts of one run: it has no part in the weights.
-FREE = ("eval", "table", "train.checkpoint_every", "train.checkpoints_kept", "train.profile_steps", "mesh")
+# What may change between two starts of one run and leaves its results as they are, but for rounding.
+_ASIDE = ("table.", "train.checkpoint_every", "train.checkpoints_kept", "train.profile_steps", "mesh.")
+# What has no part in the weights: it may change too, and the evaluation is done again.
+_FREE = (*_ASIDE, "eval.")
+# What a trained run must be used with: another value would be another model, or another meaning of its figures.
+_BOUND = ("method", "schedule.name", "lora.", "objective.", "prompts.")
 
 
 class Stopped(Exception):
@@ -22,18 +26,36 @@ class Stopped(Exception):
 
 
 def claim(workdir: pathlib.Path, config) -> None:
-    """Writes config.json and environment.json; refuses a workdir that holds a run of another config."""
-    path = workdir / "config.json"
-    new = json.loads(config.to_json_best_effort())
-    if path.exists():
-        old = json.loads(path.read_text())
-        before, now = _flat(old), _flat(new)
-        keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and not k.startswith(FREE))
-        if keys:
-            shown = ", ".join(f"config.{k} ({before.get(k)!r} there, {now.get(k)!r} now)" for k in keys[:3])
-            raise UserError(f"{path}: this workdir holds a run of another config: {shown}; choose another --workdir")
-    write_text(path, json.dumps(new, indent=2) + "\n")
-    metrics.write_environment(workdir)
+    """Describes the run in its workdir; refuses a workdir that holds a run of another config."""
+    changed = _changed(workdir, config)
+    bound = {key: values for key, values in changed.items() if not key.startswith(_FREE)}
+    if bound:
+        raise UserError(
+            f"{workdir / 'config.json'}: this workdir holds a run of another config: {_shown(bound)};"
+            " choose another --workdir"
+        )
+    if jax.process_index() == 0 and any(not key.startswith(_ASIDE) for key in changed):
+        (workdir / "results.json").unlink(missing_ok=True)  # They are of the evaluation that was asked for before.
+    describe(workdir, config)
+
+
+def describe(folder: pathlib.Path, config) -> None:
+    """Writes config.json and environment.json: how to make again what the folder holds."""
+    write_text(folder / "config.json", json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n")
+    metrics.write_environment(folder)
+
+
+def check_use(workdir: pathlib.Path, config) -> None:
+    """Refuses to use a trained run with a config that makes something else of its weights or its figures.
+
+    Data, limits, precision, mesh and everything of the training itself may differ.
+    """
+    bound = {key: values for key, values in _changed(workdir, config).items() if key.startswith(_BOUND)}
+    if bound:
+        raise UserError(
+            f"{workdir / 'config.json'}: the run was trained with another config: {_shown(bound)};"
+            f" use --config=configs/recorded.py:{workdir / 'config.json'}, or set these keys as they are there"
+        )
 
 
 def write_results(workdir: pathlib.Path, config, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -42,15 +64,33 @@ def write_results(workdir: pathlib.Path, config, rows: Sequence[Mapping[str, Any
     write_text(workdir / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
-def finished_row(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The row of a run that has finished, None if there is none."""
+def finished_row(workdir: pathlib.Path, config) -> dict[str, Any] | None:
+    """The row of a run of this config that has finished, None if there is none."""
     path = workdir / "results.json"
-    return json.loads(path.read_text())["rows"][0] if path.exists() else None
+    if not path.exists() or any(not key.startswith(_ASIDE) for key in _changed(workdir, config)):
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))["rows"][0]
 
 
 def write_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """One JSON object a line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+    """What `write_jsonl` wrote, [] where there is no such file; UserError that names a line that is not an object."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    rows = []
+    # Only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON strings may hold.
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not JSON ({error}); remove the file and run again") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: not a JSON object; remove the file and run again")
+        rows.append(row)
+    return rows
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -61,6 +101,19 @@ def write_text(path: pathlib.Path, text: str) -> None:
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
+
+
+def _changed(workdir: pathlib.Path, config) -> dict[str, tuple[Any, Any]]:
+    """The keys in which the workdir's config.json differs from the config, with both values; {} if there is none."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return {}
+    before, now = _flat(json.loads(path.read_text())), _flat(json.loads(config.to_json_best_effort()))
+    return {k: (before.get(k), now.get(k)) for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)}
+
+
+def _shown(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"config.{key} ({there!r} there, {now!r} now)" for key, (there, now) in list(changed.items())[:3])
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -40,6 +40,13 @@ def load(config: ml_collections.ConfigDict) -> System:
     """Loads what the config names. Raises UserError for settings that make no sense."""
     check(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    micro = config.train.users_per_step // config.train.accumulation
+    if config.train.accumulation > 1 and micro % shards:
+        raise UserError(
+            f"config.train.users_per_step / config.train.accumulation is {micro}, which does not divide over"
+            f" mesh.data x mesh.fsdp = {shards} devices; change one of the three"
+        )
     jax.set_mesh(mesh)  # The decoder holds its activations to the mesh that is set.
     checkpoint = hub.load(config.model.path, config.model.compute_dtype, config.model.remat)
     tokenizer_path = str(config.model.tokenizer or checkpoint.tokenizer_path)
@@ -160,7 +167,10 @@ def check(config: ml_collections.ConfigDict) -> None:
         "data.signals_per_user", "data.train_draws", "data.test_draws", "data.test_queries_per_user",
     ):  # fmt: skip
         _at_least(config, key, 1)
-    for key in ("lora.rank", "schedule.steps", "eval.every", "eval.users", "eval.samples", "optim.warmup_steps"):
+    for key in (
+        "lora.rank", "schedule.steps", "schedule.n_phi", "schedule.n_theta", "eval.every", "eval.users", "eval.samples",
+        "optim.warmup_steps",
+    ):  # fmt: skip
         _at_least(config, key, 0)
     for key in ("optim.lr_inference", "optim.lr_generator", "objective.kl_coef", "eval.temperature"):
         _at_least(config, key, 0)
@@ -170,11 +180,12 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"config.sampling.temperature is {config.sampling.temperature}; REINFORCE needs samples, so a value above 0"
         )
-    if config.sampling.top_p != 1:
-        raise UserError(
-            f"config.sampling.top_p is {config.sampling.top_p}; REINFORCE needs the whole distribution: set it to 1"
-            " (config.eval.top_p is free)"
-        )
+    if not 0 < config.eval.top_p <= 1:
+        raise UserError(f"config.eval.top_p is {config.eval.top_p}; it must be above 0, and at most 1")
+    if not config.limits.buckets or min(config.limits.buckets) < 1:
+        raise UserError(f"config.limits.buckets is {tuple(config.limits.buckets)}; give lengths, in tokens")
+    if config.schedule.name in ("alternate", "two_phase") and config.schedule.n_phi + config.schedule.n_theta < 1:
+        raise UserError("config.schedule.n_phi and .n_theta are both 0: nothing would be trained; raise one")
     fields = tuple(config.prompts.pair_fields)
     if "chosen" not in fields or not set(fields) <= set(templates.PAIR_LABELS):
         raise UserError(

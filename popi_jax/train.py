@@ -6,15 +6,16 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
 
-from popi_jax import checkpoint, decomposition, evaluate, metrics, report, rollout, runfiles, sharding, steps
+from popi_jax import checkpoint, decomposition, evaluate, metrics, preflight, report, rollout, runfiles, sharding, steps
 from popi_jax import system as system_lib
 from popi_jax.data import prepared
 from popi_jax.data.schema import Example, Query
+from popi_jax.errors import UserError
 from popi_jax.rollout import Item, References
 from popi_jax.system import System
 
@@ -43,6 +44,7 @@ def train(config, workdir: pathlib.Path, shared: pathlib.Path | None = None) -> 
     runfiles.claim(workdir, config)
     shared = workdir if shared is None else shared
     sources = prepared.from_config(config, shared)
+    preflight.check_examples(system, sources)
     references = References(system, shared / "cache", config.eval.users_per_batch * config.eval.summaries_per_user)
     if system_lib.total_steps(config) == 0:
         state = initial_state(system)
@@ -144,6 +146,11 @@ def _loop(system: System, workdir: pathlib.Path, sources: dict[str, Any], refere
     state, start, wall_s = initial_state(system), 0, 0.0
     if restored is not None:
         state, meta = restored
+        if meta["data"] != sources["train"].fingerprint:
+            raise UserError(
+                f"{workdir}: its checkpoint was trained on other examples than config.data gives now; bring them back,"
+                " or choose another --workdir"
+            )
         start, wall_s = int(state.step), meta["wall_s"]
         iterator.set_state(meta["iterator"])
         print(f"going on from the checkpoint of step {start}")
@@ -158,37 +165,42 @@ def _loop(system: System, workdir: pathlib.Path, sources: dict[str, Any], refere
         checkpoint.StopRequest() as stop,
         metrics.MetricWriter(workdir, resume_step=start, wall_s=wall_s) as log,
         metrics.Progress(total, start, config.name) as progress,
+        Profiler(workdir / "profile", config.train.profile_steps) as profiler,
     ):
         pending: tuple[int, dict[str, Any]] | None = None
         for step in range(start, total):
-            _profile(config, workdir, step)
+            profiler.enter(step)
             kind = system_lib.step_kind(config, step)
             compiling = metrics.CompileClock()
             with jax.profiler.StepTraceAnnotation(kind, step_num=step):
                 batch, counts = make_batch(system, state, next(iterator), step, kind, references, written)
-                state, scalars = step_fns[kind](state, system.base, batch)
+                with jax.transfer_guard("disallow"):  # All that a step reads was laid over the mesh before.
+                    state, scalars = step_fns[kind](state, system.base, batch)
             # The step before this one is written while this one runs: the host never waits for the newest.
             _write(log, progress, pending)
             pending = (step + 1, scalars | counts | {"compile_s": compiling.seconds()})
             last, saves = step + 1 == total, (step + 1) % config.train.checkpoint_every == 0
             evaluates = config.eval.every and (step + 1) % config.eval.every == 0 and not last
-            if saves or last or evaluates or stop.reached(step + 1):
+            # Asked once: a signal that comes later is for the next step.
+            stops = stop.reached(step + 1)
+            if saves or last or evaluates or stops:
                 _write(log, progress, pending)
                 pending = None
             if evaluates:
                 started = time.perf_counter()
                 found = periodic(system, state, sources["test"], references, step + 1)
                 log.write(step + 1, found | {"evaluate_s": time.perf_counter() - started})
-            if saves or last or stop.reached(step + 1):
+            if saves or last or stops:
                 meta = {
                     "model": system.fingerprint,
                     "tokenizer": system.tokenizer.fingerprint,
+                    "data": sources["train"].fingerprint,
                     "iterator": iterator.get_state(),
                     "wall_s": log.wall_s(),
                     "config": json.loads(config.to_json_best_effort()),
                 }
                 writer.save(step + 1, {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}, meta)
-            if stop.reached(step + 1) and not last:
+            if stops and not last:
                 writer.wait()
                 raise runfiles.Stopped(step + 1)
     return state
@@ -200,17 +212,29 @@ def _write(log: metrics.MetricWriter, progress: metrics.Progress, pending: tuple
     step, scalars = pending
     values = {name: float(value) for name, value in jax.device_get(scalars).items()}
     metrics.check_finite(step, values)
-    log.write(step, values)
-    progress.update(step, values)
+    progress.update(step, log.write(step, values))
 
 
-def _profile(config, workdir: pathlib.Path, step: int) -> None:
-    if config.train.profile_steps:
-        first, last = config.train.profile_steps
-        if step == first:
-            jax.profiler.start_trace(str(workdir / "profile"))
-        elif step == last + 1:
+class Profiler:
+    """A profiler trace of the steps first..last, 0-based, or of what this start of the run takes of them."""
+
+    def __init__(self, folder: pathlib.Path, steps_traced: Sequence[int]):
+        self._folder, self._span, self._tracing = folder, steps_traced, False
+
+    def enter(self, step: int) -> None:
+        """Starts or ends the trace where `step` is about to be the first in, or beyond, the span."""
+        inside = bool(self._span) and self._span[0] <= step <= self._span[1]
+        if inside and not self._tracing:
+            jax.profiler.start_trace(str(self._folder))
+        elif self._tracing and not inside:
             jax.profiler.stop_trace()
+        self._tracing = inside
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.enter(-1)
 
 
 def periodic(system: System, state: steps.TrainState, test, references: References, step: int) -> dict[str, float]:
@@ -228,11 +252,10 @@ class WrittenSummaries:
 
     def __init__(self, path: pathlib.Path):
         self._path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self._known = {entry["user"]: entry["summary"] for entry in map(json.loads, lines)}
+        self._known = {entry["user"]: entry["summary"] for entry in runfiles.read_jsonl(path)}
 
     def contexts(self, system: System, phi, examples: Sequence[Example], key: jax.Array) -> list[list[str | None]]:
-        """The examples' summaries; those that are not written yet are drawn with phi, as in evaluation."""
+        """The examples' summaries; those that are not written yet are drawn with phi, as in training."""
         config = system.config
         missing = [example for example in examples if example.user not in self._known]
         if missing:
@@ -242,16 +265,17 @@ class WrittenSummaries:
                 missing,
                 key,
                 k=1,
-                temperature=config.eval.temperature,
-                top_p=config.eval.top_p,
+                temperature=config.sampling.temperature,
+                top_p=1.0,
                 rows=config.train.users_per_step,
             )
             fresh = {example.user: texts[0] for example, texts in zip(missing, drawn.texts_UxK, strict=True)}
             self._known.update(fresh)
             if jax.process_index() == 0:
-                with self._path.open("a") as file:
-                    for user, summary in fresh.items():
-                        file.write(json.dumps({"user": user, "summary": summary}, ensure_ascii=False) + "\n")
+                lines = [json.dumps({"user": u, "summary": z}, ensure_ascii=False) + "\n" for u, z in fresh.items()]
+                # One write for the step: were some of its users known after a kill, the others would be drawn anew.
+                with self._path.open("ab", buffering=0) as file:
+                    file.write("".join(lines).encode())
         return [[self._known[example.user]] for example in examples]
 
 
@@ -271,7 +295,7 @@ def make_batch(
     kind: str,
     references: References,
     written: WrittenSummaries,
-) -> tuple[Any, dict[str, float]]:
+) -> tuple[Any, dict[str, Any]]:
     """Draws the summaries that this step needs and lays out its rows.
 
     Returns:
@@ -284,7 +308,7 @@ def make_batch(
     signals = [""] * len(examples)
     if config.objective.reference_context == "signals":
         signals = [rollout.signals_context(system, example) for example in examples]
-    counts: dict[str, float] = {}
+    counts: dict[str, Any] = {}
     drawn = None
     if config.method == "popi" and kind == "generator" and config.schedule.name == "two_phase":
         contexts = written.contexts(system, state.phi, examples, key)
@@ -301,12 +325,12 @@ def make_batch(
         contexts = evaluate.contexts(system, None, examples, key)
     queries = [chosen_queries(e, config.data.queries_per_user, config.seed, step, u) for u, e in enumerate(examples)]
     generator = generator_rows(system, queries, contexts, signals, references)
-    tokens = float(generator.rows.token_count)
+    tokens = generator.rows.token_count  # An array still: the host does not wait for it here.
     if kind == "generator":
         return generator, counts | {"tokens": tokens}
     assert drawn is not None  # An inference or joint step is popi's, and draws.
     inference = rollout.inference_batch(system, drawn, users)
-    counts["tokens"] = tokens + float(inference.rows.token_count)
+    counts["tokens"] = tokens + inference.rows.token_count
     if kind == "inference":
         return (inference, generator), counts
     fewer = None

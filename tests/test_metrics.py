@@ -55,6 +55,18 @@ def test_interrupted_run_leaves_the_same_lines(tmp_path):
     assert walls[3] < 100 <= walls[4] <= walls[5]
 
 
+def test_tokens_per_second_are_of_the_steps_since_the_last_line(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    with metrics.MetricWriter(tmp_path, resume_step=2, wall_s=50.0) as log:
+        clock[0] = 104.0
+        assert log.write(3, {"tokens": 800.0})["tokens_per_s"] == 200.0
+        assert log.write(3, {"eval_loss": 1.0}) == {"eval_loss": 1.0}  # An evaluation read none of these.
+        clock[0] = 114.0
+        log.write(5, {"tokens": 1000.0})
+    assert metrics.read_metrics(tmp_path)[-1] == {"step": 5, "wall_s": 64.0, "tokens": 1000.0, "tokens_per_s": 200.0}
+
+
 def test_lines_of_the_resume_step_itself_stay(tmp_path):
     for start in (0, 1):
         with metrics.MetricWriter(tmp_path, resume_step=start) as log:
@@ -126,7 +138,7 @@ def show(terminal: bool, clock, monkeypatch) -> str:
     with metrics.Progress(total=10, start=2, name="run", console=console) as progress:
         for step in range(3, 11):
             clock[0] += 12.0
-            progress.update(step, {"loss": 0.5, "reward": -0.25, "kl": 0.1, "tokens": 2400.0, "other": 1.0})
+            progress.update(step, {"loss": 0.5, "reward": -0.25, "kl": 0.1, "tokens_per_s": 200.0, "other": 1.0})
     return out.getvalue()
 
 

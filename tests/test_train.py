@@ -4,6 +4,7 @@ import html
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import time
 import pytest
 
 from configs import psoups_smollm2, quickstart
+from configs import users as users_config
 from experiments import results_table
-from popi_jax import evaluate, train
+from popi_jax import checkpoint, evaluate, personalize, train
 from popi_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -53,8 +55,8 @@ def interrupt(workdir, how, flags):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(how)
-    process.communicate(timeout=300)
-    return process.returncode
+    shown, _ = process.communicate(timeout=300)
+    return process.returncode, shown.decode()
 
 
 FLAGS = ("--config.schedule.steps=6", "--config.eval.every=4", "--config.eval.users=4")
@@ -87,7 +89,7 @@ def test_what_a_run_leaves(finished):
 
 
 def test_kill_resumes_bit_for_bit(finished, tmp_path):
-    assert interrupt(tmp_path, signal.SIGKILL, FLAGS) == -signal.SIGKILL
+    assert interrupt(tmp_path, signal.SIGKILL, FLAGS)[0] == -signal.SIGKILL
     again = run(tmp_path, *FLAGS)
     assert again.returncode == 0, again.stderr
     assert "going on from the checkpoint of step" in again.stdout
@@ -96,7 +98,10 @@ def test_kill_resumes_bit_for_bit(finished, tmp_path):
 
 
 def test_sigterm_saves_and_says_so(finished, tmp_path):
-    assert interrupt(tmp_path, signal.SIGTERM, FLAGS) == 143
+    code, shown = interrupt(tmp_path, signal.SIGTERM, FLAGS)
+    (step,) = map(int, re.findall(r"stopped after step (\d+); run the same command again", shown))
+    assert code == 143 and max(checkpoint.steps(tmp_path / "checkpoints")) == step
+    assert [line["step"] for line in metrics(tmp_path)][-1] == step
     again = run(tmp_path, *FLAGS)
     assert again.returncode == 0, again.stderr
     assert metrics(tmp_path) == metrics(finished)
@@ -137,7 +142,8 @@ BAD = [
     ("schedule.name", "sideways", "sideways"),
     ("sampling.k", 1, "config.sampling.k is 1"),
     ("sampling.k_generator", 7, "config.sampling.k_generator is 7"),
-    ("sampling.top_p", 0.9, "config.sampling.top_p is 0.9"),
+    ("eval.top_p", 0.0, "config.eval.top_p is 0.0"),
+    ("limits.buckets", (), "config.limits.buckets is ()"),
     ("prompts.pair_fields", ("prompt",), "config.prompts.pair_fields is ('prompt',)"),
     ("prompts.summary_stop", "two words", "config.prompts.summary_stop is"),
     ("train.accumulation", 3, "config.train.accumulation is 3"),
@@ -172,6 +178,87 @@ def test_bad_users_name_file_and_line(line, shown, tmp_path):
 def test_checkpoint_of_another_model(finished, tmp_path):
     out = run(finished, *FLAGS, "--config.lora.rank=4")
     assert out.returncode == 2 and "config.lora.rank" in out.stderr, out.stderr
+
+
+def test_an_evaluation_leaves_the_runs_own_results_alone(finished, tmp_path):
+    config = quickstart.get_config("runlocal")
+    config.schedule.steps, config.eval.every, config.eval.users = 6, 4, 4
+    before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir() if path.is_file()}
+    personalize.evaluate_checkpoint(config, finished, None, None)
+    assert {path.name: path.stat().st_mtime_ns for path in finished.iterdir() if path.is_file()} == before
+    own, again = (json.loads((p / "results.json").read_text()) for p in (finished, finished / "evaluation_step6"))
+    assert again["rows"][0]["accuracy"] == own["rows"][0]["accuracy"]
+    config.data.test_users = 5
+    personalize.evaluate_checkpoint(config, finished, tmp_path / "fewer", 6)
+    (row,) = json.loads((tmp_path / "fewer" / "results.json").read_text())["rows"]
+    assert row["n"] == 10 and (tmp_path / "fewer" / "report.html").exists()
+    config.prompts.generator_instruction = "Answer."
+    with pytest.raises(UserError, match="was trained with another config: config.prompts.generator_instruction"):
+        personalize.evaluate_checkpoint(config, finished, tmp_path / "other", None)
+
+
+@pytest.mark.parametrize(
+    ("method", "limits", "shown"),
+    [
+        ("popi", {"signals": 30}, "limits.signals is 30"),
+        ("popi", {"prompt": 100}, "limits.prompt is 100"),  # Of the raw signals, which every evaluation reads.
+        ("popi", {"summary": 260}, "with a summary of config.limits.summary, limits.prompt is 272"),
+        ("population", {"response": 2}, "limits.response is 2"),
+    ],
+)
+def test_what_exceeds_a_limit_is_told_before_the_first_step(method, limits, shown, tmp_path):
+    config = quickstart.get_config("runlocal")
+    config.method = method
+    config.limits.update(limits)
+    with pytest.raises(UserError) as error:
+        train.train(config, tmp_path)
+    assert shown in str(error.value) and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_oracle_needs_personas(tmp_path):
+    config = users_config.get_config("runlocal")
+    lines = [json.loads(line) for line in (ROOT / users_config.EXAMPLE).read_text().splitlines()]
+    for line in lines:
+        line.pop("persona", None)
+    (tmp_path / "users.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config.data.path = str(tmp_path / "users.jsonl")
+    with pytest.raises(UserError, match=r"--methods: user .* has no persona"):
+        results_table.make_table(config, tmp_path / "table", ["base", "oracle"], [0])
+    config.method = "oracle"
+    with pytest.raises(UserError, match="has no persona, which method oracle shows"):
+        train.train(config, tmp_path / "run")
+
+
+def test_a_run_goes_on_with_its_own_examples(tmp_path):
+    config = users_config.get_config("runlocal")
+    config.eval.samples = 0
+    text = (ROOT / users_config.EXAMPLE).read_text()
+    (tmp_path / "users.jsonl").write_text(text)
+    config.data.path = str(tmp_path / "users.jsonl")
+    train.train(config, tmp_path / "run")
+    (tmp_path / "users.jsonl").write_text(text.replace("the", "one", 1))
+    with pytest.raises(UserError, match="was trained on other examples than config.data gives now"):
+        train.train(config, tmp_path / "run")
+
+
+def test_micro_batches_share_the_devices_alike(tmp_path):
+    config = quickstart.get_config("runlocal")
+    config.train.accumulation, config.mesh.data, config.mesh.tensor = 2, 4, 1
+    with pytest.raises(UserError, match="config.train.accumulation is 2, which does not divide over"):
+        train.train(config, tmp_path)
+
+
+@pytest.mark.parametrize(("start", "end", "calls"), [(0, 9, "+2-4"), (3, 9, "+3-4"), (0, 3, "+2-"), (5, 9, "")])
+def test_a_trace_is_ended_wherever_the_run_starts_and_ends(start, end, calls, monkeypatch, tmp_path):
+    said = []
+    monkeypatch.setattr("jax.profiler.start_trace", lambda folder: said.append("+"))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: said.append("-"))
+    with train.Profiler(tmp_path, (2, 3)) as profiler:
+        for step in range(start, end):
+            before = len(said)
+            profiler.enter(step)
+            said += [str(step)] * (len(said) > before)
+    assert "".join(said) == calls
 
 
 def test_two_phases_with_adapters(tmp_path):

@@ -51,10 +51,10 @@ class PreferenceExamples(tfds.core.GeneratorBasedBuilder):
 
 
 class ExampleSource:
-    """Random access to prepared examples, as grain reads them."""
+    """Random access to prepared examples, as grain reads them; `fingerprint` changes with any of them."""
 
-    def __init__(self, records: Sequence[dict[str, bytes]]):
-        self._records = records
+    def __init__(self, records: Sequence[dict[str, bytes]], fingerprint: str):
+        self._records, self.fingerprint = records, fingerprint
 
     def __len__(self) -> int:
         return len(self._records)
@@ -113,7 +113,10 @@ def prepare(
             file_format="array_record",
         )
         builder.download_and_prepare()
-        return {split: ExampleSource(builder.as_data_source(split)) for split in examples}
+        return {
+            split: ExampleSource(builder.as_data_source(split), content_hash({split: split_examples}))
+            for split, split_examples in examples.items()
+        }
 
 
 @contextlib.contextmanager

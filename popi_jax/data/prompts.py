@@ -1,0 +1,54 @@
+"""Reads prompts.jsonl: the prompts that --mode=generate answers, each with what is known of its user."""
+
+import pathlib
+from typing import Any
+
+from popi_jax.data import checks
+from popi_jax.errors import UserError
+
+FIELDS = ("prompt", "summary", "user")
+
+
+def read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Reads prompts, and for those that name a user the user's summary from summaries.jsonl beside the file.
+
+    Returns:
+        For each: {"row", "prompt", "summary"}, row the line's number, and "user" where it was given.
+
+    Raises:
+        UserError: one line that names the file, the line, the field and the remedy.
+    """
+    text = checks.read_text(path, "give the path of a prompts.jsonl file")
+    beside = path.parent / "summaries.jsonl"
+    summaries = _read_summaries(beside) if beside.exists() else {}
+    entries: list[dict[str, Any]] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        record = checks.as_object(checks.parse_json(line, str(path), number), where)
+        checks.only_fields(record, FIELDS, where)
+        checks.text_field(record, "prompt", where)
+        if "summary" not in record:
+            user = record.get("user")
+            if not isinstance(user, str) or user not in summaries:
+                raise UserError(
+                    f"{where}: needs the field 'summary', or 'user' with a user of {beside}, which --mode=summarize"
+                    " writes"
+                )
+            record["summary"] = summaries[user]
+        checks.text_field(record, "summary", where)
+        entries.append({"row": number, **record})
+    if not entries:
+        raise UserError(f"{path}: holds no prompts; write one JSON object a line")
+    return entries
+
+
+def _read_summaries(path: pathlib.Path) -> dict[str, str]:
+    summaries = {}
+    for number, line in enumerate(checks.read_text(path, "").split("\n"), start=1):
+        if line.strip():
+            where = f"{path}:{number}"
+            record = checks.as_object(checks.parse_json(line, str(path), number), where)
+            summaries[checks.text_field(record, "user", where)] = checks.text_field(record, "summary", where)
+    return summaries

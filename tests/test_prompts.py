@@ -1,0 +1,50 @@
+"""prompts.jsonl: what is read, and how a mistake in it is told."""
+
+import json
+
+import pytest
+
+from popi_jax.data import prompts
+from popi_jax.errors import UserError
+
+
+def write(folder, *lines):
+    path = folder / "prompts.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def test_summaries_come_from_the_line_or_from_beside(tmp_path):
+    (tmp_path / "summaries.jsonl").write_text('{"user": "u", "summary": "Likes\u2028lists.", "step": 3}\n')
+    path = write(tmp_path, {"prompt": "Why?", "user": "u"}, "", {"prompt": "How?", "summary": "Likes tables."})
+    assert prompts.read_prompts(path) == [
+        {"row": 1, "prompt": "Why?", "user": "u", "summary": "Likes\u2028lists."},
+        {"row": 3, "prompt": "How?", "summary": "Likes tables."},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ('{"prompt"', ":1: not JSON"),
+        ("[1]", ":1: "),
+        ({"summary": "s"}, ":1: field 'prompt' is missing"),
+        ({"prompt": " ", "summary": "s"}, ":1: field 'prompt' is empty"),
+        ({"prompt": "Why?", "summary": ""}, ":1: field 'summary' is empty"),
+        ({"prompt": "Why?"}, ":1: needs the field 'summary', or 'user'"),
+        ({"prompt": "Why?", "user": ["u"]}, ":1: needs the field 'summary', or 'user'"),
+        ({"prompt": "Why?", "sumary": "s"}, ":1: unknown field 'sumary'"),
+        ("", ": holds no prompts"),
+    ],
+)
+def test_a_mistake_names_file_line_and_field(tmp_path, line, shown):
+    path = write(tmp_path, line)
+    with pytest.raises(UserError) as error:
+        prompts.read_prompts(path)
+    assert f"{path}{shown}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_mistake_in_the_summaries_beside_is_named(tmp_path):
+    (tmp_path / "summaries.jsonl").write_text('{"user": "u"}\n')
+    with pytest.raises(UserError, match=r"summaries.jsonl:1: field 'summary' is missing"):
+        prompts.read_prompts(write(tmp_path, {"prompt": "Why?", "user": "u"}))

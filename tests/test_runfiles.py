@@ -1,0 +1,84 @@
+"""What a workdir says of its run, and what may be done with it."""
+
+import json
+
+import pytest
+
+from configs import quickstart
+from popi_jax import runfiles
+from popi_jax.errors import UserError
+
+
+def config(**changes):
+    c = quickstart.get_config("runlocal")
+    for key, value in changes.items():
+        section, name = key.split("__")
+        c[section][name] = value
+    return c
+
+
+def finished(workdir, c):
+    runfiles.claim(workdir, c)
+    runfiles.write_results(workdir, c, [{"method": "popi", "accuracy": 0.5}])
+
+
+def test_a_finished_run_is_one_of_the_same_config(tmp_path):
+    assert runfiles.finished_row(tmp_path, config()) is None
+    finished(tmp_path, config())
+    assert runfiles.finished_row(tmp_path, config())["accuracy"] == 0.5
+    assert runfiles.finished_row(tmp_path, config(mesh__fsdp=2, train__checkpoint_every=7)) is not None
+    assert runfiles.finished_row(tmp_path, config(eval__temperature=0.1)) is None
+    assert runfiles.finished_row(tmp_path, config(optim__lr_generator=1.0)) is None
+
+
+def test_a_workdir_is_of_one_config(tmp_path):
+    finished(tmp_path, config())
+    with pytest.raises(UserError, match=r"another config: config.optim.lr_generator \(0.00025 there, 1.0 now\)"):
+        runfiles.claim(tmp_path, config(optim__lr_generator=1.0))
+    runfiles.claim(tmp_path, config(mesh__fsdp=2))
+    assert (tmp_path / "results.json").exists()
+    # Killed now, before it evaluates, the run must not pass for one that has been evaluated so.
+    runfiles.claim(tmp_path, config(eval__temperature=0.1))
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    "key", ["method", "schedule__name", "lora__alpha", "objective__beta", "prompts__summary_start"]
+)
+def test_a_trained_run_is_used_as_it_was_trained(tmp_path, key):
+    runfiles.claim(tmp_path, config())
+    runfiles.check_use(tmp_path, config(data__seed=1, limits__prompt=300, model__compute_dtype="bfloat16"))
+    c = config()
+    if key == "method":
+        c.method = "oracle"
+    else:
+        section, name = key.split("__")
+        c[section][name] = {"name": "alternate", "alpha": 2.0, "beta": 0.5, "summary_start": "She"}[name]
+    with pytest.raises(UserError, match="was trained with another config: config." + key.replace("__", ".")):
+        runfiles.check_use(tmp_path, c)
+
+
+def test_json_lines_end_at_newlines_alone(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": "one\u2028two\u0085three\x0bfour"}, {"text": "\r\n"}]
+    runfiles.write_jsonl(path, rows)
+    assert runfiles.read_jsonl(path) == rows
+    runfiles.write_jsonl(path, [])
+    assert runfiles.read_jsonl(path) == [] == runfiles.read_jsonl(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [('{"a": 1}\n{"a"', ":2: not JSON"), ('{"a": 1}\n3\n', ":2: not a JSON object")]
+)
+def test_a_bad_line_is_named(tmp_path, text, shown):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        runfiles.read_jsonl(path)
+    assert f"{path}{shown}" in str(error.value)
+
+
+def test_config_json_is_the_config(tmp_path):
+    runfiles.describe(tmp_path, config())
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(config().to_json_best_effort())
+    assert json.loads((tmp_path / "environment.json").read_text())["devices"]["count"] >= 1
