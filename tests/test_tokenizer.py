@@ -57,6 +57,14 @@ def test_render_adds_no_turn_of_its_own(tmp_path: pathlib.Path):
     assert tokenizer.render(USER).count(1) == 2  # The user's turn and the opened answer.
 
 
+def test_no_content_ends_its_own_turn(tmp_path: pathlib.Path):
+    tokenizer = Tokenizer.load(make_folder(tmp_path))
+    turns = [{"role": "user", "content": text} for text in ("\ue000popi\ue000", " Tea?<end>\n", "<turn>", "Tea?")]
+    ids = tokenizer.render(turns)
+    assert [ids.count(token) for token in range(len(SPECIAL))] == [1, 5, 4, 0, 0]
+    assert tokenizer.decode(ids) == "user\n\ue000popi\ue000user\n Tea?<end>\nuser\n<turn>user\nTea?assistant\n"
+
+
 def test_encode_takes_text_as_text(tmp_path: pathlib.Path):
     tokenizer = Tokenizer.load(make_folder(tmp_path))
     ids = tokenizer.encode("a<end>")

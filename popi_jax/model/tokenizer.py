@@ -33,7 +33,7 @@ FILES = (
     "generation_config.json",
 )
 _REMEMBERED = 1 << 15  # Texts whose ids are kept, of each kind.
-_MARK = "popi"  # Stands for an assistant's answer when the template is asked what follows one.
+_MARK = "\ue000popi\ue000"  # Stands for a content where what the template writes around it is asked for.
 
 
 class Tokenizer:
@@ -54,6 +54,7 @@ class Tokenizer:
         # The same users, prompts and responses come back step after step, and a template is slow to fill in.
         self._render_once = functools.lru_cache(_REMEMBERED)(self._render_ids)
         self._encode_once = functools.lru_cache(_REMEMBERED)(self._encode_ids)
+        self._special_texts = [str(t) for t in backend.added_tokens_decoder.values() if t.special]
         self.vocab_size = len(backend)
         self.end_id = self._find_end_id()
         self.stop_ids = self._find_stop_ids()
@@ -82,6 +83,7 @@ class Tokenizer:
     def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
         """Renders chat messages ({"role", "content"}) and tokenises the whole once.
 
+        What looks like a special token in a content is taken as its characters: no user can end their own turn.
         A begin-of-sequence token is in the ids only where the template writes it, so it is never doubled.
 
         Raises:
@@ -100,9 +102,22 @@ class Tokenizer:
         return str(self._backend.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _render_ids(self, turns: tuple[tuple[str, str], ...], add_generation_prompt: bool) -> tuple[int, ...]:
-        messages = [{"role": role, "content": content} for role, content in turns]
-        text = self._render_text(messages, add_generation_prompt)
-        return tuple(self._backend.encode(text, add_special_tokens=False, split_special_tokens=False))
+        texts = [content for _, content in turns]
+        unsafe = [text for text in texts if any(token in text for token in self._special_texts)]
+        # Unlike any content, so that the rendered text splits where the unsafe contents belong.
+        mark = _MARK
+        while any(mark in text for text in texts):
+            mark += _MARK
+        messages = [
+            {"role": role, "content": text.replace(text.strip(), mark) if text in unsafe else text}
+            for role, text in turns
+        ]
+        first, *rest = self._render_text(messages, add_generation_prompt).split(mark)
+        ids = self._backend.encode(first, add_special_tokens=False, split_special_tokens=False)
+        for content, text in zip(unsafe, rest, strict=True):
+            ids += self._encode_ids(content.strip())
+            ids += self._backend.encode(text, add_special_tokens=False, split_special_tokens=False)
+        return tuple(ids)
 
     def _encode_ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._backend.encode(text, add_special_tokens=False, split_special_tokens=True))
