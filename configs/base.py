@@ -38,15 +38,14 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.queries_per_user = 1  # M: queries that share one user's K summaries in a step.
     c.data.test_queries_per_user = 1
 
-    c.limits = (
-        ml_collections.ConfigDict()
-    )  # Tokens. What exceeds a limit is cut or refused as on_overflow says, and counted.
+    # Tokens. What exceeds a limit is refused, or costs whole signals, as on_overflow says; nothing is cut.
+    c.limits = ml_collections.ConfigDict()
     c.limits.signals = 1024
     c.limits.prompt = 512  # The generator's whole prompt: summary, question and template.
     c.limits.response = 256
     c.limits.summary = 48
     c.limits.bin = 512  # Pairs to score are packed into bins of this length, or of a bucket's where it suits better.
-    c.limits.on_overflow = "error"  # error, or drop (drops whole signals, oldest first; counted and logged).
+    c.limits.on_overflow = "error"  # error, or drop: whole signals, the oldest first; counted and logged.
     c.limits.buckets = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
 
     c.prompts = ml_collections.ConfigDict()  # See data/templates.py for the fields that are filled in.

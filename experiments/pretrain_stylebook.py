@@ -262,12 +262,12 @@ def task_loss(decoder: Decoder, task: str, rows: scoring.PrefixBatch) -> jax.Arr
     The comparison is the cross-entropy of "this one fits better" under sigmoid(log-probability of one - of the other),
     with a target of SURE: odds that stay finite.
     """
-    logp_BxNxR, length_BxN = scoring.score(decoder, rows, chunk=8192).logp_BxNxR, rows.branch_length_BxN
+    logp_BxNxS, length_BxN = scoring.score(decoder, rows, chunk=8192).logp_BxNxS, rows.branch_length_BxN
     if task != "compare":
-        return -logp_BxNxR.sum() / length_BxN.sum()
-    margin_BxP = (logp_BxNxR[:, ::2] - logp_BxNxR[:, 1::2]).sum(-1)
+        return -logp_BxNxS.sum() / length_BxN.sum()
+    margin_BxP = (logp_BxNxS[:, ::2] - logp_BxNxS[:, 1::2]).sum(-1)
     rank = SURE * jax.nn.softplus(-margin_BxP) + (1 - SURE) * jax.nn.softplus(margin_BxP)
-    return -logp_BxNxR[:, ::2].sum() / length_BxN[:, ::2].sum() + RANK_WEIGHT * rank.mean()
+    return -logp_BxNxS[:, ::2].sum() / length_BxN[:, ::2].sum() + RANK_WEIGHT * rank.mean()
 
 
 def pretrain(params: Any, policy: Policy, batches: Iterator[Any], steps: int, lessons: Lessons) -> Any:

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1
 
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, first_line
 
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 _SHOWN = 3  # Differences named in an error; the rest are counted.
@@ -211,7 +211,7 @@ def _read_record(path: epath.Path) -> dict[str, Any]:
         text = custom["record"]
         whole = zlib.crc32(text.encode()) == custom["crc32"]
     except Exception as error:  # Orbax raises whatever the broken file made it raise.
-        raise _Damaged(f"its record is unreadable: {_one_line(error)}") from error
+        raise _Damaged(f"its record is unreadable: {first_line(error)}") from error
     if not whole:
         raise _Damaged("its record has changed since it was written")
     return json.loads(text)
@@ -223,7 +223,7 @@ def _load(path: epath.Path, abstract: Any, record: dict[str, Any]) -> Any:
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # Not the checkpoint's fault.
     except Exception as error:
-        raise _Damaged(_one_line(error.__cause__ or error)) from error  # v1 hides the reason in the cause.
+        raise _Damaged(first_line(error.__cause__ or error)) from error  # v1 hides the reason in the cause.
     sums = _checksums(state)
     changed = [leaf for leaf, checksum in record["checksums"].items() if sums[leaf] != checksum]
     if changed:
@@ -258,7 +258,3 @@ def _differences(there: Any, here: Any, name: str = "") -> list[str]:
 def _some(names: list[str]) -> str:
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -6,3 +6,8 @@ class UserError(Exception):
 
     The message names the file, the line and the field where there are such, and the remedy.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, at most 200 characters, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

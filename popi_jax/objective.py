@@ -7,7 +7,7 @@ POPI (arXiv 2510.17881), in equations numbered here; s are a user's signals, z a
     (3) grad_phi J = - E_s E_{z_1..z_K} (1/K) sum_k A_k grad log q_phi(z_k|s) + lambda * grad_phi KL,
         with A_k an advantage of the reward r_k = - mean_m l(h(x_m, z_k))
 
-Legend: N examples, U users, K summaries per user, S summary length, R response length.
+Legend: U users, K summaries per user, S summary length; x any shape (of examples), x2 the two responses y+ and y-.
 
 A term that is summed over examples comes as (sum, count): add both over micro-batches and devices, divide once. Every
 term of the inference model counts one per summary of a valid user: its mean over U and K is the expectation in (2), and
@@ -44,9 +44,9 @@ def masked_total(values: jax.Array, mask: jax.Array) -> SumCount:
     return jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask, dtype=jnp.float32)
 
 
-def total_logp(logp_xR: jax.Array, mask_xR: jax.Array) -> jax.Array:
-    """Sums the log-probabilities of the tokens that count, [..., R], over the last axis, in float32."""
-    return jnp.sum(jnp.where(mask_xR, logp_xR.astype(jnp.float32), 0.0), axis=-1)
+def total_logp(logp_xS: jax.Array, mask_xS: jax.Array) -> jax.Array:
+    """Sums the log-probabilities of the tokens that count, [..., S], over the last axis, in float32."""
+    return jnp.sum(jnp.where(mask_xS, logp_xS.astype(jnp.float32), 0.0), axis=-1)
 
 
 def reduce_logp(logp_x: jax.Array, length_x: jax.Array, reduction: str) -> jax.Array:
@@ -254,7 +254,7 @@ class InferenceLoss(NamedTuple):
     """`inference_loss` of a batch."""
 
     loss: SumCount  # Surrogate: sum / count has the gradient (3).
-    reward_UxK: jax.Array  # The reward that the advantages saw, the KL penalty subtracted: for `update_baseline`.
+    penalised_UxK: jax.Array  # The reward that the advantages saw, the KL penalty subtracted: for `update_baseline`.
     kl: SumCount  # The measured sequence KL, in nats per summary: for the log.
 
 

@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from popi_jax import sampler, sharding, steps
-from popi_jax.data import batches, packing, templates
+from popi_jax.data import encoding, packing, templates
 from popi_jax.data.schema import Example, Query
 from popi_jax.errors import UserError
 from popi_jax.model.policy import Policy
-from popi_jax.scoring import PackedBatch, PrefixBatch
+from popi_jax.scoring import PackedBatch
 from popi_jax.system import System
 
 
@@ -74,13 +74,11 @@ def draw_text(
     `stop` is one token that ends a text, and belongs to it, beside the tokens that always do.
     """
     tokenizer = system.tokenizer
-    empty: list[list[list[int]]] = [[[]]] * len(prefixes)
-    packed = pack(system, prefixes, empty, rows)
+    lines = packing.pack_prefixes(prefixes, _buckets(system), tokenizer.pad_id, padded_users(system, rows))
     samples = _draw(
         system.base,
         delta,
-        packed.prefix_BxT,
-        packed.prefix_length_B,
+        *jax.device_put(lines, sharding.batch_sharding(system.mesh)),
         key,
         policy=system.policy,
         branches=branches,
@@ -141,7 +139,7 @@ def stop_token(system: System, stop: str) -> tuple[int, ...]:
 def encode_signals(system: System, example: Example) -> list[int]:
     """Tokens of what the inference model reads of a user."""
     config = system.config
-    return batches.encode_signals(
+    return encoding.encode_signals(
         example,
         system.tokenizer,
         config.prompts.inference_instruction,
@@ -156,7 +154,7 @@ def encode_signals(system: System, example: Example) -> list[int]:
 def signals_context(system: System, example: Example) -> str:
     """The user's raw signals as a context: what raw_signals shows the generator."""
     config = system.config
-    return batches.raw_signals_context(
+    return encoding.raw_signals_context(
         example, system.tokenizer, config.prompts.generator_instruction, config.limits, system.overflow
     )
 
@@ -164,7 +162,7 @@ def signals_context(system: System, example: Example) -> str:
 def encode_item(system: System, item: Item) -> tuple[list[int], list[int], list[int]]:
     """Tokens of the generator's prompt, of y+ and of y-."""
     config = system.config
-    return batches.encode_query(
+    return encoding.encode_query(
         item.query, item.context, system.tokenizer, config.prompts.generator_instruction, config.limits
     )
 
@@ -196,17 +194,8 @@ def padded_users(system: System, users: int) -> int:
     return packing.round_up(users, _shards(system))
 
 
-def pack(system: System, prefixes, branches, rows: int, branch_limit: int | None = None) -> PrefixBatch:
-    """Pads rows to a bucket and lays them over the mesh; the row count is rounded up to the devices that share it."""
-    packed = packing.pack(
-        prefixes,
-        branches,
-        tuple(system.config.limits.buckets),
-        system.tokenizer.pad_id,
-        rows=padded_users(system, rows),
-        branch_limit=branch_limit,
-    )
-    return jax.device_put(packed, sharding.batch_sharding(system.mesh))
+def _buckets(system: System) -> tuple[int, ...]:
+    return tuple(system.config.limits.buckets)
 
 
 def inference_batch(system: System, drawn: Drawn, rows: int) -> steps.InferenceBatch:
@@ -216,12 +205,19 @@ def inference_batch(system: System, drawn: Drawn, rows: int) -> steps.InferenceB
         [samples.tokens_BxNxS[u, k, : samples.length_BxN[u, k]].tolist() for k in range(samples.length_BxN.shape[1])]
         for u in range(len(drawn.prefixes_U))
     ]
-    # K branches a user: padded to a bucket made for prompts, they can outweigh the signals.
-    packed = pack(system, drawn.prefixes_U, branches, rows, branch_limit=system.config.limits.summary)
-    U, K, S = packed.branches_BxNxR.shape
+    lines = packing.pack(
+        drawn.prefixes_U,
+        branches,
+        _buckets(system),
+        system.tokenizer.pad_id,
+        rows=padded_users(system, rows),
+        # K branches a user: padded to a bucket made for prompts, they can outweigh the signals.
+        branch_limit=system.config.limits.summary,
+    )
+    U, K, S = lines.branches_BxNxS.shape
     logp_UxKxS = np.zeros((U, K, S), np.float32)
     logp_UxKxS[: len(branches)] = samples.logp_BxNxS[: len(branches), :, :S]
-    return steps.InferenceBatch(packed, jax.device_put(logp_UxKxS, sharding.batch_sharding(system.mesh)))
+    return jax.device_put(steps.InferenceBatch(lines, logp_UxKxS), sharding.batch_sharding(system.mesh))
 
 
 def pair_row(system: System, item: Item | None) -> packing.Row:

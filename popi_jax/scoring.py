@@ -5,8 +5,9 @@ prefix and itself, so its log-probabilities and gradients are those of the separ
 There are two layouts. A PrefixBatch has a line [prefix | branch 1 | ... | branch N] per row, each part padded: made on
 the device, token by token, for summaries. A PackedBatch has rows of all lengths one after another in bins of one
 length: made on the host, with little padding and nearly always of one shape, for responses, of which the sum is wanted.
-Shapes: B or R rows, T prefix length, N branches, R branch length, L = T + N * R, D model width, V vocabulary; C bins of
-length L in G groups with at most P branch tokens each.
+Shapes: B lines, T prefix length, N branches, S branch length, L = T + N * S; R rows with N branches in C bins of L
+tokens, in G groups of Y tokens, at most W of them of branches; P positions to score, X of them in a chunk; D model
+width, V vocabulary.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ class PrefixBatch:
 
     prefix_BxT: Array
     prefix_length_B: Array
-    branches_BxNxR: Array
+    branches_BxNxS: Array
     branch_length_BxN: Array
 
     @property
@@ -37,9 +38,9 @@ class PrefixBatch:
         return jnp.asarray(self.prefix_length_B) > 0
 
     @property
-    def mask_BxNxR(self) -> jax.Array:
+    def mask_BxNxS(self) -> jax.Array:
         """True at the branches' real tokens."""
-        return jnp.arange(self.branches_BxNxR.shape[-1])[None, None, :] < self.branch_length_BxN[:, :, None]
+        return jnp.arange(self.branches_BxNxS.shape[-1])[None, None, :] < self.branch_length_BxN[:, :, None]
 
     @property
     def token_count(self) -> jax.Array:
@@ -56,20 +57,20 @@ class PackedBatch:
         tokens_CxL: token ids.
         positions_CxL: rope positions: each row's start at 0, each branch's where its prefix ended.
         segments_CxL: see attention.attend.
-        predictor_GxP: of each branch token, where the token lies whose hidden state predicts it: bin * L + place, the
+        predictor_GxW: of each branch token, where the token lies whose hidden state predicts it: bin * L + place, the
             bins counted from the group's first. A group is C / G bins that lie side by side on one device.
-        target_GxP: that branch token.
-        branch_GxP: which branch of which row it belongs to, row * N + branch; R * N where there is none.
+        target_GxW: that branch token.
+        branch_GxW: which branch of which row it belongs to, row * N + branch; R * N where there is none.
         length_RxN: tokens of each branch. A row of empty branches is padding.
-        first_R: which row's scores are this row's: its own, or those of an equal row that alone is in a bin.
+        first_R: whose scores are this row's: its own, or of the equal row that was packed in its stead.
     """
 
     tokens_CxL: Array
     positions_CxL: Array
     segments_CxL: Array
-    predictor_GxP: Array
-    target_GxP: Array
-    branch_GxP: Array
+    predictor_GxW: Array
+    target_GxW: Array
+    branch_GxW: Array
     length_RxN: Array
     first_R: Array
 
@@ -90,45 +91,45 @@ class TokenScores:
     """Per-token scores of the branches, float32, zero at padding.
 
     Attributes:
-        logp_BxNxR: log-probability of each branch token, in nats.
-        ref_logp_BxNxR: the same under the reference, or None without one.
-        kl_BxNxR: KL(policy || reference) of the full next-token distribution at each position, or None.
+        logp_BxNxS: log-probability of each branch token, in nats.
+        ref_logp_BxNxS: the same under the reference, or None without one.
+        kl_BxNxS: KL(policy || reference) of the full next-token distribution at each position, or None.
     """
 
-    logp_BxNxR: jax.Array
-    ref_logp_BxNxR: jax.Array | None = None
-    kl_BxNxR: jax.Array | None = None
+    logp_BxNxS: jax.Array
+    ref_logp_BxNxS: jax.Array | None = None
+    kl_BxNxS: jax.Array | None = None
 
 
 def layout(batch: PrefixBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns tokens, rope positions and segments, each [B, L], of the rows (see Decoder for segments)."""
     B, T = batch.prefix_BxT.shape
-    _, N, R = batch.branches_BxNxR.shape
+    _, N, S = batch.branches_BxNxS.shape
     if N >= attention.ROW:
         raise ValueError(f"{N} branches in a row; at most {attention.ROW - 1}")
-    prefix_index_1xT, branch_index_1x1xR = jnp.arange(T)[None, :], jnp.arange(R)[None, None, :]
+    prefix_index_1xT, branch_index_1x1xS = jnp.arange(T)[None, :], jnp.arange(S)[None, None, :]
     prefix_segment_BxT = jnp.where(prefix_index_1xT < batch.prefix_length_B[:, None], 0, -1)
-    branch_segment_BxNxR = jnp.where(batch.mask_BxNxR, 1 + jnp.arange(N)[None, :, None], -1)
-    branch_position_BxNxR = jnp.broadcast_to(batch.prefix_length_B[:, None, None] + branch_index_1x1xR, (B, N, R))
+    branch_segment_BxNxS = jnp.where(batch.mask_BxNxS, 1 + jnp.arange(N)[None, :, None], -1)
+    branch_position_BxNxS = jnp.broadcast_to(batch.prefix_length_B[:, None, None] + branch_index_1x1xS, (B, N, S))
 
-    def join(prefix_BxT: Array, branches_BxNxR: Array) -> jax.Array:
-        return jnp.concatenate([prefix_BxT, branches_BxNxR.reshape(B, N * R)], axis=1)
+    def join(prefix_BxT: Array, branches_BxNxS: Array) -> jax.Array:
+        return jnp.concatenate([prefix_BxT, branches_BxNxS.reshape(B, N * S)], axis=1)
 
-    tokens_BxL = join(batch.prefix_BxT, batch.branches_BxNxR)
-    positions_BxL = join(jnp.broadcast_to(prefix_index_1xT, (B, T)), branch_position_BxNxR)
-    return tokens_BxL, positions_BxL, join(prefix_segment_BxT, branch_segment_BxNxR)
+    tokens_BxL = join(batch.prefix_BxT, batch.branches_BxNxS)
+    positions_BxL = join(jnp.broadcast_to(prefix_index_1xT, (B, T)), branch_position_BxNxS)
+    return tokens_BxL, positions_BxL, join(prefix_segment_BxT, branch_segment_BxNxS)
 
 
 def predictors(decoder: Decoder, batch: PrefixBatch) -> jax.Array:
-    """The hidden state that predicts each branch token, [B, N, R, D]: the prefix's last one, then the branch's own."""
+    """The hidden state that predicts each branch token, [B, N, S, D]: the prefix's last one, then the branch's own."""
     B, T = batch.prefix_BxT.shape
-    _, N, R = batch.branches_BxNxR.shape
+    _, N, S = batch.branches_BxNxS.shape
     hidden_BxLxD = decoder(*layout(batch))
     last_B = jnp.maximum(batch.prefix_length_B - 1, 0)
     last_Bx1xD = jnp.take_along_axis(hidden_BxLxD, last_B[:, None, None], axis=1)
     first_BxNx1xD = jnp.broadcast_to(last_Bx1xD[:, None], (B, N, 1, hidden_BxLxD.shape[-1]))
-    rest_BxNxRxD = hidden_BxLxD[:, T:].reshape(B, N, R, -1)[:, :, :-1]
-    return jnp.concatenate([first_BxNx1xD, rest_BxNxRxD], axis=2)
+    rest_BxNxSxD = hidden_BxLxD[:, T:].reshape(B, N, S, -1)[:, :, :-1]
+    return jnp.concatenate([first_BxNx1xD, rest_BxNxSxD], axis=2)
 
 
 def score(
@@ -146,28 +147,28 @@ def score(
         reference: another decoder to score the same tokens with; its KL to the policy is then computed too.
         chunk: positions whose logits exist at the same time, forward and backward.
     """
-    shape = batch.branches_BxNxR.shape
+    shape = batch.branches_BxNxS.shape
     hidden_PxD = _flatten(predictors(decoder, batch))
-    target_P = jnp.asarray(batch.branches_BxNxR).reshape(-1)
-    mask_BxNxR = batch.mask_BxNxR
+    target_P = jnp.asarray(batch.branches_BxNxS).reshape(-1)
+    mask_BxNxS = batch.mask_BxNxS
 
     def unflatten(values_P: jax.Array) -> jax.Array:
-        return jnp.where(mask_BxNxR, values_P.reshape(shape), 0.0)
+        return jnp.where(mask_BxNxS, values_P.reshape(shape), 0.0)
 
     if reference is None:
 
-        def one(hidden_CxD: jax.Array, target_C: jax.Array) -> jax.Array:
-            return _gather(_log_softmax(decoder, hidden_CxD, temperature), target_C)
+        def one(hidden_XxD: jax.Array, target_X: jax.Array) -> jax.Array:
+            return _gather(_log_softmax(decoder, hidden_XxD, temperature), target_X)
 
         return TokenScores(unflatten(_in_chunks(one, chunk, hidden_PxD, target_P)))
 
     ref_hidden_PxD = _flatten(predictors(reference, batch))
 
-    def both(hidden_CxD: jax.Array, ref_hidden_CxD: jax.Array, target_C: jax.Array) -> tuple[jax.Array, ...]:
-        logp_CxV = _log_softmax(decoder, hidden_CxD, temperature)
-        ref_logp_CxV = _log_softmax(reference, ref_hidden_CxD, temperature)
-        kl_C = jnp.sum(jnp.exp(logp_CxV) * (logp_CxV - ref_logp_CxV), axis=-1)
-        return _gather(logp_CxV, target_C), _gather(ref_logp_CxV, target_C), kl_C
+    def both(hidden_XxD: jax.Array, ref_hidden_XxD: jax.Array, target_X: jax.Array) -> tuple[jax.Array, ...]:
+        logp_XxV = _log_softmax(decoder, hidden_XxD, temperature)
+        ref_logp_XxV = _log_softmax(reference, ref_hidden_XxD, temperature)
+        kl_X = jnp.sum(jnp.exp(logp_XxV) * (logp_XxV - ref_logp_XxV), axis=-1)
+        return _gather(logp_XxV, target_X), _gather(ref_logp_XxV, target_X), kl_X
 
     logp_P, ref_logp_P, kl_P = _in_chunks(both, chunk, hidden_PxD, ref_hidden_PxD, target_P)
     return TokenScores(unflatten(logp_P), unflatten(ref_logp_P), unflatten(kl_P))
@@ -182,16 +183,16 @@ def score_packed(decoder: Decoder, batch: PackedBatch, *, chunk: int = 1024) -> 
     read = (jnp.asarray(x) for x in (batch.tokens_CxL, batch.positions_CxL, batch.segments_CxL))
     hidden_CxLxD = decoder(*read)
     # Within its own group, so that bins that lie on different devices need nothing of each other.
-    predictor_GxP = jnp.asarray(batch.predictor_GxP)
-    hidden_GxXxD = hidden_CxLxD.reshape(len(predictor_GxP), -1, hidden_CxLxD.shape[-1])
-    hidden_PxD = _flatten(jnp.take_along_axis(hidden_GxXxD, predictor_GxP[:, :, None], axis=1))
+    predictor_GxW = jnp.asarray(batch.predictor_GxW)
+    hidden_GxYxD = hidden_CxLxD.reshape(len(predictor_GxW), -1, hidden_CxLxD.shape[-1])
+    hidden_PxD = _flatten(jnp.take_along_axis(hidden_GxYxD, predictor_GxW[:, :, None], axis=1))
 
-    def one(hidden_CxD: jax.Array, target_C: jax.Array) -> jax.Array:
-        return _gather(_log_softmax(decoder, hidden_CxD, 1.0), target_C)
+    def one(hidden_XxD: jax.Array, target_X: jax.Array) -> jax.Array:
+        return _gather(_log_softmax(decoder, hidden_XxD, 1.0), target_X)
 
-    logp_P = _in_chunks(one, chunk, hidden_PxD, jnp.asarray(batch.target_GxP).reshape(-1))
+    logp_P = _in_chunks(one, chunk, hidden_PxD, jnp.asarray(batch.target_GxW).reshape(-1))
     R, N = batch.length_RxN.shape
-    branch_P = jnp.asarray(batch.branch_GxP).reshape(-1)
+    branch_P = jnp.asarray(batch.branch_GxW).reshape(-1)
     packed_RxN = jax.ops.segment_sum(logp_P, branch_P, R * N + 1)[:-1].reshape(R, N)
     return packed_RxN[jnp.asarray(batch.first_R)]
 
@@ -200,12 +201,12 @@ def _flatten(hidden_XxD: jax.Array) -> jax.Array:
     return hidden_XxD.reshape(-1, hidden_XxD.shape[-1])
 
 
-def _log_softmax(decoder: Decoder, hidden_CxD: jax.Array, temperature: float) -> jax.Array:
-    return jax.nn.log_softmax(decoder.logits(hidden_CxD) / temperature, axis=-1)
+def _log_softmax(decoder: Decoder, hidden_XxD: jax.Array, temperature: float) -> jax.Array:
+    return jax.nn.log_softmax(decoder.logits(hidden_XxD) / temperature, axis=-1)
 
 
-def _gather(logp_CxV: jax.Array, target_C: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(logp_CxV, target_C[:, None], axis=-1)[:, 0]
+def _gather(logp_XxV: jax.Array, target_X: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logp_XxV, target_X[:, None], axis=-1)[:, 0]
 
 
 def _in_chunks(fn, chunk: int, *args_Px: jax.Array):

@@ -140,32 +140,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def shard_tree(tree: Any, shardings: Any) -> Any:
-    """Lays a tree of arrays out as told.
-
-    Args:
-        tree: arrays on the host or on devices.
-        shardings: the same tree of shardings, or one for all leaves.
-
-    Raises:
-        UserError: rows that do not divide over the mesh; sizes are named.
-    """
-
-    def check(path: Any, leaf: Any, sharding: NamedSharding) -> None:
-        for size, mesh_axes in zip(leaf.shape, sharding.spec, strict=False):  # A spec may be shorter than the shape.
-            names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
-            pieces = math.prod(sharding.mesh.shape[name] for name in names)
-            if size % pieces:
-                along = " x ".join(f"mesh.{name}={sharding.mesh.shape[name]}" for name in names)
-                what = jax.tree_util.keystr(path, simple=True, separator="/") or "array"
-                raise UserError(f"{what}: size {size} does not divide over {along}")
-
-    if isinstance(shardings, NamedSharding):
-        shardings = jax.tree.map(lambda _: shardings, tree)
-    jax.tree_util.tree_map_with_path(check, tree, shardings)
-    return jax.device_put(tree, shardings)
-
-
 def to_host(tree: Any) -> Any:
     """The whole of every array as numpy, on every process."""
     if jax.process_count() == 1:

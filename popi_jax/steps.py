@@ -61,7 +61,7 @@ class InferenceBatch:
     """rows: users' signals with K sampled summaries each. A user that is padding has prefix length 0."""
 
     rows: PrefixBatch
-    sampler_logp_UxKxS: jax.Array
+    sampler_logp_UxKxS: scoring.Array
 
 
 @jax.tree_util.register_dataclass
@@ -141,34 +141,34 @@ def inference_loss(
         and those to take a maximum of.
     """
     policy, rows = settings.policy, batch.rows
-    valid_U, mask_UxKxS = rows.valid_B, rows.mask_BxNxR
+    valid_U, mask_UxKxS = rows.valid_B, rows.mask_BxNxS
     scores = scoring.score(
         policy.bind(base, phi), rows, temperature=settings.temperature, reference=policy.bind(base, None)
     )
-    assert scores.ref_logp_BxNxR is not None  # A reference was given.
+    assert scores.ref_logp_BxNxS is not None  # A reference was given.
     out = objective.inference_loss(
         advantage=settings.advantage,
         kl=settings.kl,
         kl_coef=settings.kl_coef,
         reward_UxK=reward_UxK,
         baseline=baseline,
-        logp_UxKxS=scores.logp_BxNxR,
-        ref_logp_UxKxS=scores.ref_logp_BxNxR,
+        logp_UxKxS=scores.logp_BxNxS,
+        ref_logp_UxKxS=scores.ref_logp_BxNxS,
         mask_UxKxS=mask_UxKxS,
-        position_kl_UxKxS=scores.kl_BxNxR,
+        position_kl_UxKxS=scores.kl_BxNxS,
         valid_U=valid_U,
     )
-    gap_UxKxS = jnp.where(mask_UxKxS, jnp.abs(scores.logp_BxNxR - batch.sampler_logp_UxKxS), 0.0)
+    gap_UxKxS = jnp.where(mask_UxKxS, jnp.abs(scores.logp_BxNxS - batch.sampler_logp_UxKxS), 0.0)
     valid_UxK = jnp.broadcast_to(valid_U[:, None], reward_UxK.shape)
     spread_UxK = jnp.broadcast_to(jnp.std(reward_UxK, axis=1, keepdims=True), reward_UxK.shape)
     terms = {
         "reward": objective.masked_total(reward_UxK, valid_UxK),
-        "reward_less_kl": objective.masked_total(out.reward_UxK, valid_UxK),
+        "reward_less_kl": objective.masked_total(out.penalised_UxK, valid_UxK),
         "reward_std": objective.masked_total(spread_UxK, valid_UxK),
         "kl": out.kl,
         "surrogate": out.loss,
         "summary_tokens": objective.masked_total(jnp.asarray(rows.branch_length_BxN, jnp.float32), valid_UxK),
-        "summary_logp": objective.masked_total(jnp.sum(scores.logp_BxNxR, axis=-1), valid_UxK),
+        "summary_logp": objective.masked_total(jnp.sum(scores.logp_BxNxS, axis=-1), valid_UxK),
         "sampler_gap": objective.masked_total(gap_UxKxS, mask_UxKxS),
     }
     return out.loss[0], (terms, {"sampler_gap_max": gap_UxKxS.max()})

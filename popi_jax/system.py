@@ -9,7 +9,7 @@ import optax
 
 from popi_jax import objective, sharding, steps
 from popi_jax.data import templates
-from popi_jax.data.batches import OverflowLog
+from popi_jax.data.encoding import OverflowLog
 from popi_jax.errors import UserError
 from popi_jax.model import hub
 from popi_jax.model.config import LoraConfig

@@ -243,8 +243,8 @@ def test_prefill_and_decode_equal_the_full_forward(name):
     B, T, N, R = 2, 5, 3, 4
     tokens_BxL, positions_BxL, segments_BxL = packed_branches(N, R)
     want_BxLxV = np.asarray(forward(policy, base, tokens_BxL, positions_BxL, segments_BxL))
-    tokens_BxNxR = tokens_BxL[:, T:].reshape(B, N, R)
-    positions_BxNxR = positions_BxL[:, T:].reshape(B, N, R)
+    tokens_BxNxS = tokens_BxL[:, T:].reshape(B, N, R)
+    positions_BxNxS = positions_BxL[:, T:].reshape(B, N, R)
 
     @jax.jit
     def incremental(base):
@@ -257,7 +257,7 @@ def test_prefill_and_decode_equal_the_full_forward(name):
             hidden_BxNxD, cache = decoder.decode(tokens_BxN, positions_BxN, cache, index)
             return cache, decoder.logits(hidden_BxNxD)
 
-        xs = (tokens_BxNxR.transpose(2, 0, 1), positions_BxNxR.transpose(2, 0, 1), jnp.arange(R))
+        xs = (tokens_BxNxS.transpose(2, 0, 1), positions_BxNxS.transpose(2, 0, 1), jnp.arange(R))
         return decoder.logits(hidden_BxTxD), jax.lax.scan(step, cache, xs)[1]
 
     prefix_BxTxV, logits_RxBxNxV = map(np.asarray, incremental(base))
@@ -273,11 +273,11 @@ def test_decode_writes_its_slot_and_leaves_the_prefix_alone():
     tokens_BxL, positions_BxL, segments_BxL = rows(2, 4)
     decoder = policy.bind(base, None)
     _, before = decoder.prefill(tokens_BxL, positions_BxL, segments_BxL, 3, 5)
-    assert before.own_k_nxBxNxRxKvxDh.shape == (3, 2, 3, 5, 2, 8)
+    assert before.own_k_nxBxNxSxKvxDh.shape == (3, 2, 3, 5, 2, 8)
     assert before.prefix_k_nxBxTxKvxDh.shape == (3, 2, 4, 2, 8)
     _, after = decoder.decode(tokens_BxL[:, :3], jnp.full((2, 3), 4), before, jnp.asarray(2))
     assert after.prefix_k_nxBxTxKvxDh is before.prefix_k_nxBxTxKvxDh
-    written_R = np.abs(np.asarray(after.own_v_nxBxNxRxKvxDh)).min(axis=(0, 1, 2, 4, 5)) > 0
+    written_R = np.abs(np.asarray(after.own_v_nxBxNxSxKvxDh)).min(axis=(0, 1, 2, 4, 5)) > 0
     np.testing.assert_array_equal(written_R, [False, False, True, False, False])
 
 
@@ -298,10 +298,10 @@ def test_a_decode_loop_updates_the_cache_in_place():
 
     _, cache = policy.bind(base, None).prefill(tokens_BxL, positions_BxL, segments_BxL, N, R)
     memory = jax.jit(loop, donate_argnums=1).lower(base, cache).compile().memory_analysis()
-    one_layer = cache.own_k_nxBxNxRxKvxDh.nbytes // policy.config.n_layers
+    one_layer = cache.own_k_nxBxNxSxKvxDh.nbytes // policy.config.n_layers
     # Keys and values of one layer, each also transposed for its product, and the scores; not the stack of layers again.
     assert memory.temp_size_in_bytes < 4.5 * one_layer
-    assert memory.alias_size_in_bytes >= 2 * cache.own_k_nxBxNxRxKvxDh.nbytes
+    assert memory.alias_size_in_bytes >= 2 * cache.own_k_nxBxNxSxKvxDh.nbytes
 
 
 def test_a_shared_prefix_equals_separate_sequences():
@@ -319,8 +319,8 @@ def test_a_shared_prefix_equals_separate_sequences():
 
     def packed_loss(params):
         decoder = policy.bind(params, None)
-        branch_BxNxRxV = decoder.logits(decoder(*packed))[:, T:].reshape(2, N, R, -1)
-        return jnp.sum(jnp.sin(branch_BxNxRxV)), branch_BxNxRxV
+        branch_BxNxSxV = decoder.logits(decoder(*packed))[:, T:].reshape(2, N, R, -1)
+        return jnp.sum(jnp.sin(branch_BxNxSxV)), branch_BxNxSxV
 
     def separate_loss(params):
         decoder = policy.bind(params, None)
@@ -328,8 +328,8 @@ def test_a_shared_prefix_equals_separate_sequences():
         branches = [
             logits_BNxLxV[b * N + n, length : length + R] for b, length in enumerate(PREFIX_LENGTHS) for n in range(N)
         ]
-        branch_BxNxRxV = jnp.stack(branches).reshape(2, N, R, -1)
-        return jnp.sum(jnp.sin(branch_BxNxRxV)), branch_BxNxRxV
+        branch_BxNxSxV = jnp.stack(branches).reshape(2, N, R, -1)
+        return jnp.sum(jnp.sin(branch_BxNxSxV)), branch_BxNxSxV
 
     (_, got), got_grads = jax.jit(jax.value_and_grad(packed_loss, has_aux=True))(base)
     (_, want), want_grads = jax.jit(jax.value_and_grad(separate_loss, has_aux=True))(base)
@@ -389,7 +389,7 @@ def test_bfloat16_computes_in_bfloat16_and_scores_in_float32():
     half = Policy(dataclasses.replace(policy.config, compute_dtype="bfloat16"))
     batch = rows(2, 6)
     hidden, cache = jax.eval_shape(lambda base: half.bind(base, None).prefill(*batch, 2, 3), base)
-    assert hidden.dtype == cache.own_k_nxBxNxRxKvxDh.dtype == jnp.bfloat16
+    assert hidden.dtype == cache.own_k_nxBxNxSxKvxDh.dtype == jnp.bfloat16
     logits, want = forward(half, base, *batch), np.asarray(forward(policy, base, *batch))
     assert logits.dtype == jnp.float32
     assert 0 < np.abs(logits - want).max() < 0.1 * np.abs(want).max()

@@ -225,7 +225,9 @@ def test_inference_loss_penalises_the_reward_and_reports_it():
         advantage="rloo", kl="k1_reward", kl_coef=0.3, baseline=0.0, valid_U=jnp.ones(2, bool), **inputs
     )
     ratio = np.where(inputs["mask_UxKxS"], inputs["logp_UxKxS"] - inputs["ref_logp_UxKxS"], 0.0).sum(-1)
-    np.testing.assert_allclose(result.reward_UxK, np.asarray(inputs["reward_UxK"]) - 0.3 * ratio, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        result.penalised_UxK, np.asarray(inputs["reward_UxK"]) - 0.3 * ratio, rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_allclose(result.kl, (ratio.sum(), 6.0), rtol=1e-5)
 
 

@@ -35,7 +35,7 @@ def test_pack_pads_right_to_buckets_and_rows() -> None:
     )
     np.testing.assert_array_equal(batch.prefix_length_B, [3, 5, 0])
     np.testing.assert_array_equal(
-        batch.branches_BxNxR, [[[1, _, _, _], [2, 3, _, _]], [[4, _, _, _], [_] * 4], [[_] * 4, [_] * 4]]
+        batch.branches_BxNxS, [[[1, _, _, _], [2, 3, _, _]], [[4, _, _, _], [_] * 4], [[_] * 4, [_] * 4]]
     )
     np.testing.assert_array_equal(batch.branch_length_BxN, [[1, 2], [1, 0], [0, 0]])
     assert {leaf.dtype for leaf in jax.tree.leaves(batch)} == {np.dtype(np.int32)}
@@ -45,7 +45,7 @@ def test_pack_pads_right_to_buckets_and_rows() -> None:
 @pytest.mark.parametrize(("branch", "limit", "width"), [(5, None, 8), (5, 6, 6), (5, 5, 5), (3, 6, 4), (5, 99, 8)])
 def test_branches_are_not_padded_past_their_limit(branch: int, limit: int | None, width: int) -> None:
     batch = packing.pack([[5] * 5], [[[1] * branch]], BUCKETS, pad_id=0, branch_limit=limit)
-    assert batch.branches_BxNxR.shape == (1, 1, width)
+    assert batch.branches_BxNxS.shape == (1, 1, width)
     assert batch.branch_length_BxN.tolist() == [[branch]]
     assert batch.prefix_BxT.shape == (1, 8)
 
@@ -57,7 +57,7 @@ def test_pack_then_cut_gives_back_what_went_in() -> None:
     batch = packing.pack(prefixes, rows, BUCKETS, pad_id=0)
     assert [batch.prefix_BxT[b, : batch.prefix_length_B[b]].tolist() for b in range(6)] == prefixes
     lengths = batch.branch_length_BxN
-    assert [[batch.branches_BxNxR[b, n, : lengths[b, n]].tolist() for n in range(3)] for b in range(6)] == rows
+    assert [[batch.branches_BxNxS[b, n, : lengths[b, n]].tolist() for n in range(3)] for b in range(6)] == rows
 
 
 def test_pack_refuses_what_does_not_line_up() -> None:
@@ -80,10 +80,10 @@ def test_pack_bins_by_hand() -> None:
     assert batch.tokens_CxL[0].tolist() == [7, 8, 1, 2, 3, 9, 4, 5, 6, 0, 0]
     assert batch.positions_CxL[0].tolist() == [0, 1, 2, 3, 2, 0, 1, 1, 2, 0, 0]
     assert batch.segments_CxL[0].tolist() == [0, 0, 1, 1, 2, 1024, 1025, 1026, 1026, -1, -1]
-    assert batch.predictor_GxP[0].tolist() == [1, 2, 1, 5, 5, 7, 0]
-    assert batch.target_GxP[0].tolist() == [1, 2, 3, 4, 5, 6, 0]
-    assert batch.branch_GxP[0].tolist() == [0, 0, 1, 4, 5, 5, 6]
-    assert (batch.segments_CxL[1] == -1).all() and (batch.branch_GxP[1] == 6).all()
+    assert batch.predictor_GxW[0].tolist() == [1, 2, 1, 5, 5, 7, 0]
+    assert batch.target_GxW[0].tolist() == [1, 2, 3, 4, 5, 6, 0]
+    assert batch.branch_GxW[0].tolist() == [0, 0, 1, 4, 5, 5, 6]
+    assert (batch.segments_CxL[1] == -1).all() and (batch.branch_GxW[1] == 6).all()
     assert batch.length_RxN.tolist() == [[2, 1], [0, 0], [1, 2]] and batch.first_R.tolist() == [0, 1, 2]
     assert batch.valid_R.tolist() == [True, False, True] and int(batch.token_count) == 9
 
@@ -94,9 +94,9 @@ def test_bins_of_a_group_share_their_scored_positions() -> None:
     bins = [[0], [1], [2]]
     assert packing.most_scored(rows, bins, shape) == 6  # 3 + 3 of the first group; a quarter of its length is 3.
     batch = packing.pack_bins(rows, bins, shape, scored=6, pad_id=0)
-    assert batch.predictor_GxP.tolist() == [[1, 2, 1, 6, 6, 8], [0, 0, 0, 0, 0, 0]]
-    assert batch.target_GxP.tolist() == [[1, 2, 3, 4, 5, 6], [2, 2, 0, 0, 0, 0]]
-    assert batch.branch_GxP.tolist() == [[0, 0, 1, 2, 3, 3], [4, 5, 6, 6, 6, 6]]
+    assert batch.predictor_GxW.tolist() == [[1, 2, 1, 6, 6, 8], [0, 0, 0, 0, 0, 0]]
+    assert batch.target_GxW.tolist() == [[1, 2, 3, 4, 5, 6], [2, 2, 0, 0, 0, 0]]
+    assert batch.branch_GxW.tolist() == [[0, 0, 1, 2, 3, 3], [4, 5, 6, 6, 6, 6]]
 
 
 @pytest.mark.parametrize(("length", "groups"), [(12, 1), (40, 1), (12, 3)])
@@ -106,14 +106,14 @@ def test_bins_score_as_lines_of_one_row_do(length: int, groups: int) -> None:
     delta = tiny.perturbed(policy.init_delta(base, jax.random.key(2)), 3)
     lines = tiny.rows(np.random.default_rng(0), 7, 2, 4, 4)
     lines.prefix_length_B[3] = lines.branch_length_BxN[3] = 0
-    for values in (lines.prefix_BxT, lines.prefix_length_B, lines.branches_BxNxR, lines.branch_length_BxN):
+    for values in (lines.prefix_BxT, lines.prefix_length_B, lines.branches_BxNxS, lines.branch_length_BxN):
         values[5] = values[2]
     packed = tiny.packed(lines, length=length, n_bins=6, groups=groups)
-    assert packed.first_R.tolist() == [0, 1, 2, 3, 4, 2, 6] and not (np.asarray(packed.branch_GxP) // 2 == 5).any()
+    assert packed.first_R.tolist() == [0, 1, 2, 3, 4, 2, 6] and not (np.asarray(packed.branch_GxW) // 2 == 5).any()
     weight = np.random.default_rng(1).normal(size=(7, 2)).astype(np.float32)
 
     def by_line(delta):
-        total = scoring.score(policy.bind(base, delta), lines).logp_BxNxR.sum(-1)
+        total = scoring.score(policy.bind(base, delta), lines).logp_BxNxS.sum(-1)
         return jnp.sum(weight * total), total
 
     def by_bin(delta):

@@ -44,7 +44,7 @@ def test_log_probs_are_the_trainers(temperature):
     out = draw(prompt, length, jax.random.key(0), 4, 8, temperature)
     batch = PrefixBatch(prompt, length, out.tokens_BxNxS, out.length_BxN)
     scores = scoring.score(POLICY.bind(BASE, DELTA), batch, temperature=temperature)
-    np.testing.assert_allclose(out.logp_BxNxS, scores.logp_BxNxR, atol=1e-4)
+    np.testing.assert_allclose(out.logp_BxNxS, scores.logp_BxNxS, atol=1e-4)
 
 
 def test_greedy_is_the_argmax_of_the_full_forward():

@@ -19,8 +19,8 @@ def separate(delta, batch, temperature=1.0):
     out = {}
     for b in range(batch.prefix_BxT.shape[0]):
         prefix = batch.prefix_BxT[b, : batch.prefix_length_B[b]]
-        for n in range(batch.branches_BxNxR.shape[1]):
-            branch = batch.branches_BxNxR[b, n, : batch.branch_length_BxN[b, n]]
+        for n in range(batch.branches_BxNxS.shape[1]):
+            branch = batch.branches_BxNxS[b, n, : batch.branch_length_BxN[b, n]]
             tokens = jnp.concatenate([prefix, branch])[None]
             hidden = decoder(tokens, jnp.arange(tokens.shape[1])[None], jnp.zeros_like(tokens))
             logp = jax.nn.log_softmax(decoder.logits(hidden)[0] / temperature, axis=-1)
@@ -35,9 +35,9 @@ def test_equals_separate_sequences(chunk):
     scores = jax.jit(lambda b: scoring.score(POLICY.bind(BASE, DELTA), b, chunk=chunk))(batch)
     for (b, n), logp_rxV in separate(DELTA, batch).items():
         length = batch.branch_length_BxN[b, n]
-        expected = logp_rxV[np.arange(length), batch.branches_BxNxR[b, n, :length]]
-        np.testing.assert_allclose(scores.logp_BxNxR[b, n, :length], expected, atol=1e-5)
-        assert (scores.logp_BxNxR[b, n, length:] == 0).all()
+        expected = logp_rxV[np.arange(length), batch.branches_BxNxS[b, n, :length]]
+        np.testing.assert_allclose(scores.logp_BxNxS[b, n, :length], expected, atol=1e-5)
+        assert (scores.logp_BxNxS[b, n, length:] == 0).all()
 
 
 def test_gradients_equal_those_of_separate_sequences():
@@ -45,14 +45,14 @@ def test_gradients_equal_those_of_separate_sequences():
     weight_BxN = np.array([[1.0, -2.0, 0.5], [0.3, 1.0, -1.0]], np.float32)
 
     def shared(delta):
-        logp = scoring.score(POLICY.bind(BASE, delta), batch, chunk=5).logp_BxNxR.sum(-1)
+        logp = scoring.score(POLICY.bind(BASE, delta), batch, chunk=5).logp_BxNxS.sum(-1)
         return jnp.sum(logp * weight_BxN)
 
     def apart(delta):
         total = 0.0
         for (b, n), logp_rxV in separate(delta, batch).items():
             length = batch.branch_length_BxN[b, n]
-            picked = logp_rxV[np.arange(length), batch.branches_BxNxR[b, n, :length]]
+            picked = logp_rxV[np.arange(length), batch.branches_BxNxS[b, n, :length]]
             total += weight_BxN[b, n] * picked.sum()
         return total
 
@@ -71,9 +71,9 @@ def test_kl_and_reference_at_a_temperature():
         length = batch.branch_length_BxN[key]
         p = np.exp(np.asarray(logp_rxV, np.float64))
         kl = (p * (np.asarray(logp_rxV, np.float64) - np.asarray(ref[key], np.float64))).sum(-1)
-        np.testing.assert_allclose(scores.kl_BxNxR[key][:length], kl, atol=1e-5)
-        picked = ref[key][np.arange(length), batch.branches_BxNxR[key][:length]]
-        np.testing.assert_allclose(scores.ref_logp_BxNxR[key][:length], picked, atol=1e-5)
+        np.testing.assert_allclose(scores.kl_BxNxS[key][:length], kl, atol=1e-5)
+        picked = ref[key][np.arange(length), batch.branches_BxNxS[key][:length]]
+        np.testing.assert_allclose(scores.ref_logp_BxNxS[key][:length], picked, atol=1e-5)
 
 
 def test_rows_of_padding_are_finite_and_silent():
@@ -82,10 +82,10 @@ def test_rows_of_padding_are_finite_and_silent():
     batch.branch_length_BxN[1] = 0
 
     def total(delta):
-        return scoring.score(POLICY.bind(BASE, delta), batch).logp_BxNxR.sum()
+        return scoring.score(POLICY.bind(BASE, delta), batch).logp_BxNxS.sum()
 
     value, grads = jax.jit(jax.value_and_grad(total))(DELTA)
     alone = jax.tree.map(lambda x: x[:1], batch)
-    expected = scoring.score(POLICY.bind(BASE, DELTA), alone).logp_BxNxR.sum()
+    expected = scoring.score(POLICY.bind(BASE, DELTA), alone).logp_BxNxS.sum()
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))

@@ -172,7 +172,7 @@ def test_generator_learns_and_inference_follows_its_reward():
     reward = steps.summary_rewards(jnp.asarray(loss_R.ravel()), jnp.ones(loss_R.size, bool), U, K)
     grad = jax.jit(jax.grad(lambda phi: steps.inference_loss(phi, base, batch[0], reward, jnp.float32(0), config)[0]))
     phi = jax.tree.map(lambda p, g: p - 0.02 * g, state.phi, grad(state.phi))
-    before, after = (scoring.score(config.policy.bind(base, p), rows).logp_BxNxR.sum(-1) for p in (state.phi, phi))
+    before, after = (scoring.score(config.policy.bind(base, p), rows).logp_BxNxS.sum(-1) for p in (state.phi, phi))
     gain = np.asarray(after - before)
     assert (gain[:, 0].mean() > 0) and (gain[:, 1:].mean() < gain[:, 0].mean())
 

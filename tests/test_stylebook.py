@@ -351,7 +351,7 @@ def test_pretraining_sees_training_users_only(base, monkeypatch):
     tokenizer, compare = base[1], batch["compare"]
     fits, other = (
         text.read_response(tokenizer.decode(ids[:length]))
-        for ids, length in zip(compare.branches_BxNxR[0, :2], compare.branch_length_BxN[0, :2], strict=True)
+        for ids, length in zip(compare.branches_BxNxS[0, :2], compare.branch_length_BxN[0, :2], strict=True)
     )
     summary = text.read_summary(tokenizer.decode(compare.prefix_BxT[0, : compare.prefix_length_B[0]]))
     assert all(fits[taste] == value for taste, value in summary.items())

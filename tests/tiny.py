@@ -47,7 +47,7 @@ def rows(rng: np.random.Generator, B: int, N: int, T: int, R: int, least: int = 
     return PrefixBatch(
         prefix_BxT=rng.integers(0, CONFIG.vocab_size, (B, T)).astype(np.int32),
         prefix_length_B=rng.integers(least, T + 1, B).astype(np.int32),
-        branches_BxNxR=rng.integers(0, CONFIG.vocab_size, (B, N, R)).astype(np.int32),
+        branches_BxNxS=rng.integers(0, CONFIG.vocab_size, (B, N, R)).astype(np.int32),
         branch_length_BxN=rng.integers(1, R + 1, (B, N)).astype(np.int32),
     )
 
@@ -62,7 +62,7 @@ def packed(lines: PrefixBatch, length: int, micros: int = 1, n_bins: int = 0, gr
         for prefix, at, branches, lengths in zip(
             lines.prefix_BxT,
             lines.prefix_length_B,
-            lines.branches_BxNxR,
+            lines.branches_BxNxS,
             lines.branch_length_BxN,
             strict=True,
         )

@@ -1,7 +1,7 @@
 """From token ids to padded arrays of a few static shapes: lines of one row each, or bins of many rows.
 
-Shapes: B or R rows, T prefix length, N branches, R branch length; C bins of length L in G groups with
-at most P branch tokens each.
+Shapes: B lines, T prefix length, N branches, S branch length, X = B * N; R rows with N branches in C bins of L
+tokens, in G groups with at most W branch tokens each.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def pack(
     Args:
         prefixes: B lists of ids.
         branches: B lists of N lists of ids.
-        buckets: the lengths to choose T and R from.
+        buckets: the lengths to choose T and S from.
         pad_id: fills what is left; any id does, since lengths tell what is real.
         rows: pads to this many rows, the added ones of length 0; None: B.
         branch_limit: no branch is longer, so none is padded further, whatever the buckets are; None: it is not known.
@@ -54,13 +54,13 @@ def pack(
     (N,) = n_branches
     flat = [ids for row in branches for ids in row]
     sizes = buckets if branch_limit is None else (*(size for size in buckets if size < branch_limit), branch_limit)
-    branches_PxR, branch_length_P = pack_prefixes(flat, sizes, pad_id, len(prefix_BxT) * N)
-    B, R = len(prefix_BxT), branches_PxR.shape[-1]
+    flat_XxS, length_X = pack_prefixes(flat, sizes, pad_id, len(prefix_BxT) * N)
+    B, S = len(prefix_BxT), flat_XxS.shape[-1]
     return PrefixBatch(
         prefix_BxT=prefix_BxT,
         prefix_length_B=prefix_length_B,
-        branches_BxNxR=branches_PxR.reshape(B, N, R),
-        branch_length_BxN=branch_length_P.reshape(B, N),
+        branches_BxNxS=flat_XxS.reshape(B, N, S),
+        branch_length_BxN=length_X.reshape(B, N),
     )
 
 
@@ -179,7 +179,7 @@ def pack_bins(
         rows: R rows of N branches each.
         bins: which rows are in which bin; see `fill_bins`.
         shape: at least as many bins, the added ones empty, and no shorter than the tokens of any.
-        scored: P, no less than the branch tokens of any group.
+        scored: W, no less than the branch tokens of any group.
         pad_id: fills what is left; any id does.
         first_R: for each row the one that is in a bin for it, see `first_equals`; None: each for itself.
     """
@@ -187,8 +187,8 @@ def pack_bins(
     n_bins, length, groups, size = shape.n_bins, shape.length, shape.groups, shape.group_bins
     tokens_CxL = np.full((n_bins, length), pad_id, np.int32)
     positions_CxL, segments_CxL = np.zeros((n_bins, length), np.int32), np.full((n_bins, length), -1, np.int32)
-    predictor_GxP, target_GxP = np.zeros((groups, scored), np.int32), np.full((groups, scored), pad_id, np.int32)
-    branch_GxP = np.full((groups, scored), len(rows) * N, np.int32)
+    predictor_GxW, target_GxW = np.zeros((groups, scored), np.int32), np.full((groups, scored), pad_id, np.int32)
+    branch_GxW = np.full((groups, scored), len(rows) * N, np.int32)
     for c, members in enumerate(bins):
         g, start = c // size, 0
         if c % size == 0:  # A group begins: so do its scored positions.
@@ -206,11 +206,11 @@ def pack_bins(
                 asked = slice(first, first + len(ids))
                 # A branch's first token is predicted by its prefix's last, any other by the one before it.
                 predictors = [last, *range(start, own.stop - 1)][: len(ids)]
-                predictor_GxP[g, asked] = np.array(predictors, np.int32) + c % size * length
-                target_GxP[g, asked], branch_GxP[g, asked] = ids, r * N + n
+                predictor_GxW[g, asked] = np.array(predictors, np.int32) + c % size * length
+                target_GxW[g, asked], branch_GxW[g, asked] = ids, r * N + n
                 start, first = own.stop, asked.stop
     length_RxN = np.array([[len(ids) for ids in row.branches] for row in rows], np.int32)
     own_R = np.asarray(range(len(rows)) if first_R is None else first_R, np.int32)
     return PackedBatch(
-        tokens_CxL, positions_CxL, segments_CxL, predictor_GxP, target_GxP, branch_GxP, length_RxN, own_R
+        tokens_CxL, positions_CxL, segments_CxL, predictor_GxW, target_GxW, branch_GxW, length_RxN, own_R
     )

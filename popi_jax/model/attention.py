@@ -3,6 +3,8 @@
 Both functions know nothing of the model, so that a kernel with the same signature can stand in for either. Scores and
 softmax are in float32. Query head h reads kv head h // G (G = H / Kv); kv heads are grouped in the products, never
 repeated in memory.
+Shapes: B lines of L tokens, H query heads, Kv kv heads, G = H / Kv, Dh head width; Q queries of a block, which see the
+first E keys; in decoding T prefix length, N branches, S slots of a branch, L = T + S.
 """
 
 import jax
@@ -49,12 +51,12 @@ def attend(q_BxLxHxDh: jax.Array, k_BxLxKvxDh: jax.Array, v_BxLxKvxDh: jax.Array
     blocks = []
     for start in range(0, L, size):
         end = min(start + size, L)
-        s_BxKvxGxQxS = product("bkgqd,bksd->bkgqs", q_BxKvxGxLxDh[:, :, :, start:end], k_BxKvxLxDh[:, :, :end])
+        s_BxKvxGxQxE = product("bkgqd,bked->bkgqe", q_BxKvxGxLxDh[:, :, :, start:end], k_BxKvxLxDh[:, :, :end])
         # Added rather than selected: the scores' gradient then needs no mask of its own.
-        bias_BxQxS = jnp.where(_mask(segments_BxL, start, end), 0.0, _MASKED)
-        s_BxKvxGxQxS = s_BxKvxGxQxS * Dh**-0.5 + bias_BxQxS[:, None, None]
-        p_BxKvxGxQxS = jax.nn.softmax(s_BxKvxGxQxS, axis=-1).astype(v_BxLxKvxDh.dtype)
-        out_BxKvxGxQxDh = product("bkgqs,bksd->bkgqd", p_BxKvxGxQxS, v_BxKvxLxDh[:, :, :end])
+        bias_BxQxE = jnp.where(_mask(segments_BxL, start, end), 0.0, _MASKED)
+        s_BxKvxGxQxE = s_BxKvxGxQxE * Dh**-0.5 + bias_BxQxE[:, None, None]
+        p_BxKvxGxQxE = jax.nn.softmax(s_BxKvxGxQxE, axis=-1).astype(v_BxLxKvxDh.dtype)
+        out_BxKvxGxQxDh = product("bkgqe,bked->bkgqd", p_BxKvxGxQxE, v_BxKvxLxDh[:, :, :end])
         blocks.append(out_BxKvxGxQxDh.astype(v_BxLxKvxDh.dtype))
     out_BxKvxGxLxDh = jnp.concatenate(blocks, axis=3)
     return out_BxKvxGxLxDh.transpose(0, 3, 1, 2, 4).reshape(B, L, H, Dh)
@@ -63,10 +65,10 @@ def attend(q_BxLxHxDh: jax.Array, k_BxLxKvxDh: jax.Array, v_BxLxKvxDh: jax.Array
 def _mask(segments_BxL: jax.Array, start: int, end: int) -> jax.Array:
     """Which of the keys [0, end) each of the queries [start, end) attends to."""
     query_BxQx1 = segments_BxL[:, start:end, None]
-    key_Bx1xS = segments_BxL[:, None, :end]
-    causal_1xQxS = jnp.arange(end)[None, None, :] <= jnp.arange(start, end)[None, :, None]
+    key_Bx1xE = segments_BxL[:, None, :end]
+    causal_1xQxE = jnp.arange(end)[None, None, :] <= jnp.arange(start, end)[None, :, None]
     own_prefix_BxQx1 = query_BxQx1 // ROW * ROW  # -ROW at padding: no key's segment.
-    return ((key_Bx1xS == own_prefix_BxQx1) | ((key_Bx1xS == query_BxQx1) & (key_Bx1xS >= 0))) & causal_1xQxS
+    return ((key_Bx1xE == own_prefix_BxQx1) | ((key_Bx1xE == query_BxQx1) & (key_Bx1xE >= 0))) & causal_1xQxE
 
 
 def attend_decode(
@@ -74,8 +76,8 @@ def attend_decode(
     prefix_k_BxTxKvxDh: jax.Array,
     prefix_v_BxTxKvxDh: jax.Array,
     prefix_valid_BxT: jax.Array,
-    own_k_BxNxRxKvxDh: jax.Array,
-    own_v_BxNxRxKvxDh: jax.Array,
+    own_k_BxNxSxKvxDh: jax.Array,
+    own_v_BxNxSxKvxDh: jax.Array,
     index: jax.Array,
 ) -> jax.Array:
     """One query of each of N branches per row: one softmax over the row's prefix and the branch's own earlier tokens.
@@ -85,8 +87,8 @@ def attend_decode(
         prefix_k_BxTxKvxDh: keys of the prefix, one copy for all branches.
         prefix_v_BxTxKvxDh: its values.
         prefix_valid_BxT: which slots of the prefix hold a token.
-        own_k_BxNxRxKvxDh: keys of each branch; the slots 0..index are filled.
-        own_v_BxNxRxKvxDh: its values.
+        own_k_BxNxSxKvxDh: keys of each branch; the slots 0..index are filled.
+        own_v_BxNxSxKvxDh: its values.
         index: scalar, the slot of the query's own token.
 
     Returns:
@@ -94,19 +96,19 @@ def attend_decode(
     """
     B, N, H, Dh = q_BxNxHxDh.shape
     T, Kv = prefix_k_BxTxKvxDh.shape[1:3]
-    R = own_k_BxNxRxKvxDh.shape[2]
+    S = own_k_BxNxSxKvxDh.shape[2]
     q_BxNxKvxGxDh = q_BxNxHxDh.reshape(B, N, Kv, H // Kv, Dh)
     prefix_s_BxNxKvxGxT = jnp.einsum(
         "bnkgd,btkd->bnkgt", q_BxNxKvxGxDh, prefix_k_BxTxKvxDh, preferred_element_type=jnp.float32
     )
-    own_s_BxNxKvxGxR = jnp.einsum(
-        "bnkgd,bnrkd->bnkgr", q_BxNxKvxGxDh, own_k_BxNxRxKvxDh, preferred_element_type=jnp.float32
+    own_s_BxNxKvxGxS = jnp.einsum(
+        "bnkgd,bnskd->bnkgs", q_BxNxKvxGxDh, own_k_BxNxSxKvxDh, preferred_element_type=jnp.float32
     )
     prefix_s_BxNxKvxGxT = jnp.where(prefix_valid_BxT[:, None, None, None], prefix_s_BxNxKvxGxT * Dh**-0.5, _MASKED)
-    written_R = jnp.arange(R) <= index
-    own_s_BxNxKvxGxR = jnp.where(written_R[None, None, None, None], own_s_BxNxKvxGxR * Dh**-0.5, _MASKED)
-    s_BxNxKvxGxS = jnp.concatenate([prefix_s_BxNxKvxGxT, own_s_BxNxKvxGxR], axis=-1)
-    p_BxNxKvxGxS = jax.nn.softmax(s_BxNxKvxGxS, axis=-1).astype(own_v_BxNxRxKvxDh.dtype)
-    out_BxNxKvxGxDh = jnp.einsum("bnkgt,btkd->bnkgd", p_BxNxKvxGxS[..., :T], prefix_v_BxTxKvxDh)
-    out_BxNxKvxGxDh += jnp.einsum("bnkgr,bnrkd->bnkgd", p_BxNxKvxGxS[..., T:], own_v_BxNxRxKvxDh)
+    written_S = jnp.arange(S) <= index
+    own_s_BxNxKvxGxS = jnp.where(written_S[None, None, None, None], own_s_BxNxKvxGxS * Dh**-0.5, _MASKED)
+    s_BxNxKvxGxL = jnp.concatenate([prefix_s_BxNxKvxGxT, own_s_BxNxKvxGxS], axis=-1)
+    p_BxNxKvxGxL = jax.nn.softmax(s_BxNxKvxGxL, axis=-1).astype(own_v_BxNxSxKvxDh.dtype)
+    out_BxNxKvxGxDh = jnp.einsum("bnkgt,btkd->bnkgd", p_BxNxKvxGxL[..., :T], prefix_v_BxTxKvxDh)
+    out_BxNxKvxGxDh += jnp.einsum("bnkgs,bnskd->bnkgd", p_BxNxKvxGxL[..., T:], own_v_BxNxSxKvxDh)
     return out_BxNxKvxGxDh.reshape(B, N, H, Dh)

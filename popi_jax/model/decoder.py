@@ -1,7 +1,7 @@
 """The one decoder: a pre-norm transformer with rope, grouped queries and a gated MLP, its layers stacked and scanned.
 
-Shapes: n layers, B batch rows, T prefix length, L query length, S key length, N branches per prefix, R branch length,
-D model width, H heads, Kv kv heads, G = H / Kv, Dh head width, I = Dh / 2, F MLP width, V vocabulary.
+Shapes: n layers, B lines, T prefix length, L tokens of a line, N branches per prefix, S branch length, D model width,
+H heads, Kv kv heads, G = H / Kv, Dh head width, I = Dh / 2, F MLP width, V vocabulary.
 """
 
 import dataclasses
@@ -69,8 +69,8 @@ class Cache:
     prefix_k_nxBxTxKvxDh: jax.Array
     prefix_v_nxBxTxKvxDh: jax.Array
     prefix_valid_BxT: jax.Array
-    own_k_nxBxNxRxKvxDh: jax.Array
-    own_v_nxBxNxRxKvxDh: jax.Array
+    own_k_nxBxNxSxKvxDh: jax.Array
+    own_v_nxBxNxSxKvxDh: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,11 +269,11 @@ class Decoder(nnx.Module):
             return (layer.finish(x_BxNxD, attended_BxNxHxDh), own_k, own_v), None
 
         # The branches' cache rides in the carry and each layer writes one slot of it, so that XLA updates it in place.
-        carry = (self._embed(tokens_BxN), cache.own_k_nxBxNxRxKvxDh, cache.own_v_nxBxNxRxKvxDh)
+        carry = (self._embed(tokens_BxN), cache.own_k_nxBxNxSxKvxDh, cache.own_v_nxBxNxSxKvxDh)
         layer_ids = jnp.arange(self.config.n_layers)
         xs = (self.layers, layer_ids, cache.prefix_k_nxBxTxKvxDh, cache.prefix_v_nxBxTxKvxDh)
         (x_BxNxD, own_k, own_v), _ = jax.lax.scan(body, carry, xs)
-        cache = dataclasses.replace(cache, own_k_nxBxNxRxKvxDh=own_k, own_v_nxBxNxRxKvxDh=own_v)
+        cache = dataclasses.replace(cache, own_k_nxBxNxSxKvxDh=own_k, own_v_nxBxNxSxKvxDh=own_v)
         return self.final_norm(x_BxNxD), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:

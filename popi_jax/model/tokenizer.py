@@ -20,7 +20,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 import jinja2  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from popi_jax.errors import UserError  # noqa: E402
+from popi_jax.errors import UserError, first_line  # noqa: E402
 
 # date_string: Llama 3.2 writes today's date into the system turn; this is the date that its template falls back to.
 # enable_thinking: a summary of a few dozen tokens leaves Qwen 3 no room to think; without it the turn starts at once.
@@ -75,7 +75,7 @@ class Tokenizer:
             # Not AutoTokenizer: a model's own class may rebuild the tokenizer and drop what tokenizer.json says.
             backend = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # The Rust parser raises bare Exception.
-            raise UserError(f"{folder}/tokenizer.json: not a readable tokenizer ({_first_line(error)})") from error
+            raise UserError(f"{folder}/tokenizer.json: not a readable tokenizer ({first_line(error)})") from error
         if not backend.chat_template:
             raise UserError(f"{folder}/tokenizer_config.json: no chat_template; take an instruct checkpoint or add one")
         return cls(backend, folder)
@@ -128,7 +128,7 @@ class Tokenizer:
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **_TEMPLATE_ARGUMENTS
             )
         except jinja2.TemplateError as error:
-            raise UserError(f"{self._folder}: the chat template refuses the messages: {_first_line(error)}") from error
+            raise UserError(f"{self._folder}: the chat template refuses the messages: {first_line(error)}") from error
         return str(text)
 
     def _special_ids(self) -> set[int]:
@@ -158,10 +158,6 @@ class Tokenizer:
                 raise UserError(f"{path}: not valid JSON ({error})") from error
             stop.update([eos] if isinstance(eos, int) else eos or [])
         return tuple(sorted(stop))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _fingerprint(folder: pathlib.Path) -> str:
