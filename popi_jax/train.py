@@ -299,7 +299,7 @@ def make_batch(
     """Draws the summaries that this step needs and lays out its rows.
 
     Returns:
-        The batch of the step `kind`, and counts to log: tokens scored (once, however often the step reads them), summaries cut by the limit.
+        The batch of the step `kind`, and counts to log: tokens scored (each once), summaries cut by the limit.
     """
     config = system.config
     users, started = config.train.users_per_step, time.perf_counter()
