@@ -10,7 +10,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     if arg == "runlocal":
         c = quickstart.get_config("runlocal")
         c.name = "psoups_smollm2"
-        c.model.remat = True
         c.lora.rank = 4
         c.lora.targets = ("q", "v")
         return c
@@ -18,7 +17,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.name = "psoups_smollm2"
     c.model.path = "checkpoints/SmolLM2-135M-Instruct"
     # float32 by default: on a CPU with bfloat16 matrix instructions (AMX) "bfloat16" is faster, on others far slower.
-    c.model.remat = True
     c.lora.rank = 16
     c.lora.targets = ("q", "v")
     c.data.dataset = "psoups"
@@ -32,16 +30,17 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.limits.on_overflow = "drop"
     c.limits.summary = 10
     c.limits.bin = 384
-    c.limits.buckets = (c.limits.summary, 48, 96, 384, 512, 640, 768, 1024)
+    c.limits.buckets = (48, 96, 384, 512, 640, 768, 1024)
     # Both responses are of opposite styles, so that with both shown only their labels tell the user's: hard at 135M.
     c.prompts.pair_fields = ("chosen",)
     # Before training, the model copies out one answer or the other, about as often, for every user: REINFORCE finds
-    # what is drawn often, and a user's K summaries are few different texts, each scored once.
+    # what is drawn often, and a user's K summaries are few different texts, each scored once. The order matters: the
+    # longer the signals, the likelier the answer that is named first.
     c.prompts.inference_instruction = (
-        "Would this user want you to write in the simple language of children?"
-        " Or would this user want you to write in the technical language of scientists?"
+        "Does this user want answers in the technical language of scientists?"
+        " Or does this user want answers in the simple language of children?"
     )
-    c.prompts.summary_start = "This user wants you to write in the"
+    c.prompts.summary_start = "This user wants answers in the"
     c.prompts.summary_stop = "."
     c.sampling.k = 8
     c.sampling.k_generator = 1
@@ -50,12 +49,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.objective.beta = 0.1
     # Weighed against a loss in nats / beta. Far lower, one answer wins for all users before the signals are read.
     c.objective.kl_coef = 0.3
-    c.schedule.steps = 120
+    c.schedule.steps = 80
     c.optim.lr_inference = 5e-4
     # Lower: a generator that has learned the training prompts needs no summary, and then no summary is rewarded.
-    c.optim.lr_generator = 3e-4
+    c.optim.lr_generator = 2e-4
     c.optim.schedule = "cosine"
-    c.optim.warmup_steps = 8
+    c.optim.warmup_steps = 5
     c.train.users_per_step = 8
     c.train.checkpoint_every = 8
     c.eval.users_per_batch = 12

@@ -140,7 +140,7 @@ def test_folder_has_the_tokenizer(wheel: tuple[pathlib.Path, hub.Params], tmp_pa
     # Digits stand alone: the space does not join the 1, nor the 1 the 2.
     assert ids == [1, 99, 98, letter["1"], letter["2"], 2]
     assert tokenizer.encode("x he") == [letter["x"], 100]
-    assert tokenizer.render([{"role": "user", "content": "<file_sep>"}], add_generation_prompt=False) == [1, 3, 2]
+    assert 3 not in tokenizer.render([{"role": "user", "content": "<file_sep>"}], add_generation_prompt=False)
     assert tokenizer.decode([letter["x"], 3]) == "x"
     assert (tokenizer.end_id, tokenizer.stop_ids, tokenizer.pad_id) == (2, (2,), 2)
 
