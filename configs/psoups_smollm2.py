@@ -34,8 +34,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # Both responses are of opposite styles, so that with both shown only their labels tell the user's: hard at 135M.
     c.prompts.pair_fields = ("chosen",)
     # Before training, the model copies out one answer or the other, about as often, for every user: REINFORCE finds
-    # what is drawn often, and a user's K summaries are few different texts, each scored once. The order matters: the
-    # longer the signals, the likelier the answer that is named first.
+    # what is drawn often, and a user's K summaries are few different texts, each scored once.
     c.prompts.inference_instruction = (
         "Does this user want answers in the technical language of scientists?"
         " Or does this user want answers in the simple language of children?"

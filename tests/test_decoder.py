@@ -277,8 +277,8 @@ def test_decode_writes_its_slot_and_leaves_the_prefix_alone():
     assert before.prefix_k_nxBxTxKvxDh.shape == (3, 2, 4, 2, 8)
     _, after = decoder.decode(tokens_BxL[:, :3], jnp.full((2, 3), 4), before, jnp.asarray(2))
     assert after.prefix_k_nxBxTxKvxDh is before.prefix_k_nxBxTxKvxDh
-    written_R = np.abs(np.asarray(after.own_v_nxBxNxSxKvxDh)).min(axis=(0, 1, 2, 4, 5)) > 0
-    np.testing.assert_array_equal(written_R, [False, False, True, False, False])
+    written_S = np.abs(np.asarray(after.own_v_nxBxNxSxKvxDh)).min(axis=(0, 1, 2, 4, 5)) > 0
+    np.testing.assert_array_equal(written_S, [False, False, True, False, False])
 
 
 def test_a_decode_loop_updates_the_cache_in_place():

@@ -54,7 +54,7 @@ class Tokenizer:
         # The same users, prompts and responses come back step after step, and a template is slow to fill in.
         self._render_once = functools.lru_cache(_REMEMBERED)(self._render_ids)
         self._encode_once = functools.lru_cache(_REMEMBERED)(self._encode_ids)
-        self._special_texts = [str(t) for t in backend.added_tokens_decoder.values() if t.special]
+        self._special = {index: str(t) for index, t in backend.added_tokens_decoder.items() if t.special}
         self.vocab_size = len(backend)
         self.end_id = self._find_end_id()
         self.stop_ids = self._find_stop_ids()
@@ -103,7 +103,7 @@ class Tokenizer:
 
     def _render_ids(self, turns: tuple[tuple[str, str], ...], add_generation_prompt: bool) -> tuple[int, ...]:
         texts = [content for _, content in turns]
-        unsafe = [text for text in texts if any(token in text for token in self._special_texts)]
+        unsafe = [text for text in texts if any(token in text for token in self._special.values())]
         # Unlike any content, so that the rendered text splits where the unsafe contents belong.
         mark = _MARK
         while any(mark in text for text in texts):
@@ -131,16 +131,12 @@ class Tokenizer:
             raise UserError(f"{self._folder}: the chat template refuses the messages: {first_line(error)}") from error
         return str(text)
 
-    def _special_ids(self) -> set[int]:
-        return {index for index, token in self._backend.added_tokens_decoder.items() if token.special}
-
     def _find_end_id(self) -> int:
         turns = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
         text = self._render_text(turns, add_generation_prompt=False)
         tail = text[text.rindex(_MARK) + len(_MARK) :]
-        special = self._special_ids()
         for token in self._backend.encode(tail, add_special_tokens=False, split_special_tokens=False):
-            if token in special:
+            if token in self._special:
                 return token
         if self._backend.eos_token_id is None:
             raise UserError(f"{self._folder}: neither the chat template nor eos_token says how a response ends")
