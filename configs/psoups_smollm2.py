@@ -1,4 +1,4 @@
-"""POPI on real input: SmolLM2-135M-Instruct for both models, P-Soups (schoolchild or PhD student), joint schedule."""
+"""POPI on real input: SmolLM2-135M-Instruct for both models, P-Soups (schoolchild or PhD student)."""
 
 import ml_collections
 
@@ -48,7 +48,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.objective.beta = 0.1
     # Weighed against a loss in nats / beta. Far lower, one answer wins for all users before the signals are read.
     c.objective.kl_coef = 0.3
-    c.schedule.steps = 80
+    # The generator learns only once summaries are right: where half of them are wrong it learns to pass them over, and
+    # a second time through the data it knows the prompts by heart.
+    c.schedule.name = "two_phase"
+    c.schedule.n_phi = 64
+    c.schedule.n_theta = 56
+    c.schedule.steps = 56  # Of the other methods: as many updates of the generator, once through the data.
     c.optim.lr_inference = 5e-4
     # Lower: a generator that has learned the training prompts needs no summary, and then no summary is rewarded.
     c.optim.lr_generator = 2e-4

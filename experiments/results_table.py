@@ -22,12 +22,17 @@ from popi_jax import cli, decomposition, evaluate, report, runfiles, stats, trai
 from popi_jax.data import prepared, stylebook_exact
 from popi_jax.errors import UserError
 
-SCHEDULES = {"popi": "joint", "popi_two_phase": "two_phase", "popi_alternate": "alternate"} | {
-    name: name for name in ("inference_only", "generator_only")
+# Names of popi with another schedule than the config's own, which "popi" itself has.
+SCHEDULES = {
+    "popi_joint": "joint",
+    "popi_two_phase": "two_phase",
+    "popi_alternate": "alternate",
+    "inference_only": "inference_only",
+    "generator_only": "generator_only",
 }
 # The fields of samples.jsonl that are the data set's.
 DATA_TEXTS = ("persona", "signals", "prompt", "chosen", "rejected")
-TRAINED = ("base", "population", "raw_signals", "zero_shot_summary", "oracle", *SCHEDULES)
+TRAINED = ("base", "population", "raw_signals", "zero_shot_summary", "oracle", "popi", *SCHEDULES)
 BAYES = ("bayes_signals", "bayes_persona")
 
 

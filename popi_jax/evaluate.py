@@ -183,14 +183,6 @@ def result_row(records: Sequence[Record], config, method: str) -> dict[str, obje
     }
 
 
-def method_name(config) -> str:
-    """The name of what this run trained, as results.json has it."""
-    if config.method != "popi":
-        return config.method
-    schedule = config.schedule.name
-    return {"joint": "popi", "two_phase": "popi_two_phase", "alternate": "popi_alternate"}.get(schedule, schedule)
-
-
 def respond(system: System, phi, theta, examples: Sequence[Example], step: int) -> list[dict[str, object]]:
     """What samples.jsonl holds: users with their summary, and the generator's own response beside y+ and y-."""
     config = system.config

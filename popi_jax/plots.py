@@ -21,6 +21,7 @@ METHODS = {
     "zero_shot_summary": "Zero-shot summary",
     "inference_only": "Inference only",
     "generator_only": "Generator only",
+    "popi_joint": "POPI, joint",
     "popi_two_phase": "POPI, two phases",
     "popi_alternate": "POPI, alternating",
     "popi": "POPI",

@@ -66,7 +66,7 @@ def finish(
     theta = None if config.method == "base" else state.theta
     started = time.time()
     records = evaluate.evaluate(system, state.phi, theta, test, references, step)
-    row = evaluate.result_row(records, config, evaluate.method_name(config))
+    row = evaluate.result_row(records, config, config.method)
     if config.data.dataset == "stylebook" and config.method != "base":
         measured = decomposition.measure(system, state.phi, theta, test, references, step)
         decomposition.write(workdir / "decomposition.npz", measured)
@@ -242,7 +242,7 @@ def periodic(system: System, state: steps.TrainState, test, references: Referenc
     users = system.config.eval.users
     examples = [test[i] for i in range(min(users, len(test)) if users else len(test))]
     records = evaluate.evaluate(system, state.phi, state.theta, examples, references, step)
-    row = evaluate.result_row(records, system.config, evaluate.method_name(system.config))
+    row = evaluate.result_row(records, system.config, system.config.method)
     names = ("accuracy", "accuracy_signals_ref", "loss", "nats", "summary_tokens_mean")
     return {f"eval_{name}": float(row[name]) for name in names}  # type: ignore[arg-type]
 

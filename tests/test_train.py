@@ -267,7 +267,7 @@ def test_two_phases_with_adapters(tmp_path):
     config.eval.samples = 1
     config.prompts.summary_start, config.prompts.summary_stop = "This reader likes", ","
     row = train.train(config, tmp_path)
-    assert row["method"] == "popi_two_phase"
+    assert row["method"] == "popi"
     summaries = [record.context for record in evaluate.read_records(tmp_path / "eval_records.jsonl")]
     assert all(summary.startswith("This reader likes") for summary in summaries)
     assert all("," not in summary[:-1] for summary in summaries) and any(summary[-1] == "," for summary in summaries)
