@@ -12,6 +12,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         c.name = "psoups_smollm2"
         c.lora.rank = 4
         c.lora.targets = ("q", "v")
+        c.schedule.name, c.schedule.n_phi, c.schedule.n_theta = "two_phase", 1, 2
         return c
     c = base.get_config()
     c.name = "psoups_smollm2"
@@ -51,12 +52,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # The generator learns only once summaries are right: where half of them are wrong it learns to pass them over, and
     # a second time through the data it knows the prompts by heart.
     c.schedule.name = "two_phase"
-    c.schedule.n_phi = 64
+    c.schedule.n_phi = 88
     c.schedule.n_theta = 56
     c.schedule.steps = 56  # Of the other methods: as many updates of the generator, once through the data.
-    c.optim.lr_inference = 5e-4
-    # Lower: a generator that has learned the training prompts needs no summary, and then no summary is rewarded.
-    c.optim.lr_generator = 2e-4
+    c.optim.lr_inference = 7e-4
+    c.optim.lr_generator = 4e-4
     c.optim.schedule = "cosine"
     c.optim.warmup_steps = 5
     c.train.users_per_step = 8

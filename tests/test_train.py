@@ -263,7 +263,6 @@ def test_a_trace_is_ended_wherever_the_run_starts_and_ends(start, end, calls, mo
 
 def test_two_phases_with_adapters(tmp_path):
     config = psoups_smollm2.get_config("runlocal")
-    config.schedule.name, config.schedule.n_phi, config.schedule.n_theta = "two_phase", 1, 2
     config.eval.samples = 1
     config.prompts.summary_start, config.prompts.summary_stop = "This reader likes", ","
     row = train.train(config, tmp_path)
