@@ -278,6 +278,17 @@ def test_two_phases_with_adapters(tmp_path):
     assert len({entry["user"] for entry in written}) == len(written) == 8  # Two steps of four users, each drawn once.
 
 
+def test_popi_has_the_configs_schedule_unless_its_name_says_another():
+    config = psoups_smollm2.get_config()
+    own, joint, twice = (
+        results_table.method_config(config, method, 3) for method in ("popi", "popi_joint", "popi_two_phase")
+    )
+    assert own.schedule.to_dict() == config.schedule.to_dict() and own.schedule.n_phi != own.schedule.n_theta
+    assert joint.schedule.name == "joint" and joint.seed == 3
+    assert twice.schedule.n_phi == twice.schedule.n_theta == config.schedule.steps
+    assert {c.method for c in (own, joint, twice)} == {"popi"}
+
+
 def test_results_table_and_its_resumption(tmp_path, capsys):
     config = quickstart.get_config("runlocal")
     methods = ["base", "population", "popi", "bayes_signals"]
