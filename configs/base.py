@@ -82,7 +82,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.schedule.name = "joint"  # joint, alternate, two_phase, inference_only or generator_only.
     c.schedule.steps = 100
     # alternate: n_phi inference steps, then n_theta generator steps, repeated for `steps` in all.
-    # two_phase: n_phi inference steps, then n_theta generator steps; `steps` is not read.
+    # two_phase: n_phi inference steps, then n_theta generator steps; popi does not read `steps`, the other methods do.
     c.schedule.n_phi = 1
     c.schedule.n_theta = 1
 

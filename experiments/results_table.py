@@ -43,8 +43,12 @@ def method_config(config: ml_collections.ConfigDict, method: str, seed: int) -> 
     c.method = "popi" if method in SCHEDULES else method
     if method in SCHEDULES:
         c.schedule.name = SCHEDULES[method]
-    if method == "popi_two_phase":  # As many updates of each model as the joint schedule makes.
+    # As many updates of each model as the joint schedule makes.
+    if method == "popi_two_phase":
         c.schedule.n_phi = c.schedule.n_theta = c.schedule.steps
+    if method == "popi_alternate":
+        c.schedule.n_phi = c.schedule.n_theta = 1
+        c.schedule.steps = 2 * c.schedule.steps
     return c.lock()
 
 

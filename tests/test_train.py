@@ -16,6 +16,7 @@ from configs import psoups_smollm2, quickstart
 from configs import users as users_config
 from experiments import results_table
 from popi_jax import checkpoint, evaluate, personalize, train
+from popi_jax import system as system_lib
 from popi_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -280,13 +281,15 @@ def test_two_phases_with_adapters(tmp_path):
 
 def test_popi_has_the_configs_schedule_unless_its_name_says_another():
     config = psoups_smollm2.get_config()
-    own, joint, twice = (
-        results_table.method_config(config, method, 3) for method in ("popi", "popi_joint", "popi_two_phase")
+    own, joint, twice, turns = (
+        results_table.method_config(config, method, 3)
+        for method in ("popi", "popi_joint", "popi_two_phase", "popi_alternate")
     )
     assert own.schedule.to_dict() == config.schedule.to_dict() and own.schedule.n_phi != own.schedule.n_theta
     assert joint.schedule.name == "joint" and joint.seed == 3
     assert twice.schedule.n_phi == twice.schedule.n_theta == config.schedule.steps
-    assert {c.method for c in (own, joint, twice)} == {"popi"}
+    assert system_lib.update_counts(turns) == system_lib.update_counts(twice) == system_lib.update_counts(joint)
+    assert {c.method for c in (own, joint, twice, turns)} == {"popi"}
 
 
 def test_results_table_and_its_resumption(tmp_path, capsys):
