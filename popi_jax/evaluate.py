@@ -16,7 +16,7 @@ from popi_jax import rollout, runfiles, stats
 from popi_jax.data.schema import Example, Query
 from popi_jax.errors import UserError
 from popi_jax.rollout import Item, References
-from popi_jax.system import System, stream_key
+from popi_jax.system import SUMMARIZED, System, stream_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ def result_row(records: Sequence[Record], config, method: str) -> dict[str, obje
     loss_R = nats_R / beta
     if config.objective.loss == "ipo":
         loss_R, _ = row_values(records, [(record.h - 0.5 / beta) ** 2 * beta / 2 for record in records])
-    is_summary = method not in ("base", "population", "raw_signals", "oracle")
+    is_summary = method in SUMMARIZED
     context_mean = float(np.mean([record.context_tokens for record in records]))
     by_persona = collections.defaultdict(list)
     for record in records:
@@ -213,7 +213,7 @@ def respond(system: System, phi, theta, examples: Sequence[Example], step: int) 
             "persona": example.persona,
             "signals": rollout.signals_context(system, example),
             "signal_tokens": rollout.context_tokens(system, rollout.signals_context(system, example)),
-            "summary": text if config.method in ("popi", "zero_shot_summary") else "",
+            "summary": text if config.method in SUMMARIZED else "",
             "prompt": query.prompt,
             "response": response[0],
             "chosen": query.chosen,

@@ -8,10 +8,7 @@ from popi_jax import evaluate, rollout
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError
 from popi_jax.rollout import Item
-from popi_jax.system import System
-
-# The methods whose contexts are written by a model: of unknown text, but known length.
-_SUMMARIZED = ("popi", "zero_shot_summary")
+from popi_jax.system import SUMMARIZED, System
 
 
 def check_examples(system: System, sources: Mapping[str, Iterable[Example]]) -> None:
@@ -23,7 +20,7 @@ def check_examples(system: System, sources: Mapping[str, Iterable[Example]]) -> 
         for example in source:
             if shows_signals:
                 rollout.signals_context(system, example)
-            if config.method in _SUMMARIZED:
+            if config.method in SUMMARIZED:
                 rollout.encode_signals(system, example)
                 _check_summarized(system, example)
             else:

@@ -18,6 +18,7 @@ from popi_jax.model.tokenizer import Tokenizer
 
 STREAMS = ("init", "sample", "queries", "evaluate", "respond", "personalize")
 METHODS = ("popi", "base", "population", "raw_signals", "zero_shot_summary", "oracle")
+SUMMARIZED = ("popi", "zero_shot_summary")  # Whose contexts a model writes.
 SCHEDULES = ("joint", "alternate", "two_phase", "inference_only", "generator_only")
 
 

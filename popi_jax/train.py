@@ -312,7 +312,7 @@ def make_batch(
     drawn = None
     if config.method == "popi" and kind == "generator" and config.schedule.name == "two_phase":
         contexts = written.contexts(system, state.phi, examples, key)
-    elif config.method in ("popi", "zero_shot_summary"):
+    elif config.method in system_lib.SUMMARIZED:
         phi = state.phi if config.method == "popi" else None
         k = learned if kind == "generator" else config.sampling.k
         drawn = rollout.draw_summaries(

@@ -1,8 +1,13 @@
 """The logged decomposition against sums written out, and the estimate of I(o; z) against the exact one."""
 
+import types
+
 import numpy as np
 
-from popi_jax.decomposition import Measured, estimate_information
+from configs import base
+from popi_jax import decomposition, evaluate, rollout
+from popi_jax.data import stylebook, stylebook_exact, stylebook_text
+from popi_jax.decomposition import Measured, estimate_information, one_wording
 
 
 def population(users=400, triples=6, seed=0):
@@ -20,6 +25,14 @@ def population(users=400, triples=6, seed=0):
     return label_UxT, context_UxK, given_ZxT
 
 
+def log_odds(p):
+    return np.log(p) - np.log1p(-p)
+
+
+def entropy(p):
+    return -(p * np.log(p) + (1 - p) * np.log1p(-p))
+
+
 def nats(p, q):
     return -(p * np.log(q) + (1 - p) * np.log(1 - q))
 
@@ -27,7 +40,7 @@ def nats(p, q):
 def test_terms_add_up_to_the_loss_written_out():
     label_UxT, context_UxK, _ = population()
     model_ZxT = np.random.default_rng(1).uniform(0.1, 0.9, (2, label_UxT.shape[1]))
-    terms = Measured(context_UxK, model_ZxT, label_UxT).terms()
+    terms = Measured(context_UxK, log_odds(model_ZxT), label_UxT).terms()
     loss = np.mean([nats(label_UxT, model_ZxT[z_U]) for z_U in context_UxK.T])
     np.testing.assert_allclose(terms["exact_loss_nats"], loss, atol=1e-10)
     parts = terms["exact_approximation_error_nats"] + terms["exact_conditional_entropy_nats"]
@@ -37,11 +50,41 @@ def test_terms_add_up_to_the_loss_written_out():
 
 def test_calibrated_generators_have_no_error_and_their_estimate_covers_the_information():
     label_UxT, context_UxK, given_ZxT = population()
-    informed = Measured(context_UxK, given_ZxT, label_UxT)
-    blind = Measured(np.zeros_like(context_UxK[:, :1]), label_UxT.mean(0, keepdims=True), label_UxT)
+    informed = Measured(context_UxK, log_odds(given_ZxT), label_UxT)
+    blind = Measured(np.zeros_like(context_UxK[:, :1]), log_odds(label_UxT.mean(0, keepdims=True)), label_UxT)
     terms = informed.terms()
     np.testing.assert_allclose(terms["exact_approximation_error_nats"], 0, atol=1e-9)
     estimate = estimate_information(blind, informed, 500)
     assert estimate.low < terms["exact_information_nats"] < estimate.high
     assert estimate.high - estimate.low < 0.1
     assert not estimate.low < 0 < estimate.high  # An estimate that always covers would tell nothing.
+
+
+def test_what_summaries_name_tells_users_apart_not_their_wording():
+    """Two wordings of one taste are one z, and so are texts that name none, however many there are."""
+    likes_short, plain = stylebook_text.summary({0: 1}), stylebook_text.summary({0: 1, 1: -1})
+    texts = [[likes_short, "Reader 1."], [f"So: {likes_short}", "Reader 2."], [plain, likes_short.upper()]]
+    assert one_wording(texts) == [[likes_short, "Reader 1."], [likes_short, "Reader 1."], [plain, likes_short]]
+
+
+def test_labels_of_the_oracle_are_given_the_persona(monkeypatch):
+    """A true persona tells more of a user than the signals do: with labels given the signals it would tell less."""
+    examples = [stylebook.draw_example(0, "test", i, 2, 1) for i in range(24)]
+    information = {}
+    for method in ("oracle", "raw_signals"):
+        config = base.get_config()
+        config.method = method
+        system = types.SimpleNamespace(config=config)
+        monkeypatch.setattr(evaluate, "contexts", lambda system, phi, users, key: [[str(u)] for u in range(len(users))])
+        monkeypatch.setattr(rollout, "pair_logps", lambda system, theta, items, rows: np.zeros((len(items), 2)))
+        references = types.SimpleNamespace(remember=lambda items: None, lookup=lambda items: np.zeros((len(items), 2)))
+        measured = decomposition.measure(system, None, None, examples, references, 0)
+        information[method] = measured.terms()["exact_information_nats"]
+        loss = measured.terms()["exact_loss_nats"]
+        assert abs(loss - np.log(2)) < 1e-12
+    taste_Ux6 = np.stack([stylebook_exact.truth(example).taste_6 for example in examples])
+    gap_Tx6 = np.stack([stylebook_exact.difference(q) for q in stylebook.common_queries(0, decomposition.TRIPLES)])
+    label_UxT = 1 / (1 + np.exp(-stylebook_exact.UTILITY_GAP * taste_Ux6 @ gap_Tx6.T))
+    by_hand = np.mean(entropy(label_UxT.mean(0)) - entropy(label_UxT).mean(0))
+    assert abs(information["oracle"] - by_hand) < 1e-9
+    assert information["oracle"] > information["raw_signals"] + 0.05

@@ -186,9 +186,9 @@ def test_bayes_accuracies_are_in_range():
     assert np.mean(signals > 0.5) == pytest.approx(np.maximum(signals, 1 - signals).mean(), abs=0.02)
 
 
-def test_label_probability_is_truth_on_a_common_set(data):
+def test_label_given_signals_is_truth_on_a_common_set(data):
     queries = stylebook.common_queries(seed=0, n=4)
-    label_UxT = exact.label_probability(data["test"][:5], queries)
+    label_UxT = exact.label_given_signals(data["test"][:5], queries)
     for u, example in enumerate(data["test"][:5]):
         for t, query in enumerate(queries):
             expected = 0.0
@@ -240,7 +240,7 @@ def test_decomposition_against_the_joint_table():
     rng = np.random.default_rng(5)
     label_UxT, model_ZxT = rng.uniform(0.05, 0.95, (6, 3)), rng.uniform(0.05, 0.95, (4, 3))
     channel_UxZ = rng.dirichlet(np.ones(4), size=6)
-    got = exact.decompose(label_UxT, channel_UxZ, model_ZxT)
+    got = exact.decompose(label_UxT, channel_UxZ, np.log(model_ZxT / (1 - model_ZxT)))
     loss, label_entropy, conditional_entropy, information, approximation_error = _brute_force(
         label_UxT, channel_UxZ, model_ZxT
     )
@@ -255,19 +255,24 @@ def test_decomposition_against_the_joint_table():
 def test_information_by_hand():
     """Two users with opposite certain labels: a summary that names the user tells log 2, one that does not tells 0."""
     label_UxT = np.array([[1.0], [0.0]])
-    half_ZxT = np.full((2, 1), 0.5)
-    told = exact.decompose(label_UxT, np.eye(2), half_ZxT)
+    undecided_ZxT = np.zeros((2, 1))
+    told = exact.decompose(label_UxT, np.eye(2), undecided_ZxT)
     assert told.information == pytest.approx(math.log(2)) and told.conditional_entropy == pytest.approx(0.0)
     assert told.loss == pytest.approx(math.log(2)) and told.approximation_error == pytest.approx(math.log(2))
-    untold = exact.decompose(label_UxT, np.full((2, 2), 0.5), half_ZxT)
+    untold = exact.decompose(label_UxT, np.full((2, 2), 0.5), undecided_ZxT)
     assert untold.information == pytest.approx(0.0) and untold.approximation_error == pytest.approx(0.0)
 
 
-def test_channels():
+def test_channel_of_sampled_ids():
     channel = exact.channel_from_ids(np.array([[0, 0, 2, 1], [2, 2, 2, 2]]))
     np.testing.assert_allclose(channel, [[0.5, 0.25, 0.25], [0, 0, 1]])
-    channel = exact.channel_from_logps(np.log([[0.1, 0.3], [0.02, 0.02]]))
-    np.testing.assert_allclose(channel, [[0.25, 0.75], [0.5, 0.5]])
+
+
+def test_a_generator_that_is_sure_has_a_finite_loss():
+    label_UxT = np.array([[1.0], [0.25]])
+    sure = exact.decompose(label_UxT, np.eye(2), np.array([[800.0], [800.0]]))
+    assert sure.loss == pytest.approx(0.5 * 0.75 * 800)
+    assert sure.loss == pytest.approx(sure.conditional_entropy + sure.approximation_error)
 
 
 def test_truth_refuses_a_persona_that_names_too_little(data):

@@ -36,15 +36,13 @@ def difference(query: Query) -> np.ndarray:
     return (text.read_response(query.chosen) - text.read_response(query.rejected)) // 2
 
 
-def posterior(signals: Sequence[Signal], prior_P: np.ndarray | None = None) -> np.ndarray:
-    """Exact p(persona | s) over the 64 personas, by enumeration.
+def posterior(signals: Sequence[Signal]) -> np.ndarray:
+    """Exact p(persona | s) over the 64 personas, by enumeration, of signals read from their text.
 
-    Args:
-        signals: the user's signals, read from their text.
-        prior_P: p(persona); None is uniform over all 64: what an ideal reader believes who knows the world but not
-            which combinations were held out.
+    The prior is uniform over all 64: what an ideal reader believes who knows the world but not which combinations of
+    tastes were held out.
     """
-    log_p_P = np.zeros(len(PERSONAS_Px6)) if prior_P is None else np.log(np.maximum(prior_P, 1e-300))
+    log_p_P = np.zeros(len(PERSONAS_Px6))
     for signal in signals:
         if signal.kind == "pair":
             gap_6 = difference(Query(signal.prompt, signal.chosen, signal.rejected))
@@ -55,6 +53,14 @@ def posterior(signals: Sequence[Signal], prior_P: np.ndarray | None = None) -> n
                 log_p_P = log_p_P + np.log(np.where(right_P, 1.0 - STATEMENT_ERROR, STATEMENT_ERROR))
     p_P = np.exp(log_p_P - log_p_P.max())
     return p_P / p_P.sum()
+
+
+def taste(example: Example) -> np.ndarray:
+    """The user's true tastes, [6], +1 or -1, read from the persona; ValueError where it does not name them all."""
+    named = text.read_summary(example.persona)
+    if len(named) < text.N_TASTES:
+        raise ValueError(f"stylebook: persona of user {example.user} does not name all tastes: {example.persona!r}")
+    return np.array([named[i] for i in range(text.N_TASTES)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +82,7 @@ class Truth:
 
 def truth(example: Example) -> Truth:
     """Reads an Example's text back: deterministic, no side table. ValueError where the text is not of this world."""
-    named = text.read_summary(example.persona)
-    if len(named) < text.N_TASTES:
-        raise ValueError(f"stylebook: persona of user {example.user} does not name all tastes: {example.persona!r}")
-    taste_6 = np.array([named[taste] for taste in range(text.N_TASTES)])
+    taste_6 = taste(example)
     posterior_P = posterior(example.signals)
     difference_Tx6 = np.stack([difference(query) for query in example.queries])
     return Truth(
@@ -90,11 +93,17 @@ def truth(example: Example) -> Truth:
     )
 
 
-def label_probability(examples: Sequence[Example], queries: Sequence[Query]) -> np.ndarray:
+def label_given_signals(examples: Sequence[Example], queries: Sequence[Query]) -> np.ndarray:
     """p*(o=1 | t, s) of every user's signals and every query of a common set (o = 1: `chosen` is preferred), [U, T]."""
     difference_Tx6 = np.stack([difference(query) for query in queries])
     posterior_UxP = np.stack([posterior(example.signals) for example in examples])
     return posterior_UxP @ preference(PERSONAS_Px6, difference_Tx6)
+
+
+def label_given_persona(examples: Sequence[Example], queries: Sequence[Query]) -> np.ndarray:
+    """p*(o=1 | t, persona) of every user and every query of a common set, [U, T]."""
+    taste_Ux6 = np.stack([taste(example) for example in examples])
+    return preference(taste_Ux6, np.stack([difference(query) for query in queries]))
 
 
 def channel_from_ids(ids_UxK: np.ndarray) -> np.ndarray:
@@ -105,23 +114,15 @@ def channel_from_ids(ids_UxK: np.ndarray) -> np.ndarray:
     return channel_UxZ
 
 
-def channel_from_logps(logp_UxZ: np.ndarray) -> np.ndarray:
-    """q_phi(z | s) restricted to a finite set of summaries and renormalised, from log q_phi of each of them, [U, Z]."""
-    p_UxZ = np.exp(logp_UxZ - logp_UxZ.max(axis=1, keepdims=True))
-    return p_UxZ / p_UxZ.sum(axis=1, keepdims=True)
-
-
 def entropy(p: np.ndarray) -> np.ndarray:
     """H of Bernoulli(p) in nats, elementwise; 0 at p = 0 and 1."""
-    return cross_entropy(p, p)
-
-
-def cross_entropy(p: np.ndarray, model_p: np.ndarray) -> np.ndarray:
-    """E_{o ~ Bernoulli(p)}[-log p_theta(o)] in nats, elementwise."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        on = np.where(p > 0, -p * np.log(model_p), 0.0)
-        off = np.where(p < 1, -(1 - p) * np.log1p(-model_p), 0.0)
-    return on + off
+        return np.where(p > 0, -p * np.log(p), 0.0) + np.where(p < 1, -(1 - p) * np.log1p(-p), 0.0)
+
+
+def cross_entropy(p: np.ndarray, log_odds: np.ndarray) -> np.ndarray:
+    """E_{o ~ Bernoulli(p)}[-log p_theta(o)] in nats, elementwise, the model by its log-odds: finite however sure."""
+    return p * np.logaddexp(0.0, -log_odds) + (1 - p) * np.logaddexp(0.0, log_odds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,25 +154,24 @@ def label_given_summary(label_UxT: np.ndarray, channel_UxZ: np.ndarray) -> tuple
     return p_Z, weight_UxZ.T @ label_UxT
 
 
-def decompose(label_UxT: np.ndarray, channel_UxZ: np.ndarray, model_ZxT: np.ndarray) -> Decomposition:
+def decompose(label_UxT: np.ndarray, channel_UxZ: np.ndarray, log_odds_ZxT: np.ndarray) -> Decomposition:
     """The exact decomposition of the loss of a generator on a finite population of users.
 
     Args:
-        label_UxT: p*(o=1 | t, s_i), e.g. from label_probability.
-        channel_UxZ: p(z | s_i), rows sum to 1, e.g. from channel_from_ids or channel_from_logps.
-        model_ZxT: the generator's p_theta(o=1 | t, z) = sigmoid(beta h).
+        label_UxT: p*(o=1 | t, s_i), e.g. from label_given_signals.
+        channel_UxZ: p(z | s_i), rows sum to 1, e.g. from channel_from_ids.
+        log_odds_ZxT: the generator's: p_theta(o=1 | t, z) = sigmoid(beta h), so beta h.
 
     The loss is summed user by user, as training does; the other terms go through p*(o | t, z).
     """
     n_users = len(label_UxT)
     p_Z, given_ZxT = label_given_summary(label_UxT, channel_UxZ)
     loss_UxT = sum(
-        channel_UxZ[:, z, None] * cross_entropy(label_UxT, np.broadcast_to(model_ZxT[z], label_UxT.shape))
-        for z in range(channel_UxZ.shape[1])
+        channel_UxZ[:, z, None] * cross_entropy(label_UxT, log_odds_ZxT[z]) for z in range(channel_UxZ.shape[1])
     )
     label_entropy = float(entropy(label_UxT.mean(axis=0)).mean())
     conditional_entropy = float((p_Z @ entropy(given_ZxT)).mean())
-    kl_ZxT = cross_entropy(given_ZxT, model_ZxT) - entropy(given_ZxT)
+    kl_ZxT = cross_entropy(given_ZxT, log_odds_ZxT) - entropy(given_ZxT)
     return Decomposition(
         loss=float(np.sum(loss_UxT) / (n_users * label_UxT.shape[1])),
         label_entropy=label_entropy,
