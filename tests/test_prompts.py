@@ -15,11 +15,20 @@ def write(folder, *lines):
 
 
 def test_summaries_come_from_the_line_or_from_beside(tmp_path):
-    (tmp_path / "summaries.jsonl").write_text('{"user": "u", "summary": "Likes\u2028lists.", "step": 3}\n')
-    path = write(tmp_path, {"prompt": "Why?", "user": "u"}, "", {"prompt": "How?", "summary": "Likes tables."})
+    (tmp_path / "summaries.jsonl").write_text(
+        '{"user": "u", "summary": "Likes\u2028lists.", "step": 3}\n{"user": "v", "summary": ""}\n'
+    )
+    path = write(
+        tmp_path,
+        {"prompt": "Why?", "user": "u"},
+        "",
+        {"prompt": "How?", "summary": "Likes tables."},
+        {"prompt": "What?", "user": "v"},
+    )
     assert prompts.read_prompts(path) == [
         {"row": 1, "prompt": "Why?", "user": "u", "summary": "Likes\u2028lists."},
         {"row": 3, "prompt": "How?", "summary": "Likes tables."},
+        {"row": 4, "prompt": "What?", "user": "v", "summary": ""},
     ]
 
 
@@ -46,5 +55,5 @@ def test_a_mistake_names_file_line_and_field(tmp_path, line, shown):
 
 def test_a_mistake_in_the_summaries_beside_is_named(tmp_path):
     (tmp_path / "summaries.jsonl").write_text('{"user": "u"}\n')
-    with pytest.raises(UserError, match=r"summaries.jsonl:1: field 'summary' is missing"):
+    with pytest.raises(UserError, match=r"summaries.jsonl:1: field 'summary' is missing or no text"):
         prompts.read_prompts(write(tmp_path, {"prompt": "Why?", "user": "u"}))

@@ -37,7 +37,8 @@ def read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
                     " writes"
                 )
             record["summary"] = summaries[user]
-        checks.text_field(record, "summary", where)
+        else:
+            checks.text_field(record, "summary", where)
         entries.append({"row": number, **record})
     if not entries:
         raise UserError(f"{path}: holds no prompts; write one JSON object a line")
@@ -50,5 +51,7 @@ def _read_summaries(path: pathlib.Path) -> dict[str, str]:
         if line.strip():
             where = f"{path}:{number}"
             record = checks.as_object(checks.parse_json(line, str(path), number), where)
-            summaries[checks.text_field(record, "user", where)] = checks.text_field(record, "summary", where)
+            if not isinstance(record.get("summary"), str):  # May be empty: a model can write nothing.
+                raise UserError(f"{where}: field 'summary' is missing or no text; run --mode=summarize again")
+            summaries[checks.text_field(record, "user", where)] = record["summary"]
     return summaries
