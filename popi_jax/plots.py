@@ -230,7 +230,7 @@ def personas_figure(summaries: Sequence[Summary]) -> Figure | None:
             axes.text(x, y, "" if np.isnan(value) else f"{value:.0%}", ha="center", va="center", fontsize=9)
         axes.set_xticks(range(len(summaries)), [s.label.replace(" ", "\n", 1) for s in summaries], color=INK)
         wrapped = [textwrap.fill(textwrap.shorten(name, 120, placeholder="…"), 64) for name in names]
-        axes.set_yticks(range(len(names)), wrapped, fontsize=8.5)
+        axes.set_yticks(range(len(names)), wrapped, fontsize=8.5, parse_math=False)  # A persona may cost $20.
         axes.tick_params(axis="y", labelcolor=INK)
         axes.xaxis.tick_top()
         for spine in axes.spines.values():

@@ -156,8 +156,10 @@ def test_seeds_are_averaged():
 
 def test_personas_are_drawn_where_rows_have_them():
     assert plots.personas_figure(plots.summarize(ROWS)) is None
-    rows = [row("popi", s, 0.9, accuracy_by_persona={"likes " * 50: 0.8 + s / 10, "b": 1.0}) for s in (0, 1)]
+    prices = "pays $20, not \\$30%, for $x_{"  # Not mathematics, although it looks so.
+    rows = [row("popi", s, 0.9, accuracy_by_persona={"likes " * 50: 0.8 + s / 10, prices: 1.0}) for s in (0, 1)]
     figure = plots.personas_figure(plots.summarize(rows))
+    figure.savefig(io.BytesIO())
     assert sorted(text.get_text() for text in figure.axes[0].texts) == ["100%", "85%"]
     assert max(len(label.get_text()) for label in figure.axes[0].get_yticklabels()) <= 120
 
