@@ -26,6 +26,11 @@ def run(entry: Callable[[list[str]], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # Files are named by flags and config; their mistakes are the user's.
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(143)

@@ -7,7 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from popi_jax import cli
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, first_line
 
 MODES = ("train", "evaluate", "summarize", "generate", "export")
 
@@ -51,14 +51,16 @@ def main(argv: list[str]) -> None:
 
 def _join(cluster: str) -> None:
     """Joins the other processes; before anything else touches a device."""
-    if cluster == "auto":
-        jax.distributed.initialize()
-        return
-    match cluster.split(","):
-        case [address, count, index] if count.isdigit() and index.isdigit():
-            jax.distributed.initialize(address, num_processes=int(count), process_id=int(index))
-        case _:
-            raise UserError(f"--distributed={cluster}: give auto, or HOST:PORT,COUNT,INDEX such as 10.0.0.1:1234,2,0")
+    try:
+        match cluster.split(","):
+            case ["auto"]:
+                jax.distributed.initialize()
+            case [address, count, index] if count.isdigit() and index.isdigit() and int(index) < int(count):
+                jax.distributed.initialize(address, num_processes=int(count), process_id=int(index))
+            case _:
+                raise ValueError("give auto, or HOST:PORT,COUNT,INDEX such as 10.0.0.1:1234,2,0, INDEX from 0")
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--distributed={cluster}: {first_line(error)}") from error
 
 
 def _path(flag: flags.FlagHolder) -> pathlib.Path:
