@@ -23,9 +23,8 @@ def make(n: int, split: str = "train") -> list[Example]:
                 Signal("comment", prompt="q", text="日本 \u2028 😀"),
                 Signal("profile", text="t"),
             )[: 1 + i % 3],
-            queries=tuple(Query(f"x{m}", "y", "z", f"f#{i}") for m in range(i % 3)),
+            queries=tuple(Query(f"x{m}", "y", "z", f"f#{i}", group=f"x{m}") for m in range(i % 3)),
             persona="kind" if i % 2 else "",
-            group=f"g{i}",
         )
         for i in range(n)
     ]
@@ -140,16 +139,6 @@ def test_a_state_resumes_exactly_also_in_mid_epoch_and_through_json(source: prep
     next(resumed)  # The state, not the position of a fresh iterator, decides.
     resumed.set_state(state)
     assert [names(next(resumed)) for _ in range(12)] == rest
-
-
-def test_processes_share_the_same_global_batches(source: prepared.ExampleSource) -> None:
-    whole = prepared.training_iterator(source, 4, 0)
-    parts = [prepared.training_iterator(source, 4, 0, process_index=i, process_count=2) for i in range(2)]
-    for _ in range(12):
-        together = names(next(whole))
-        assert sorted(name for part in parts for name in names(next(part))) == sorted(together)
-    with pytest.raises(UserError, match="train.users_per_step = 4 must be a multiple of the 3 processes"):
-        prepared.training_iterator(source, 4, 0, process_index=0, process_count=3)
 
 
 def users_config(tmp_path: pathlib.Path, n: int = 10):

@@ -136,29 +136,16 @@ def training_iterator(
     source: ExampleSource,
     users_per_step: int,
     seed: int,
-    *,
-    process_index: int | None = None,
-    process_count: int | None = None,
 ) -> grain.DatasetIterator:
     """Endless lists of examples: every epoch is another permutation of the source, a function of `seed`.
 
-    Args:
-        source: the training examples.
-        users_per_step: of all processes together; each gets its share of the same global batch.
-        seed: of the order, 0 or more.
-        process_index: of this process; None: JAX's.
-        process_count: None: JAX's.
+    Every process reads the same users: the arrays made of them are global, and each device takes its rows.
 
     Returns:
         An iterator whose get_state() is a small dict that JSON holds, and whose set_state() resumes exactly.
     """
-    process_index = jax.process_index() if process_index is None else process_index
-    process_count = jax.process_count() if process_count is None else process_count
-    if users_per_step % process_count:
-        raise UserError(f"train.users_per_step = {users_per_step} must be a multiple of the {process_count} processes")
-    # Sliced after shuffle and repeat, so that the global batches are the same for any number of processes.
-    order = grain.MapDataset.source(source).seed(seed).shuffle().repeat()[process_index::process_count]
-    steps = order.batch(users_per_step // process_count, drop_remainder=True, batch_fn=list)
+    order = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    steps = order.batch(users_per_step, drop_remainder=True, batch_fn=list)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
