@@ -32,6 +32,7 @@ setuptools.setup(
         "absl-py>=2.1",
         "array_record>=0.8",
         "chex>=0.1.90",
+        "etils[epath]>=1.9",
         "gguf>=0.17",
         "grain>=0.2.18",
         "huggingface_hub>=1.0",

@@ -56,8 +56,6 @@ class Writer:
     """
 
     def __init__(self, folder: epath.PathLike, keep: int, after: int) -> None:
-        if keep < 1:
-            raise UserError(f"config.train.checkpoints_kept is {keep}: at least 1 must be kept")
         self._checkpointer = v1.training.Checkpointer(
             epath.Path(folder).resolve(),  # Orbax refuses relative paths.
             preservation_policy=v1.training.preservation_policies.LatestN(keep),
@@ -69,17 +67,14 @@ class Writer:
                 self._checkpointer.delete(checkpoint.step)
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
-        """Starts to write; returns when the arrays may be donated. Does nothing if `step` is already written.
+        """Starts to write; returns when the arrays may be donated.
 
         Args:
             step: steps taken so far.
             state: pytree of jax arrays, each global (in a run of several processes).
             meta: anything that JSON holds; `restore` gives it back.
         """
-        newest = self._checkpointer.latest
-        if newest is not None and newest.step == step:
-            return  # The last step of a run is often a scheduled one too.
-        record = {"step": step, "tree": _spec(state), "checksums": _checksums(state), "meta": dict(meta)}
+        record = {"tree": _spec(state), "checksums": _checksums(state), "meta": dict(meta)}
         text = json.dumps(record)
         saved = self._checkpointer.save_checkpointables_async(
             step,

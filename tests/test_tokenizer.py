@@ -40,7 +40,6 @@ def make_folder(folder: pathlib.Path, template: str | None = BOS_TEMPLATE, **con
 def test_render_writes_bos_once_and_turns_as_tokens(tmp_path: pathlib.Path):
     tokenizer = Tokenizer.load(make_folder(tmp_path))
     text = [len(SPECIAL) + sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()).index(c) for c in "userĊTea?"]
-    assert tokenizer.render(USER, add_generation_prompt=False) == [0, 1, *text, 2]
     prompt = tokenizer.render(USER)
     assert prompt[: len(text) + 3] == [0, 1, *text, 2]
     assert prompt[len(text) + 3] == 1
@@ -71,7 +70,7 @@ def test_encode_takes_text_as_text(tmp_path: pathlib.Path):
     assert len(ids) == 6
     assert min(ids) >= len(SPECIAL)
     assert tokenizer.decode(ids) == "a<end>"
-    assert tokenizer.render(USER, add_generation_prompt=False)[-1] == 2  # encode's way does not stick.
+    assert tokenizer.render(USER).count(2) == 1  # encode's way does not stick.
 
 
 @pytest.mark.parametrize("text", ["Plain.", " two  spaces \n\n", "naïve café, 你好 🙂", "it 's , odd .", ""])

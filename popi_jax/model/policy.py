@@ -49,10 +49,8 @@ class Policy:
             return nnx.merge(_graph(self.config, None), delta)
         return nnx.merge(_graph(self.config, self.lora), weights.merge_trees(base, delta))
 
-    def fuse(self, base: Tree, delta: Tree | None) -> Tree:
+    def fuse(self, base: Tree, delta: Tree) -> Tree:
         """Plain base-shaped weights of the same function as bind(base, delta), for export."""
-        if delta is None:
-            return base
         if self.lora is None:
             return delta
         return lora_lib.fuse(base, delta, self.lora)

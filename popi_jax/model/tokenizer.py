@@ -80,8 +80,8 @@ class Tokenizer:
             raise UserError(f"{folder}/tokenizer_config.json: no chat_template; take an instruct checkpoint or add one")
         return cls(backend, folder)
 
-    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
-        """Renders chat messages ({"role", "content"}) and tokenises the whole once.
+    def render(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Renders chat messages ({"role", "content"}), generation prompt included, and tokenises the whole once.
 
         What looks like a special token in a content is taken as its characters: no user can end their own turn.
         A begin-of-sequence token is in the ids only where the template writes it, so it is never doubled.
@@ -90,7 +90,7 @@ class Tokenizer:
             UserError: the template refuses the messages (e.g. a role that it does not know).
         """
         turns = tuple((message["role"], message["content"]) for message in messages)
-        return list(self._render_once(turns, add_generation_prompt))
+        return list(self._render_once(turns))
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: nothing is added, and what looks like a special token is taken as its characters."""
@@ -101,7 +101,7 @@ class Tokenizer:
         ids = [int(token) for token in ids]
         return str(self._backend.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _render_ids(self, turns: tuple[tuple[str, str], ...], add_generation_prompt: bool) -> tuple[int, ...]:
+    def _render_ids(self, turns: tuple[tuple[str, str], ...]) -> tuple[int, ...]:
         texts = [content for _, content in turns]
         unsafe = [text for text in texts if any(token in text for token in self._special.values())]
         # Unlike any content, so that the rendered text splits where the unsafe contents belong.
@@ -112,7 +112,7 @@ class Tokenizer:
             {"role": role, "content": text.replace(text.strip(), mark) if text in unsafe else text}
             for role, text in turns
         ]
-        first, *rest = self._render_text(messages, add_generation_prompt).split(mark)
+        first, *rest = self._render_text(messages, add_generation_prompt=True).split(mark)
         ids = self._backend.encode(first, add_special_tokens=False, split_special_tokens=False)
         for content, text in zip(unsafe, rest, strict=True):
             ids += self._encode_ids(content.strip())
