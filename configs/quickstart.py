@@ -52,4 +52,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         c.train.users_per_step = 4
         c.train.checkpoint_every = 2
         c.eval.samples = 2
-    return c.lock()
+    return c

@@ -22,10 +22,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         c = psoups_smollm2.get_config(arg)
         c.prompts.update(base.get_config().prompts)
         c.limits.summary = 48
+        c.limits.on_overflow = "error"
     c.name = "users"
     c.data.dataset = "users"
     c.data.path = EXAMPLE if arg == "runlocal" else ""
-    c.data.test_path = ""
     c.data.train_users = 0
     c.data.test_users = 0
     return c

@@ -73,7 +73,7 @@ def bayes_rows(config: ml_collections.ConfigDict, seed: int) -> list[dict[str, A
         ("bayes_persona", [truth.given_persona_T for truth in truths]),
     ):
         correct = np.concatenate([p_T > 0.5 for p_T in known]).astype(float)
-        groups = [example.group or example.user for example in examples for _ in example.queries]
+        groups = [query.group or example.user for example in examples for query in example.queries]
         interval = stats.bootstrap_mean_ci(correct, groups, config.eval.bootstrap, seed=0)
         nats = float(np.mean(-np.log(np.concatenate(known))))
         row = {"method": method, "seed": seed, "n": len(correct), "accuracy": interval.mean, "nats": nats}
@@ -167,6 +167,8 @@ def _main(argv: list[str]) -> None:
     values = flags.FLAGS
     if values.config is None or values.workdir is None:
         raise UserError("--config and --workdir are both needed")
+    if values.config.data.dataset != "stylebook" and set(values.methods or ()) & set(BAYES):
+        raise UserError(f"--methods: {', '.join(BAYES)} need the data's own probabilities, which stylebook alone has")
     methods = values.methods or list(values.config.table.methods)
     wrong = [seed for seed in values.seeds or () if not seed.isdigit()]
     if wrong:

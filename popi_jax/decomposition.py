@@ -14,10 +14,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from popi_jax import evaluate, rollout, stats
+from popi_jax import evaluate, pairs, stats
 from popi_jax.data import stylebook, stylebook_exact, stylebook_text
 from popi_jax.data.schema import Example
-from popi_jax.rollout import Item, References
+from popi_jax.pairs import Item
+from popi_jax.references import References
 from popi_jax.system import SUMMARIZED, System, stream_key
 
 USERS, TRIPLES = 64, 32
@@ -49,7 +50,8 @@ def measure(system: System, phi, theta, examples: Sequence[Example], references:
     """Scores every distinct context of the users with every common triple."""
     config = system.config
     users = list(examples)[:USERS]
-    own = evaluate.contexts(system, phi, users, stream_key(config.seed, "evaluate", step))
+    contexts = evaluate.contexts(system, phi, users, stream_key(config.seed, "evaluate", step))
+    own = [[context.text for context in some] for some in contexts]
     if config.method in SUMMARIZED:
         own = one_wording(own)
     distinct = list(dict.fromkeys(text for texts in own for text in texts))
@@ -57,7 +59,7 @@ def measure(system: System, phi, theta, examples: Sequence[Example], references:
     queries = stylebook.common_queries(config.data.seed, TRIPLES)
     items = [Item(query, text) for text in distinct for query in queries]
     rows = config.eval.users_per_batch * config.eval.summaries_per_user
-    logps_Px2 = rollout.pair_logps(system, theta, items, rows)
+    logps_Px2 = pairs.pair_logps(system, theta, items, rows)
     asked = [Item(query, None) for query in queries]
     references.remember(asked)
     ref_Tx2 = references.lookup(asked)

@@ -12,11 +12,20 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from popi_jax import rollout, runfiles, stats
+from popi_jax import pairs, rollout, runfiles, stats
 from popi_jax.data.schema import Example, Query
 from popi_jax.errors import UserError
-from popi_jax.rollout import Item, References
+from popi_jax.pairs import Item
+from popi_jax.references import References, reference_item
 from popi_jax.system import SUMMARIZED, System, stream_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What the generator is told of a user (None: nothing); not finished where limits.summary cut a summary short."""
+
+    text: str | None
+    finished: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +34,8 @@ class Record:
 
     Attributes:
         row: which triple of the evaluation: records of the same row differ in their summary alone.
-        h: h_theta(x, z), in nats, the reference on the question only (POPI section 2).
+        finished: see Context.
+        h: h_theta(x, z), in nats, the reference shown what objective.reference_context says (POPI section 2).
         h_signals_ref: h with the reference shown the raw signals (AlignX's convention).
         context_tokens: tokens of the context's text.
     """
@@ -37,42 +47,41 @@ class Record:
     provenance: str
     context: str | None
     context_tokens: int
+    finished: bool
     signal_tokens: int
     h: float
     h_signals_ref: float
 
 
-def contexts(system: System, phi, examples: Sequence[Example], key: jax.Array) -> list[list[str | None]]:
+def contexts(system: System, phi, examples: Sequence[Example], key: jax.Array) -> list[list[Context]]:
     """What the generator is told of each user under config.method; several entries where summaries are sampled."""
     config = system.config
     method = config.method
     if method in ("base", "population"):
-        return [[None]] * len(examples)
+        return [[Context(None)]] * len(examples)
     if method == "oracle":
         nameless = next((example.user for example in examples if not example.persona), None)
         if nameless is not None:
             raise UserError(f"user {nameless!r} has no persona, which method oracle shows; give one or leave it out")
-        return [[example.persona] for example in examples]
+        return [[Context(example.persona)] for example in examples]
     if method == "raw_signals":
-        return [[rollout.signals_context(system, example)] for example in examples]
+        return [[Context(system.encoder.raw_signals(example))] for example in examples]
     delta = None if method == "zero_shot_summary" else phi
-    order = sorted(range(len(examples)), key=lambda i: len(rollout.encode_signals(system, examples[i])))
-    out: list[list[str | None]] = [[] for _ in examples]
-    rows = config.eval.users_per_batch
-    for batch, start in enumerate(range(0, len(order), rows)):
-        part = order[start : start + rows]
+    order = sorted(range(len(examples)), key=lambda i: len(system.encoder.signals(examples[i])))
+    out: list[list[Context]] = [[] for _ in examples]
+    sampling = rollout.in_use(config)
+    for batch, start in enumerate(range(0, len(order), sampling.rows)):
+        part = order[start : start + sampling.rows]
         drawn = rollout.draw_summaries(
             system,
             delta,
             [examples[i] for i in part],
             jax.random.fold_in(key, batch),
+            sampling,
             k=config.eval.summaries_per_user,
-            temperature=config.eval.temperature,
-            top_p=config.eval.top_p,
-            rows=rows,
         )
-        for i, texts in zip(part, drawn.texts_UxK, strict=True):
-            out[i] = list(texts)
+        for i, texts, finished in zip(part, drawn.texts_UxK, drawn.finished_UxK.tolist(), strict=True):
+            out[i] = [Context(*own) for own in zip(texts, finished, strict=True)]
     return out
 
 
@@ -84,46 +93,41 @@ def evaluate(
     The base method has no implicit reward (its policy is the reference): its h is log pi_ref(y+|x) - log pi_ref(y-|x),
     the response that it finds likelier.
     """
-    config = system.config
-    key = stream_key(config.seed, "evaluate", step)
-    user_contexts = contexts(system, phi, examples, key)
-    found: list[tuple[int, Example, Query, str | None]] = []
+    config, encoder = system.config, system.encoder
+    user_contexts = contexts(system, phi, examples, stream_key(config.seed, "evaluate", step))
+    found: list[tuple[int, Example, Query, Context]] = []
     row = 0
-    for example, texts in zip(examples, user_contexts, strict=True):
+    for example, own in zip(examples, user_contexts, strict=True):
         for query in example.queries:
-            found += [(row, example, query, text) for text in texts]
+            found += [(row, example, query, context) for context in own]
             row += 1
-    signals = {example.user: rollout.signals_context(system, example) for example in examples}
-    # Many summaries of a trained model are the same text: each pair is scored once under each.
-    unique = list(dict.fromkeys(Item(query, text) for _, _, query, text in found))
-    rows = config.eval.users_per_batch * config.eval.summaries_per_user
-    logps = dict(zip(unique, rollout.pair_logps(system, theta, unique, rows), strict=True))
-    question = [rollout.reference_item(system, q, text, signals[e.user]) for _, e, q, text in found]
+    items = [Item(query, context.text) for _, _, query, context in found]
+    signals = {example.user: encoder.raw_signals(example) for example in examples}
+    logps = pairs.pair_logps(system, theta, items, config.eval.users_per_batch * config.eval.summaries_per_user)
+    asked = [reference_item(system, example, item) for (_, example, _, _), item in zip(found, items, strict=True)]
     shown_signals = [Item(query, signals[example.user]) for _, example, query, _ in found]
-    references.remember([Item(item.query, None) for item in unique] + shown_signals)
-    ref_logps, signal_ref_logps = references.lookup(question), references.lookup(shown_signals)
-    costs = {text: rollout.context_tokens(system, text) for text in {text for *_, text in found}}
-    signal_costs = {user: rollout.context_tokens(system, text) for user, text in signals.items()}
-    records = []
-    for (row, example, query, text), ref, signal_ref in zip(found, ref_logps, signal_ref_logps, strict=True):
-        logp = logps[Item(query, text)]
-        if config.method == "base":
-            ref = signal_ref = np.zeros(2, np.float32)
-        records.append(
-            Record(
-                row=row,
-                user=example.user,
-                group=example.group or example.user,
-                persona=example.persona,
-                provenance=query.provenance,
-                context=text,
-                context_tokens=costs[text],
-                signal_tokens=signal_costs[example.user],
-                h=float((logp - ref)[0] - (logp - ref)[1]),
-                h_signals_ref=float((logp - signal_ref)[0] - (logp - signal_ref)[1]),
-            )
+    # References on sampled summaries are of no use to a later evaluation.
+    references.remember(shown_signals + (asked if config.objective.reference_context != "summary" else []))
+    ref_logps, signal_ref_logps = references.lookup(asked), references.lookup(shown_signals)
+    if config.method == "base":
+        ref_logps, signal_ref_logps = np.zeros_like(ref_logps), np.zeros_like(signal_ref_logps)
+    h, h_signals_ref = (logps - ref_logps) @ (1, -1), (logps - signal_ref_logps) @ (1, -1)
+    return [
+        Record(
+            row=row,
+            user=example.user,
+            group=query.group or example.user,
+            persona=example.persona,
+            provenance=query.provenance,
+            context=context.text,
+            context_tokens=encoder.cost(context.text),
+            finished=context.finished,
+            signal_tokens=encoder.cost(signals[example.user]),
+            h=float(h[i]),
+            h_signals_ref=float(h_signals_ref[i]),
         )
-    return records
+        for i, (row, example, query, context) in enumerate(found)
+    ]
 
 
 def row_values(records: Sequence[Record], values: Sequence[float]) -> tuple[np.ndarray, list[str]]:
@@ -157,7 +161,6 @@ def result_row(records: Sequence[Record], config, method: str) -> dict[str, obje
     loss_R = nats_R / beta
     if config.objective.loss == "ipo":
         loss_R, _ = row_values(records, [(record.h - 0.5 / beta) ** 2 * beta / 2 for record in records])
-    is_summary = method in SUMMARIZED
     context_mean = float(np.mean([record.context_tokens for record in records]))
     by_persona = collections.defaultdict(list)
     for record in records:
@@ -170,7 +173,8 @@ def result_row(records: Sequence[Record], config, method: str) -> dict[str, obje
         "accuracy_ci95": [interval.low, interval.high],
         "accuracy_signals_ref": float(signals_ref_R.mean()),
         "context_tokens_mean": context_mean,
-        "summary_tokens_mean": context_mean if is_summary else 0.0,
+        "summary_tokens_mean": context_mean if method in SUMMARIZED else 0.0,
+        "summaries_cut": float(np.mean([not record.finished for record in records])),
         "raw_signal_tokens_mean": float(np.mean([record.signal_tokens for record in records])),
         "loss": float(loss_R.mean()),
         "nats": float(nats_R.mean()),
@@ -190,29 +194,25 @@ def respond(system: System, phi, theta, examples: Sequence[Example], step: int) 
     if not examples:
         return []
     context_key, response_key = jax.random.split(stream_key(config.seed, "respond", step))
-    texts = [own[0] for own in contexts(system, phi, examples, context_key)]
+    texts = [own[0].text for own in contexts(system, phi, examples, context_key)]
     queries = [example.queries[0] for example in examples]
     items = [Item(query, text) for query, text in zip(queries, texts, strict=True)]
-    prompts = [rollout.encode_item(system, item)[0] for item in items]
-    delta = None if config.method == "base" else theta
-    responses, _ = rollout.draw_text(
+    drawn = rollout.draw_text(
         system,
-        delta,
-        prompts,
+        theta,
+        [system.encoder.prompt(query.prompt, text) for query, text in zip(queries, texts, strict=True)],
         response_key,
+        dataclasses.replace(rollout.in_use(config), rows=len(queries)),
         branches=1,
         max_tokens=config.eval.response_tokens,
-        temperature=config.eval.temperature,
-        top_p=config.eval.top_p,
-        rows=len(prompts),
     )
-    logps = rollout.pair_logps(system, delta, items, len(items))
+    logps = pairs.pair_logps(system, theta, items, len(items))
     return [
         {
             "user": example.user,
             "persona": example.persona,
-            "signals": rollout.signals_context(system, example),
-            "signal_tokens": rollout.context_tokens(system, rollout.signals_context(system, example)),
+            "signals": system.encoder.raw_signals(example),
+            "signal_tokens": system.encoder.cost(system.encoder.raw_signals(example)),
             "summary": text if config.method in SUMMARIZED else "",
             "prompt": query.prompt,
             "response": response[0],
@@ -221,7 +221,7 @@ def respond(system: System, phi, theta, examples: Sequence[Example], step: int) 
             "logp_chosen": float(logp[0]),
             "logp_rejected": float(logp[1]),
         }
-        for example, text, query, response, logp in zip(examples, texts, queries, responses, logps, strict=True)
+        for example, text, query, response, logp in zip(examples, texts, queries, drawn.texts_UxK, logps, strict=True)
     ]
 
 

@@ -36,12 +36,13 @@ GRPO_EPSILON = 1e-4
 # Sums and reductions.
 
 
-def masked_total(values: jax.Array, mask: jax.Array) -> SumCount:
-    """Returns (sum of values where mask is set, number of such values); the two shapes are equal.
+def weighted_total(values: jax.Array, weight: jax.Array) -> SumCount:
+    """Returns (weighted sum of values, sum of the weights); a mask is weights of 0 and 1. The two shapes are equal.
 
-    What lies under a cleared mask cannot leak, not even as NaN.
+    What has no weight cannot leak, not even as NaN.
     """
-    return jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask, dtype=jnp.float32)
+    weight = weight.astype(jnp.float32)
+    return jnp.sum(jnp.where(weight > 0, values, 0.0) * weight), jnp.sum(weight)
 
 
 def total_logp(logp_xS: jax.Array, mask_xS: jax.Array) -> jax.Array:
@@ -148,7 +149,7 @@ def update_baseline(baseline: jax.Array, reward_UxK: jax.Array, valid_U: jax.Arr
     this step's advantages with the old one. A step without a valid user leaves it as it is.
     """
     reward_UxK = jax.lax.stop_gradient(reward_UxK)
-    reward_sum, count = masked_total(reward_UxK, _valid_UxK(reward_UxK, valid_U))
+    reward_sum, count = weighted_total(reward_UxK, _valid_UxK(reward_UxK, valid_U))
     mean_reward = reward_sum / jnp.maximum(count, 1.0)
     moved = decay * baseline + (1.0 - decay) * mean_reward
     return jnp.where(count > 0, moved, baseline)
@@ -167,7 +168,7 @@ def score_function_loss(
         advantage_UxK: A_k, a constant here.
         valid_U: bool, False for padding; None if all are users.
     """
-    return masked_total(-jax.lax.stop_gradient(advantage_UxK) * sum_logp_UxK, _valid_UxK(sum_logp_UxK, valid_U))
+    return weighted_total(-jax.lax.stop_gradient(advantage_UxK) * sum_logp_UxK, _valid_UxK(sum_logp_UxK, valid_U))
 
 
 # KL(q_phi || q_0) by name.
@@ -231,7 +232,7 @@ def kl_terms(
     else:
         loss_UxK = estimate_UxK = jnp.sum(jnp.expm1(-log_ratio_UxKxS) + log_ratio_UxKxS, axis=-1)
     return KLTerms(
-        penalty_UxK, masked_total(loss_UxK, valid_UxK), masked_total(jax.lax.stop_gradient(estimate_UxK), valid_UxK)
+        penalty_UxK, weighted_total(loss_UxK, valid_UxK), weighted_total(jax.lax.stop_gradient(estimate_UxK), valid_UxK)
     )
 
 

@@ -15,7 +15,7 @@ from popi_jax.data import prepared, prompts, users
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError
 from popi_jax.model import hub
-from popi_jax.rollout import References
+from popi_jax.references import References
 from popi_jax.system import System
 
 
@@ -53,38 +53,35 @@ def summarize(
 ) -> None:
     """Writes one summary per user of a users.jsonl; goes on where an earlier call was cut off.
 
-    A line of the output: {"user", "summary", "summary_tokens", "signal_tokens", "finished", "step", "signals"}: the
-    checkpoint's step, and a digest of what it read.
+    A line of the output: {"user", "summary", "summary_tokens", "signal_tokens", "signals_dropped", "finished", "step",
+    "sampling", "signals"}: what limits.signals cost (on_overflow = "drop"), the checkpoint's step, how it was drawn,
+    and a digest of what was read.
     """
+    _one_process("summarize")
     examples = users.read_users(input_path, require_queries=False)
     system, state = trained(config, workdir, step)
+    sampling = rollout.in_use(config)
 
     def identity(example: Example) -> dict[str, Any]:
-        digest = hashlib.sha256(str(rollout.encode_signals(system, example)).encode()).hexdigest()[:12]
-        return {"user": example.user, "step": int(state.step), "signals": digest}
+        digest = hashlib.sha256(str(system.encoder.signals(example)).encode()).hexdigest()[:12]
+        return {"user": example.user, "step": int(state.step), "sampling": _shown(sampling), "signals": digest}
 
     def lines(part: Sequence[Example], batch: int) -> Iterator[dict[str, Any]]:
-        drawn = rollout.draw_summaries(
-            system,
-            state.phi,
-            part,
-            system_lib.stream_key(config.seed, "personalize", batch),
-            k=1,
-            temperature=config.eval.temperature,
-            top_p=config.eval.top_p,
-            rows=config.eval.users_per_batch,
-        )
+        key = system_lib.stream_key(config.seed, "personalize", batch)
+        drawn = rollout.draw_summaries(system, state.phi, part, key, sampling, k=1)
         for i, example in enumerate(part):
             yield {
                 "user": example.user,
                 "summary": drawn.texts_UxK[i][0],
-                "summary_tokens": rollout.context_tokens(system, drawn.texts_UxK[i][0]),
-                "signal_tokens": len(drawn.prefixes_U[i]),
-                "finished": bool(drawn.samples.finished_BxN[i, 0]),
+                "summary_tokens": system.encoder.cost(drawn.texts_UxK[i][0]),
+                "signal_tokens": int(drawn.prefix_length_B[i]),
+                "signals_dropped": system.encoder.overflow.of(example.user, "limits.signals"),
+                "finished": bool(drawn.finished_UxK[i, 0]),
                 **identity(example),
             }
 
-    _resumable(output_path, examples, identity, lines, config.eval.users_per_batch, "summaries")
+    _resumable(output_path, examples, identity, lines, sampling.rows, "summaries")
+    print(system.encoder.overflow)
 
 
 def generate(
@@ -93,41 +90,53 @@ def generate(
     """Answers prompts as their user would like.
 
     A line of the input: {"prompt"} with "summary", a text, or "user", whose summary is in summaries.jsonl beside it.
-    A line of the output adds "response", "response_tokens", "finished" and the checkpoint's "step".
+    A line of the output adds "response", "response_tokens", "finished", the checkpoint's "step" and how it was drawn.
     """
+    _one_process("generate")
     entries = prompts.read_prompts(input_path)
     system, state = trained(config, workdir, step)
+    sampling = rollout.in_use(config)
+    for entry in entries:
+        system.encoder.check_prompt(entry["prompt"], entry["summary"])
 
     def identity(entry: dict[str, Any]) -> dict[str, Any]:
-        return entry | {"step": int(state.step)}
+        return entry | {"step": int(state.step), "sampling": _shown(sampling)}
 
     def lines(part: Sequence[dict[str, Any]], batch: int) -> Iterator[dict[str, Any]]:
-        encoded = [rollout.encode_prompt(system, entry["prompt"], entry["summary"]) for entry in part]
-        texts, samples = rollout.draw_text(
+        drawn = rollout.draw_text(
             system,
             state.theta,
-            encoded,
+            [system.encoder.prompt(entry["prompt"], entry["summary"]) for entry in part],
             system_lib.stream_key(config.seed, "respond", batch),
+            sampling,
             branches=1,
             max_tokens=config.eval.response_tokens,
-            temperature=config.eval.temperature,
-            top_p=config.eval.top_p,
-            rows=config.eval.users_per_batch,
         )
         for i, entry in enumerate(part):
-            tokens, finished = int(samples.length_BxN[i, 0]), bool(samples.finished_BxN[i, 0])
-            yield identity(entry) | {"response": texts[i][0], "response_tokens": tokens, "finished": finished}
+            tokens, finished = int(drawn.samples.length_BxN[i, 0]), bool(drawn.finished_UxK[i, 0])
+            response = {"response": drawn.texts_UxK[i][0], "response_tokens": tokens, "finished": finished}
+            yield identity(entry) | response
 
-    _resumable(output_path, entries, identity, lines, config.eval.users_per_batch, "responses")
+    _resumable(output_path, entries, identity, lines, sampling.rows, "responses")
 
 
 def export(config, workdir: pathlib.Path, output: pathlib.Path, step: int | None) -> None:
     """Writes <output>/inference and <output>/generator: hub folders that transformers and vLLM load."""
+    _one_process("export")
     system, state = trained(config, workdir, step)
     for role, delta in (("inference", state.phi), ("generator", state.theta)):
-        weights = jax.device_get(system.policy.fuse(system.base, delta))
+        weights = system.policy.fuse(system.base, delta)
         hub.save(output / role, system.policy.config, weights, system.tokenizer_path)
         print(f"wrote {output / role}")
+
+
+def _one_process(mode: str) -> None:
+    if jax.process_count() > 1:
+        raise UserError(f"--mode={mode} runs in one process; leave out --distributed")
+
+
+def _shown(sampling: rollout.Sampling) -> str:
+    return f"temperature {sampling.temperature}, top_p {sampling.top_p}"
 
 
 def _resumable(
@@ -146,6 +155,8 @@ def _resumable(
         text = output.read_text(encoding="utf-8")
         runfiles.write_text(output, text[: text.rfind("\n") + 1])
     present = runfiles.read_jsonl(output)
+    if len(present) > len(entries):
+        raise UserError(f"{output}: holds {len(present)} lines, the input {len(entries)}; choose another --output")
     whole = len(present) // size * size if len(present) < len(entries) else len(entries)
     for number, (line, entry) in enumerate(zip(present[:whole], entries, strict=False), start=1):
         for field, value in identity(entry).items():

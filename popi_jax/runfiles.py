@@ -1,6 +1,7 @@
 """The files that a run leaves in its workdir beside metrics and checkpoints: config.json, results.json, JSON lines."""
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,9 +60,9 @@ def check_use(workdir: pathlib.Path, config) -> None:
 
 
 def write_results(workdir: pathlib.Path, config, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes results.json, schema 1."""
+    """Writes results.json, schema 1; a number that is not finite becomes null."""
     results = {"schema": 1, "config": config.name, "dataset": config.data.dataset, "split": "test", "rows": list(rows)}
-    write_text(workdir / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_text(workdir / "results.json", json.dumps(_finite(results), indent=2, ensure_ascii=False) + "\n")
 
 
 def finished_row(workdir: pathlib.Path, config) -> dict[str, Any] | None:
@@ -73,8 +74,8 @@ def finished_row(workdir: pathlib.Path, config) -> dict[str, Any] | None:
 
 
 def write_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One JSON object a line."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """One JSON object a line; a number that is not finite becomes null, for JSON has none."""
+    write_text(path, "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -103,12 +104,24 @@ def write_text(path: pathlib.Path, text: str) -> None:
     scratch.replace(path)
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _changed(workdir: pathlib.Path, config) -> dict[str, tuple[Any, Any]]:
     """The keys in which the workdir's config.json differs from the config, with both values; {} if there is none."""
     path = workdir / "config.json"
     if not path.exists():
         return {}
-    before, now = _flat(json.loads(path.read_text())), _flat(json.loads(config.to_json_best_effort()))
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); choose another --workdir") from error
+    before, now = _flat(there), _flat(json.loads(config.to_json_best_effort()))
     return {k: (before.get(k), now.get(k)) for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)}
 
 

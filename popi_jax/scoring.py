@@ -2,9 +2,9 @@
 
 A row is one prefix with N branches (y+ and y- under a prompt; K summaries under a user's signals). A branch sees the
 prefix and itself, so its log-probabilities and gradients are those of the separate sequence prefix + branch.
-There are two layouts. A PrefixBatch has a line [prefix | branch 1 | ... | branch N] per row, each part padded: made on
-the device, token by token, for summaries. A PackedBatch has rows of all lengths one after another in bins of one
-length: made on the host, with little padding and nearly always of one shape, for responses, of which the sum is wanted.
+There are two layouts. A PrefixBatch has a line [prefix | branch 1 | ... | branch N] per row, each part padded: what
+the sampler leaves, scored token by token. A PackedBatch has rows of all lengths one after another in bins of one
+length: made on the host, with little padding and nearly always of one shape, for responses, whose sum is wanted.
 Shapes: B lines, T prefix length, N branches, S branch length, L = T + N * S; R rows with N branches in C bins of L
 tokens, in G groups of Y tokens, at most W of them of branches; P positions to score, X of them in a chunk; D model
 width, V vocabulary.
@@ -73,11 +73,6 @@ class PackedBatch:
     branch_GxW: Array
     length_RxN: Array
     first_R: Array
-
-    @property
-    def valid_R(self) -> jax.Array:
-        """True at the rows that are not padding."""
-        return jnp.sum(jnp.asarray(self.length_RxN), axis=1) > 0
 
     @property
     def token_count(self) -> jax.Array:

@@ -130,6 +130,11 @@ def optimizer_shardings(tx: optax.GradientTransformation, abstract: Any, shardin
     )
 
 
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Over how many devices the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows (the leading dimension) split over data and fsdp; for arrays of any rank."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))

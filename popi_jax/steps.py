@@ -69,11 +69,15 @@ class InferenceBatch:
 class GeneratorBatch:
     """rows: prompts with y+ and y- (in this order); ref_logp_Rx2 is reduced as Settings.logp_reduction says.
 
+    weight_R: M over the number of the user's queries in this batch, 0 at padding: a user with fewer than M queries
+    counts as much as the others, for both models (the mean over m in POPI section 3).
+
     With accumulation, each micro-batch has bins and rows of its own: it is the same share of both.
     """
 
     rows: PackedBatch
     ref_logp_Rx2: jax.Array
+    weight_R: jax.Array
 
 
 # The third part is what theta learns from; None: from all rows of the second.
@@ -95,12 +99,6 @@ def init_state(key: jax.Array, base: Params, settings: Settings) -> TrainState:
     )
 
 
-def pair_margin(policy: Policy, base: Params, theta: Params | None, batch: GeneratorBatch, reduction: str) -> jax.Array:
-    """h_theta(x, z) of every row, [R] (POPI section 2), in nats."""
-    logp_Rx2 = pair_logps(policy, base, theta, batch.rows, reduction)
-    return objective.implicit_reward_margin(logp_Rx2, batch.ref_logp_Rx2)
-
-
 def pair_logps(policy: Policy, base: Params, theta: Params | None, rows: PackedBatch, reduction: str) -> jax.Array:
     """Log pi(y|x, z) of every response, [R, N], reduced over its tokens."""
     logp_RxN = scoring.score_packed(policy.bind(base, theta), rows)
@@ -110,25 +108,24 @@ def pair_logps(policy: Policy, base: Params, theta: Params | None, rows: PackedB
 def generator_loss(
     theta: Params, base: Params, batch: GeneratorBatch, settings: Settings
 ) -> tuple[jax.Array, tuple[jax.Array, Terms]]:
-    """Sums l(h_theta(x, z)) over the rows; also returns l of each row and the terms to log as (sum, count)."""
-    valid_R = batch.rows.valid_R
-    h_R = pair_margin(settings.policy, base, theta, batch, settings.logp_reduction)
+    """The weighted sum of l(h_theta(x, z)) over the rows; also l of each row, and the terms to log as (sum, count)."""
+    logp_Rx2 = pair_logps(settings.policy, base, theta, batch.rows, settings.logp_reduction)
+    h_R = objective.implicit_reward_margin(logp_Rx2, batch.ref_logp_Rx2)
     loss_R = objective.preference_loss(settings.loss)(h_R, settings.beta)
     terms = {
-        "loss": objective.masked_total(loss_R, valid_R),
-        "accuracy": objective.masked_total(objective.preference_accuracy(h_R), valid_R),
-        "nats": objective.masked_total(objective.preference_nats(h_R, settings.beta), valid_R),
-        "margin": objective.masked_total(h_R, valid_R),
+        "loss": objective.weighted_total(loss_R, batch.weight_R),
+        "accuracy": objective.weighted_total(objective.preference_accuracy(h_R), batch.weight_R),
+        "nats": objective.weighted_total(objective.preference_nats(h_R, settings.beta), batch.weight_R),
+        "margin": objective.weighted_total(h_R, batch.weight_R),
     }
     return terms["loss"][0], (loss_R, terms)
 
 
-def summary_rewards(loss_R: jax.Array, valid_R: jax.Array, users: int, summaries: int) -> jax.Array:
-    """r_k = - mean over the user's M queries of l(h(x_m, z_k)), [U, K] (POPI section 3); 0 where no query is valid."""
-    shape = (users, summaries, -1)
-    valid_UxKxM = valid_R.reshape(shape)
-    total_UxK = jnp.sum(jnp.where(valid_UxKxM, loss_R.reshape(shape), 0.0), axis=-1)
-    return -total_UxK / jnp.maximum(jnp.sum(valid_UxKxM, axis=-1), 1)
+def summary_rewards(loss_R: jax.Array, weight_R: jax.Array, users: int, summaries: int) -> jax.Array:
+    """r_k = - mean over the user's queries of l(h(x_m, z_k)), [U, K] (POPI section 3); 0 where there is no query."""
+    loss_UxKxM, weight_UxKxM = (x_R.reshape(users, summaries, -1) for x_R in (loss_R, weight_R))
+    total_UxK = jnp.sum(jnp.where(weight_UxKxM > 0, loss_UxKxM, 0.0) * weight_UxKxM, axis=-1)
+    return -total_UxK / jnp.maximum(jnp.sum(weight_UxKxM, axis=-1), 1.0)
 
 
 def inference_loss(
@@ -162,14 +159,14 @@ def inference_loss(
     valid_UxK = jnp.broadcast_to(valid_U[:, None], reward_UxK.shape)
     spread_UxK = jnp.broadcast_to(jnp.std(reward_UxK, axis=1, keepdims=True), reward_UxK.shape)
     terms = {
-        "reward": objective.masked_total(reward_UxK, valid_UxK),
-        "reward_less_kl": objective.masked_total(out.penalised_UxK, valid_UxK),
-        "reward_std": objective.masked_total(spread_UxK, valid_UxK),
+        "reward": objective.weighted_total(reward_UxK, valid_UxK),
+        "reward_less_kl": objective.weighted_total(out.penalised_UxK, valid_UxK),
+        "reward_std": objective.weighted_total(spread_UxK, valid_UxK),
         "kl": out.kl,
         "surrogate": out.loss,
-        "summary_tokens": objective.masked_total(jnp.asarray(rows.branch_length_BxN, jnp.float32), valid_UxK),
-        "summary_logp": objective.masked_total(jnp.sum(scores.logp_BxNxS, axis=-1), valid_UxK),
-        "sampler_gap": objective.masked_total(gap_UxKxS, mask_UxKxS),
+        "summary_tokens": objective.weighted_total(jnp.asarray(rows.branch_length_BxN, jnp.float32), valid_UxK),
+        "summary_logp": objective.weighted_total(jnp.sum(scores.logp_BxNxS, axis=-1), valid_UxK),
+        "sampler_gap": objective.weighted_total(gap_UxKxS, mask_UxKxS),
     }
     return out.loss[0], (terms, {"sampler_gap_max": gap_UxKxS.max()})
 
@@ -230,7 +227,7 @@ def joint_step(state: TrainState, base: Params, batch: JointBatch, *, settings: 
 
 def _inference_sums(state, base, micro, loss_R, terms, settings):
     users, summaries = micro[0].rows.branch_length_BxN.shape
-    reward_UxK = summary_rewards(loss_R, micro[1].rows.valid_R, users, summaries)
+    reward_UxK = summary_rewards(loss_R, micro[1].weight_R, users, summaries)
     (_, (phi_terms, maxima)), grads = jax.value_and_grad(inference_loss, has_aux=True)(
         state.phi, base, micro[0], jax.lax.stop_gradient(reward_UxK), state.baseline, settings
     )

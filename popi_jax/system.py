@@ -1,6 +1,7 @@
 """What a config stands for, loaded: mesh, tokenizer, model, optimizers; and the random keys of a run."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -9,7 +10,7 @@ import optax
 
 from popi_jax import objective, sharding, steps
 from popi_jax.data import templates
-from popi_jax.data.encoding import OverflowLog
+from popi_jax.data.encoding import Encoder
 from popi_jax.errors import UserError
 from popi_jax.model import hub
 from popi_jax.model.config import LoraConfig
@@ -34,14 +35,14 @@ class System:
     base: dict
     fingerprint: str
     settings: steps.Settings
-    overflow: OverflowLog  # What the limits have cost so far; shown at the end of a run.
+    encoder: Encoder  # Its `overflow` says what the limits have cost so far; shown at the end of a run.
 
 
 def load(config: ml_collections.ConfigDict) -> System:
     """Loads what the config names. Raises UserError for settings that make no sense."""
     check(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.row_shards(mesh)
     micro = config.train.users_per_step // config.train.accumulation
     if config.train.accumulation > 1 and micro % shards:
         raise UserError(
@@ -49,9 +50,11 @@ def load(config: ml_collections.ConfigDict) -> System:
             f" mesh.data x mesh.fsdp = {shards} devices; change one of the three"
         )
     jax.set_mesh(mesh)  # The decoder holds its activations to the mesh that is set.
-    checkpoint = hub.load(config.model.path, config.model.compute_dtype, config.model.remat)
+    checkpoint = hub.load(config.model.path, config.model.compute_dtype, config.model.remat, mesh)
     tokenizer_path = str(config.model.tokenizer or checkpoint.tokenizer_path)
     tokenizer = Tokenizer.load(tokenizer_path)
+    encoder = Encoder(tokenizer, config.prompts, config.limits)
+    encoder.summary_stop()  # Its mistakes are told now.
     lora = None
     if config.lora.rank:
         lora = LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha, targets=tuple(config.lora.targets))
@@ -67,17 +70,16 @@ def load(config: ml_collections.ConfigDict) -> System:
             f"config.limits: prompts and answers of {longest} tokens exceed the context of {config.model.path},"
             f" {checkpoint.config.max_length} tokens; lower config.limits.signals, .prompt, .response or .summary"
         )
-    shardings = sharding.param_shardings(policy.logical_axes_base(), policy.abstract_base(), mesh)
     return System(
         config=config,
         mesh=mesh,
         tokenizer=tokenizer,
         tokenizer_path=tokenizer_path,
         policy=policy,
-        base=jax.device_put(checkpoint.params, shardings),
+        base=checkpoint.params,
         fingerprint=checkpoint.fingerprint,
         settings=make_settings(config, policy),
-        overflow=OverflowLog(),
+        encoder=encoder,
     )
 
 
@@ -170,10 +172,9 @@ def check(config: ml_collections.ConfigDict) -> None:
         _at_least(config, key, 1)
     for key in (
         "lora.rank", "schedule.steps", "schedule.n_phi", "schedule.n_theta", "eval.every", "eval.users", "eval.samples",
-        "optim.warmup_steps",
+        "optim.warmup_steps", "optim.lr_inference", "optim.lr_generator", "optim.weight_decay", "optim.clip_inference",
+        "optim.clip_generator", "objective.kl_coef", "eval.temperature", "seed", "data.seed",
     ):  # fmt: skip
-        _at_least(config, key, 0)
-    for key in ("optim.lr_inference", "optim.lr_generator", "objective.kl_coef", "eval.temperature"):
         _at_least(config, key, 0)
     if not config.objective.beta > 0:
         raise UserError(f"config.objective.beta is {config.objective.beta}; it must be greater than 0")
@@ -183,6 +184,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
     if not 0 < config.eval.top_p <= 1:
         raise UserError(f"config.eval.top_p is {config.eval.top_p}; it must be above 0, and at most 1")
+    if len(config.train.profile_steps) not in (0, 2):
+        raise UserError(f"config.train.profile_steps is {tuple(config.train.profile_steps)}; give (first, last), or ()")
     if not config.limits.buckets or min(config.limits.buckets) < 1:
         raise UserError(f"config.limits.buckets is {tuple(config.limits.buckets)}; give lengths, in tokens")
     if config.schedule.name in ("alternate", "two_phase") and config.schedule.n_phi + config.schedule.n_theta < 1:
@@ -217,6 +220,6 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _at_least(config: ml_collections.ConfigDict, key: str, least: int) -> None:
-    section, name = key.split(".")
-    if not config[section][name] >= least:
-        raise UserError(f"config.{key} is {config[section][name]}; it must be at least {least}")
+    value = functools.reduce(lambda section, name: section[name], key.split("."), config)
+    if not value >= least:
+        raise UserError(f"config.{key} is {value}; it must be at least {least}")

@@ -5,7 +5,7 @@ import types
 import numpy as np
 
 from configs import base
-from popi_jax import decomposition, evaluate, rollout
+from popi_jax import decomposition, evaluate, pairs
 from popi_jax.data import stylebook, stylebook_exact, stylebook_text
 from popi_jax.decomposition import Measured, estimate_information, one_wording
 
@@ -75,8 +75,10 @@ def test_labels_of_the_oracle_are_given_the_persona(monkeypatch):
         config = base.get_config()
         config.method = method
         system = types.SimpleNamespace(config=config)
-        monkeypatch.setattr(evaluate, "contexts", lambda system, phi, users, key: [[str(u)] for u in range(len(users))])
-        monkeypatch.setattr(rollout, "pair_logps", lambda system, theta, items, rows: np.zeros((len(items), 2)))
+        monkeypatch.setattr(
+            evaluate, "contexts", lambda s, phi, users, key: [[evaluate.Context(str(u))] for u in range(len(users))]
+        )
+        monkeypatch.setattr(pairs, "pair_logps", lambda system, theta, items, rows: np.zeros((len(items), 2)))
         references = types.SimpleNamespace(remember=lambda items: None, lookup=lambda items: np.zeros((len(items), 2)))
         measured = decomposition.measure(system, None, None, examples, references, 0)
         information[method] = measured.terms()["exact_information_nats"]

@@ -1,10 +1,10 @@
 """From examples to padded arrays, with a tokenizer of one token a word so that every length can be counted by eye."""
 
 import dataclasses
-import types
 
 import pytest
 
+from configs import base
 from popi_jax.data import encoding
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError
@@ -24,11 +24,11 @@ class WordTokenizer:
                 self.words.append(word)
         return [4 + self.words.index(word) for word in text.split()]
 
-    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
+    def render(self, messages: list[dict[str, str]]) -> list[int]:
         ids = []
         for message in messages:
             ids += [self.start_id, *self.encode(message["content"]), self.end_id]
-        return ids + [self.generation_id] * add_generation_prompt
+        return [*ids, self.generation_id]
 
     def text(self, ids: list[int]) -> str:
         return " ".join(f"<{i}>" if i < 4 else self.words[i - 4] for i in ids)
@@ -42,98 +42,122 @@ EXAMPLE = Example("u1", "train", SIGNALS, (Query("why now", "yes indeed", "no", 
 SIGNALS_LIMIT = 3 + 4 * 7 + 2  # Special tokens, signals, and the instruction "sum up".
 
 
-def limits(**changes):
-    return types.SimpleNamespace(**({"signals": 100, "prompt": 100, "response": 3, "on_overflow": "error"} | changes))
+def encoder(summary_start: str = "", **limits):
+    """What reads EXAMPLE, with these limits."""
+    c = base.get_config()
+    c.prompts.inference_instruction, c.prompts.generator_instruction = "sum up", "please"
+    c.prompts.summary_start = summary_start
+    c.limits.update({"signals": 100, "prompt": 100, "response": 3, "on_overflow": "error"} | limits)
+    return encoding.Encoder(TOKENIZER, c.prompts, c.limits)
 
 
 def shown(ids: list[int]) -> list[str]:
     return [word for word in TOKENIZER.text(ids).split() if word.startswith("fact")]
 
 
-def test_encode_signals_is_the_rendered_inference_prompt_ready_to_generate() -> None:
-    ids = encoding.encode_signals(EXAMPLE, TOKENIZER, "sum up", SIGNALS_LIMIT, "error")
+def test_signals_are_the_rendered_inference_prompt_ready_to_generate() -> None:
+    ids = encoder(signals=SIGNALS_LIMIT).signals(EXAMPLE)
     assert len(ids) == SIGNALS_LIMIT
     assert TOKENIZER.text(ids).startswith("<1> ### Example 1 About the user: fact0 ### Example 2")
     assert TOKENIZER.text(ids).endswith("fact3 sum up <2> <3>")
 
 
 def test_a_start_of_the_summary_ends_the_prompt_and_counts() -> None:
-    plain = encoding.encode_signals(EXAMPLE, TOKENIZER, "sum up", SIGNALS_LIMIT, "error")
-    ids = encoding.encode_signals(EXAMPLE, TOKENIZER, "sum up", SIGNALS_LIMIT + 2, "error", start="They like")
+    plain = encoder().signals(EXAMPLE)
+    ids = encoder("They like", signals=SIGNALS_LIMIT + 2).signals(EXAMPLE)
     assert ids[: len(plain)] == plain and TOKENIZER.text(ids[len(plain) :]) == "They like"
     with pytest.raises(UserError, match="limits.signals"):
-        encoding.encode_signals(EXAMPLE, TOKENIZER, "sum up", SIGNALS_LIMIT + 1, "error", start="They like")
+        encoder("They like", signals=SIGNALS_LIMIT + 1).signals(EXAMPLE)
 
 
 def test_too_many_signals_are_an_error_that_names_user_tokens_and_limit() -> None:
     with pytest.raises(
         UserError, match=r"user 'u1': .* 4 signals takes 33 tokens, limits.signals is 32; raise it or set"
     ):
-        encoding.encode_signals(EXAMPLE, TOKENIZER, "sum up", SIGNALS_LIMIT - 1, "error")
+        encoder(signals=SIGNALS_LIMIT - 1).signals(EXAMPLE)
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(33, 4), (32, 3), (26, 3), (25, 2), (19, 2), (18, 1), (12, 1)])
 def test_drop_loses_the_fewest_oldest_signals(limit: int, kept: int) -> None:
-    log = encoding.OverflowLog()
-    ids = encoding.encode_signals(EXAMPLE, TOKENIZER, "sum up", limit, "drop", log)
-    assert shown(ids) == [f"fact{i}" for i in range(4 - kept, 4)]
-    assert log.counts() == ({} if kept == 4 else {"limits.signals": (4 - kept, 1)})
+    drops = encoder(signals=limit, on_overflow="drop")
+    assert shown(drops.signals(EXAMPLE)) == [f"fact{i}" for i in range(4 - kept, 4)]
+    assert drops.overflow.counts() == ({} if kept == 4 else {"limits.signals": (4 - kept, 1)})
+    assert drops.overflow.of("u1", "limits.signals") == 4 - kept
 
 
 def test_drop_keeps_at_least_one_signal_or_fails() -> None:
     with pytest.raises(
         UserError, match=r"user 'u1'.*limits.signals is 11, which the last signal alone exceeds; raise it"
     ):
-        encoding.encode_signals(EXAMPLE, TOKENIZER, "sum up", 11, "drop")
+        encoder(signals=11, on_overflow="drop").signals(EXAMPLE)
 
 
 def test_no_signals_are_an_error() -> None:
     with pytest.raises(UserError, match="'u1' has no signals"):
-        encoding.encode_signals(dataclasses.replace(EXAMPLE, signals=()), TOKENIZER, "sum up", 99, "drop")
+        encoder(on_overflow="drop").signals(dataclasses.replace(EXAMPLE, signals=()))
 
 
 def test_the_log_counts_a_user_once_however_often_encoded() -> None:
-    log = encoding.OverflowLog()
-    assert str(log) == "no signals dropped"
+    drops = encoder(signals=19, on_overflow="drop")
+    assert str(drops.overflow) == "no signals dropped"
     for _ in range(3):
-        encoding.encode_signals(EXAMPLE, TOKENIZER, "sum up", 19, "drop", log)
-        encoding.encode_signals(dataclasses.replace(EXAMPLE, user="u2"), TOKENIZER, "sum up", 26, "drop", log)
-    assert log.counts() == {"limits.signals": (3, 2)}
-    assert str(log) == "3 signals of 2 users dropped to fit limits.signals"
+        drops.signals(EXAMPLE)
+        drops.signals(dataclasses.replace(EXAMPLE, user="u2", signals=SIGNALS[:3]))
+    assert drops.overflow.counts() == {"limits.signals": (3, 2)}
+    assert str(drops.overflow) == "3 signals of 2 users dropped to fit limits.signals"
 
 
 def test_raw_signals_leave_room_for_the_longest_query() -> None:
     # "<1> About the user: {signals} please Prompt: why now <2> <3>": 3 + 3 + 7 n + 1 + 3 tokens.
-    log = encoding.OverflowLog()
-    context = encoding.raw_signals_context(EXAMPLE, TOKENIZER, "please", limits(prompt=30, on_overflow="drop"), log)
+    drops = encoder(prompt=30, on_overflow="drop")
+    context = drops.raw_signals(EXAMPLE)
     assert context == "### Example 1\nAbout the user: fact2\n\n### Example 2\nAbout the user: fact3"
-    assert log.counts() == {"limits.prompt": (2, 1)}
-    assert len(encoding.encode_query(EXAMPLE.queries[0], context, TOKENIZER, "please", limits(prompt=24))[0]) == 24
+    assert drops.overflow.counts() == {"limits.prompt": (2, 1)}
+    assert len(drops.pair(EXAMPLE.queries[0], context)[0]) == 24
     with pytest.raises(UserError, match=r"user 'u1': .* takes 38 tokens, limits.prompt is 37"):
-        encoding.raw_signals_context(EXAMPLE, TOKENIZER, "please", limits(prompt=37))
+        encoder(prompt=37).raw_signals(EXAMPLE)
 
 
-def test_encode_query_ends_each_response_with_the_end_token() -> None:
-    prefix, chosen, rejected = encoding.encode_query(EXAMPLE.queries[0], "likes rhymes", TOKENIZER, "please", limits())
+def test_a_pair_ends_each_response_with_the_end_token() -> None:
+    prefix, chosen, rejected = encoder().pair(EXAMPLE.queries[0], "likes rhymes")
     assert TOKENIZER.text(prefix) == "<1> About the user: likes rhymes please Prompt: why now <2> <3>"
     assert TOKENIZER.text(chosen) == "yes indeed <2>"
     assert TOKENIZER.text(rejected) == "no <2>"
 
 
-def test_without_context_the_prefix_is_the_bare_prompt() -> None:
-    prefix, _, _ = encoding.encode_query(EXAMPLE.queries[0], None, TOKENIZER, "please", limits())
-    assert TOKENIZER.text(prefix) == "<1> why now <2> <3>"
+def test_without_context_the_prompt_is_bare() -> None:
+    assert TOKENIZER.text(encoder().prompt("why now", None)) == "<1> why now <2> <3>"
 
 
 @pytest.mark.parametrize("on_overflow", ["error", "drop"])
 def test_prompts_and_responses_are_never_cut(on_overflow: str) -> None:
     query = EXAMPLE.queries[0]
-    fits = limits(prompt=5, on_overflow=on_overflow)
-    assert len(encoding.encode_query(query, None, TOKENIZER, "please", fits)[0]) == 5
+    encoder(prompt=5, on_overflow=on_overflow).check(query, None)
     with pytest.raises(UserError, match=r"query f#1: the generator's prompt takes 5 tokens, limits.prompt is 4; raise"):
-        encoding.encode_query(query, None, TOKENIZER, "please", limits(prompt=4, on_overflow=on_overflow))
+        encoder(prompt=4, on_overflow=on_overflow).check(query, None)
     with pytest.raises(UserError, match=r"query f#1: chosen takes 3 tokens, limits.response is 2"):
-        encoding.encode_query(query, None, TOKENIZER, "please", limits(response=2, on_overflow=on_overflow))
-    swapped = Query(query.prompt, query.rejected, query.chosen)
+        encoder(response=2, on_overflow=on_overflow).check(query, None)
     with pytest.raises(UserError, match=r"query 'why now': rejected takes 3 tokens, limits.response is 2"):
-        encoding.encode_query(swapped, None, TOKENIZER, "please", limits(response=2, on_overflow=on_overflow))
+        encoder(response=2).check(Query(query.prompt, query.rejected, query.chosen), None)
+    with pytest.raises(UserError, match=r"prompt 'why now' takes 5 tokens, limits.prompt is 4"):
+        encoder(prompt=4).check_prompt("why now", None)
+
+
+def test_a_prompt_leaves_room_for_the_summary_to_come() -> None:
+    query = EXAMPLE.queries[0]
+    with pytest.raises(UserError, match=r"prompt with a summary of limits.summary = 6 takes 17 tokens, limits.prompt"):
+        encoder(prompt=16).check(query, "They", more=6)
+    exact = encoder(prompt=17)
+    exact.check(query, "They", more=6)
+    # Tokenised again, the summary that came may be longer than it was drawn: nothing of it is cut or refused.
+    assert len(exact.pair(query, "They like rhymes and more words than there was room")[0]) == 20
+
+
+def test_a_summary_stops_at_one_token() -> None:
+    reads = encoder()
+    assert reads.summary_stop() == ()
+    reads.prompts.summary_stop = "."
+    assert reads.summary_stop() == tuple(TOKENIZER.encode("."))
+    reads.prompts.summary_stop = "two words"
+    with pytest.raises(UserError, match="config.prompts.summary_stop is 'two words', 2 tokens of this tokenizer"):
+        reads.summary_stop()

@@ -123,20 +123,16 @@ def test_half_precision_on_disk_comes_back_as_float32(tmp_path: pathlib.Path):
     assert size < 0.6 * (FIXTURES / "qwen3" / "model.safetensors").stat().st_size
 
 
-@pytest.mark.parametrize("split_layers", [False, True])
-def test_sharded_load_equals_plain_load(split_layers: bool):
+def test_sharded_load_equals_plain_load():
     mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
     plain = hub.load(FIXTURES / "llama3")
     policy = Policy(plain.config)
     shardings = sharding.param_shardings(policy.logical_axes_base(), policy.abstract_base(), mesh)
-    if split_layers:
-        by_layer = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("tensor"))
-        shardings["layers"] = jax.tree.map(lambda _: by_layer, shardings["layers"])
-    sharded = hub.load(FIXTURES / "llama3", shardings=shardings)
+    sharded = hub.load(FIXTURES / "llama3", mesh=mesh)
     assert_same_bits(plain.params, sharded.params)
     kernel = sharded.params["layers"]["q"]["kernel"]
     assert kernel.sharding.is_equivalent_to(shardings["layers"]["q"]["kernel"], kernel.ndim)
-    assert kernel.addressable_shards[0].data.size == kernel.size // (2 if split_layers else 8)
+    assert kernel.addressable_shards[0].data.size == kernel.size // 8
 
 
 def test_a_slice_reads_no_more_than_its_part():

@@ -67,9 +67,11 @@ def test_reduce_logp_sums_or_averages():
     np.testing.assert_allclose(objective.reduce_logp(logp, length, "mean"), [-1.5, -3.0, 0.0])
 
 
-def test_masked_total_counts_what_it_sums():
-    total, count = objective.masked_total(jnp.array([1.0, 2.0, jnp.nan]), jnp.array([True, True, False]))
+def test_weighted_total_counts_what_it_sums():
+    total, count = objective.weighted_total(jnp.array([1.0, 2.0, jnp.nan]), jnp.array([True, True, False]))
     assert (float(total), float(count)) == (3.0, 2.0)
+    total, count = objective.weighted_total(jnp.array([1.0, 2.0, jnp.nan]), jnp.array([0.5, 2.0, 0.0]))
+    assert (float(total), float(count)) == (4.5, 2.5)
 
 
 def test_advantages_by_hand():

@@ -8,9 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from popi_jax import rollout, scoring
-from popi_jax.data import packing
-from popi_jax.errors import UserError
+from popi_jax import packing, pairs, scoring
 from tests import tiny
 
 BUCKETS = (4, 8, 16)
@@ -22,51 +20,19 @@ def test_bucket_is_the_smallest_that_holds(length: int, expected: int, buckets: 
     assert packing.bucket(length, buckets) == expected
 
 
-def test_bucket_beyond_the_largest_names_the_limit() -> None:
-    with pytest.raises(UserError, match=r"17 tokens exceed the largest of limits.buckets \(16\)"):
-        packing.bucket(17, BUCKETS)
+@pytest.mark.parametrize(("length", "expected"), [(17, 32), (32, 32), (33, 48)])
+def test_bucket_beyond_the_largest_is_a_multiple_of_it(length: int, expected: int) -> None:
+    assert packing.bucket(length, BUCKETS) == expected
 
 
-def test_pack_pads_right_to_buckets_and_rows() -> None:
-    batch = packing.pack([[7, 8, 9], [5] * 5], [[[1], [2, 3]], [[4], []]], BUCKETS, pad_id=99, rows=3)
+def test_prompts_are_padded_right_to_buckets_and_rows() -> None:
+    ids_BxT, length_B = packing.pad_rows([[7, 8, 9], [5] * 5], BUCKETS, pad_id=99, rows=3)
     _ = 99
-    np.testing.assert_array_equal(
-        batch.prefix_BxT, [[7, 8, 9, _, _, _, _, _], [5, 5, 5, 5, 5, _, _, _], [_] * 8], strict=False
-    )
-    np.testing.assert_array_equal(batch.prefix_length_B, [3, 5, 0])
-    np.testing.assert_array_equal(
-        batch.branches_BxNxS, [[[1, _, _, _], [2, 3, _, _]], [[4, _, _, _], [_] * 4], [[_] * 4, [_] * 4]]
-    )
-    np.testing.assert_array_equal(batch.branch_length_BxN, [[1, 2], [1, 0], [0, 0]])
-    assert {leaf.dtype for leaf in jax.tree.leaves(batch)} == {np.dtype(np.int32)}
-    assert len(jax.tree.leaves(batch)) == 4
-
-
-@pytest.mark.parametrize(("branch", "limit", "width"), [(5, None, 8), (5, 6, 6), (5, 5, 5), (3, 6, 4), (5, 99, 8)])
-def test_branches_are_not_padded_past_their_limit(branch: int, limit: int | None, width: int) -> None:
-    batch = packing.pack([[5] * 5], [[[1] * branch]], BUCKETS, pad_id=0, branch_limit=limit)
-    assert batch.branches_BxNxS.shape == (1, 1, width)
-    assert batch.branch_length_BxN.tolist() == [[branch]]
-    assert batch.prefix_BxT.shape == (1, 8)
-
-
-def test_pack_then_cut_gives_back_what_went_in() -> None:
-    rng = np.random.default_rng(0)
-    prefixes = [rng.integers(1, 50, n).tolist() for n in rng.integers(1, 16, 6)]
-    rows = [[rng.integers(1, 50, n).tolist() for n in rng.integers(0, 9, 3)] for _ in prefixes]
-    batch = packing.pack(prefixes, rows, BUCKETS, pad_id=0)
-    assert [batch.prefix_BxT[b, : batch.prefix_length_B[b]].tolist() for b in range(6)] == prefixes
-    lengths = batch.branch_length_BxN
-    assert [[batch.branches_BxNxS[b, n, : lengths[b, n]].tolist() for n in range(3)] for b in range(6)] == rows
-
-
-def test_pack_refuses_what_does_not_line_up() -> None:
-    with pytest.raises(ValueError, match="2 prefixes do not fit into 1 rows"):
-        packing.pack([[1], [2]], [[[1]], [[1]]], BUCKETS, 0, rows=1)
-    with pytest.raises(ValueError, match=r"rows of \[1, 2\] branches"):
-        packing.pack([[1], [2]], [[[1]], [[1], [2]]], BUCKETS, 0)
-    with pytest.raises(ValueError, match="1 prefixes, 2 rows"):
-        packing.pack([[1]], [[[1]], [[1]]], BUCKETS, 0)
+    np.testing.assert_array_equal(ids_BxT, [[7, 8, 9, _, _, _, _, _], [5, 5, 5, 5, 5, _, _, _], [_] * 8])
+    np.testing.assert_array_equal(length_B, [3, 5, 0])
+    assert ids_BxT.dtype == length_B.dtype == np.int32
+    with pytest.raises(ValueError, match="2 prompts do not fit into 1 rows"):
+        packing.pad_rows([[1], [2]], BUCKETS, 0, rows=1)
 
 
 def test_fill_bins_is_first_fit_decreasing() -> None:
@@ -85,7 +51,7 @@ def test_pack_bins_by_hand() -> None:
     assert batch.branch_GxW[0].tolist() == [0, 0, 1, 4, 5, 5, 6]
     assert (batch.segments_CxL[1] == -1).all() and (batch.branch_GxW[1] == 6).all()
     assert batch.length_RxN.tolist() == [[2, 1], [0, 0], [1, 2]] and batch.first_R.tolist() == [0, 1, 2]
-    assert batch.valid_R.tolist() == [True, False, True] and int(batch.token_count) == 9
+    assert int(batch.token_count) == 9
 
 
 def test_bins_of_a_group_share_their_scored_positions() -> None:
@@ -143,4 +109,4 @@ def test_coarse_counts_are_few_and_waste_less_than_half():
 )
 def test_bins_take_a_bucket_where_that_pads_far_less(lengths, length):
     config = ml_collections.ConfigDict({"limits": {"bin": 64, "buckets": (32, 48, 96)}})
-    assert rollout.bin_length(types.SimpleNamespace(config=config), lengths) == length
+    assert pairs.bin_length(types.SimpleNamespace(config=config), lengths) == length

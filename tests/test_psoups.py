@@ -96,7 +96,7 @@ def test_signals_and_queries_are_rows_of_the_examples_persona(path: pathlib.Path
             row = rows[int(index)]
             assert (part.prompt, part.chosen, part.rejected) == (row["prompt"], row["chosen"], row["rejected"])
             assert example.persona == row[psoups.PERSONA]
-        assert example.group == example.queries[0].prompt
+        assert all(query.group == query.prompt for query in example.queries)
 
 
 @pytest.mark.parametrize("protocol", ["disjoint", "shipped"])

@@ -1,6 +1,7 @@
 """What a workdir says of its run, and what may be done with it."""
 
 import json
+import math
 
 import pytest
 
@@ -65,6 +66,14 @@ def test_json_lines_end_at_newlines_alone(tmp_path):
     assert runfiles.read_jsonl(path) == rows
     runfiles.write_jsonl(path, [])
     assert runfiles.read_jsonl(path) == [] == runfiles.read_jsonl(tmp_path / "none.jsonl")
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    runfiles.write_results(tmp_path, config(), [{"accuracy": 0.5, "accuracy_ci95": [math.nan, math.inf], "n": 3}])
+    (row,) = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)["rows"]
+    assert row == {"accuracy": 0.5, "accuracy_ci95": [None, None], "n": 3}
+    runfiles.write_jsonl(tmp_path / "rows.jsonl", [{"h": -math.inf}])
+    assert (tmp_path / "rows.jsonl").read_text() == '{"h": null}\n'
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,14 @@ def world(config: Settings, seed=0, users=U, empty=False, n_bins=0, groups=1):
     pairs = tiny.packed(lines, 24, micros=config.accumulation, n_bins=n_bins, groups=groups)
     first, first_ref = of_summary(0, lines, ref)
     first_pairs = tiny.packed(first, 24, micros=config.accumulation, n_bins=n_bins, groups=groups)
-    return base, state, (inference, GeneratorBatch(pairs, ref), GeneratorBatch(first_pairs, first_ref))
+    generator = GeneratorBatch(pairs, ref, weights(lines))
+    return base, state, (inference, generator, GeneratorBatch(first_pairs, first_ref, weights(first)))
+
+
+def weights(lines):
+    """M over the number of the user's queries that are no padding."""
+    valid_UKxM = (lines.branch_length_BxN.sum(axis=1) > 0).reshape(-1, M)
+    return (valid_UKxM * M / np.maximum(valid_UKxM.sum(axis=1, keepdims=True), 1)).ravel().astype(np.float32)
 
 
 def of_summary(k, lines, ref):
@@ -129,21 +136,36 @@ def test_first_summaries_give_the_loss_of_all_on_average():
     base, state, (inference, pairs, _) = world(config)
     ref = pairs.ref_logp_Rx2
     lines = tiny.rows(np.random.default_rng(5), U * K * M, 2, 5, 4)
-    everything = GeneratorBatch(tiny.packed(lines, 24), ref)
+    everything = GeneratorBatch(tiny.packed(lines, 24), ref, weights(lines))
     step = jitted(steps.joint_step, config)
     whole, _ = step(state, base, (inference, everything, None))
     moves = []
     for k in range(K):
         own, own_ref = of_summary(k, lines, ref)
-        learned = GeneratorBatch(tiny.packed(own, 24), own_ref)
+        learned = GeneratorBatch(tiny.packed(own, 24), own_ref, weights(own))
         moves.append(step(state, base, (inference, everything, learned))[0].theta)
     assert_close(jax.tree.map(lambda *leaves: sum(leaves) / K, *moves), whole.theta)
 
 
 def test_rewards_by_hand():
     loss_R = jnp.array([1.0, 3.0, 5.0, 7.0, 2.0, 4.0, 6.0, 8.0])  # (u, k, m), 2 x 2 x 2.
-    valid_R = jnp.array([True, True, True, False, True, True, True, True])
-    np.testing.assert_allclose(steps.summary_rewards(loss_R, valid_R, 2, 2), [[-2.0, -5.0], [-3.0, -7.0]])
+    weight_R = jnp.array([1.0, 1.0, 2.0, 0.0, 1.0, 1.0, 1.0, 1.0])  # One query of the second summary is padding.
+    np.testing.assert_allclose(steps.summary_rewards(loss_R, weight_R, 2, 2), [[-2.0, -5.0], [-3.0, -7.0]])
+
+
+def test_users_count_alike_however_many_queries_they_have():
+    """The loss that moves theta is the mean over users of what phi is rewarded for, POPI section 3."""
+    config = settings(tiny.LORA)
+    base, state, (inference, generator, _) = world(config)
+    lines = tiny.rows(np.random.default_rng(5), U * K * M, 2, 5, 4)
+    few = np.arange(U * K * M).reshape(U, K, M)[0, :, 1:].ravel()  # The first user has one query.
+    lines.prefix_length_B[few], lines.branch_length_BxN[few] = 0, 0
+    generator = GeneratorBatch(tiny.packed(lines, 24), generator.ref_logp_Rx2, weights(lines))
+    _, metrics = jitted(steps.joint_step, config)(state, base, (inference, generator, None))
+    np.testing.assert_allclose(metrics["loss"], -metrics["reward"], rtol=1e-6)
+    by_row = dataclasses.replace(generator, weight_R=(weights(lines) > 0).astype(np.float32))
+    _, metrics = jitted(steps.joint_step, config)(state, base, (inference, by_row, None))
+    assert abs(metrics["loss"] + metrics["reward"]) > 1e-3
 
 
 def test_policy_at_its_reference_has_the_loss_of_no_opinion():
@@ -169,7 +191,7 @@ def test_generator_learns_and_inference_follows_its_reward():
     rows = batch[0].rows
     loss_R = np.zeros((U, K, M), np.float32)
     loss_R[:, 1:] = 5.0  # The first summary of every user is the good one.
-    reward = steps.summary_rewards(jnp.asarray(loss_R.ravel()), jnp.ones(loss_R.size, bool), U, K)
+    reward = steps.summary_rewards(jnp.asarray(loss_R.ravel()), jnp.ones(loss_R.size), U, K)
     grad = jax.jit(jax.grad(lambda phi: steps.inference_loss(phi, base, batch[0], reward, jnp.float32(0), config)[0]))
     phi = jax.tree.map(lambda p, g: p - 0.02 * g, state.phi, grad(state.phi))
     before, after = (scoring.score(config.policy.bind(base, p), rows).logp_BxNxS.sum(-1) for p in (state.phi, phi))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from configs import psoups_smollm2, quickstart
@@ -79,6 +80,8 @@ def test_what_a_run_leaves(finished):
     assert results["schema"] == 1 and results["dataset"] == "stylebook"
     (row,) = results["rows"]
     assert row["method"] == "popi" and row["n"] == 16 and 0 <= row["accuracy"] <= 1
+    records = evaluate.read_records(finished / "eval_records.jsonl")
+    assert row["summaries_cut"] == np.mean([not record.finished for record in records])
     low, high = row["accuracy_ci95"]
     assert low <= row["accuracy"] <= high
     lines = metrics(finished)
@@ -116,6 +119,10 @@ def test_summarize_generate_export(finished, tmp_path):
     assert out.returncode == 0, out.stderr
     summaries = [json.loads(line) for line in (tmp_path / "summaries.jsonl").read_text().splitlines()]
     assert [entry["user"] for entry in summaries] == ["u0", "u1", "u2"]
+    assert all(entry["signals_dropped"] == 0 for entry in summaries) and "no signals dropped" in out.stdout
+    (tmp_path / "users.jsonl").write_text(json.dumps(users[0]) + "\n")
+    fewer = run(finished, *flags, mode="summarize")  # Nothing that is there is thrown away.
+    assert fewer.returncode == 2 and "holds 3 lines, the input 1; choose another --output" in fewer.stderr
     prompts = [{"prompt": "How do I bake bread?", "user": "u1"}, {"prompt": "Why?", "summary": "Likes lists."}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     flags = (f"--input={tmp_path / 'prompts.jsonl'}", f"--output={tmp_path / 'responses.jsonl'}", *FLAGS)
@@ -149,6 +156,9 @@ BAD = [
     ("prompts.summary_stop", "two words", "config.prompts.summary_stop is"),
     ("train.accumulation", 3, "config.train.accumulation is 3"),
     ("mesh.fsdp", 3, "mesh.fsdp=3"),
+    ("optim.clip_generator", -1.0, "config.optim.clip_generator is -1.0"),
+    ("data.seed", -1, "config.data.seed is -1"),
+    ("train.profile_steps", (3,), "config.train.profile_steps is (3,)"),
 ]
 
 
@@ -174,6 +184,21 @@ def test_bad_users_name_file_and_line(line, shown, tmp_path):
     path.write_text(line + "\n")
     out = run(tmp_path / "run", "--config.data.dataset=users", f"--config.data.path={path}")
     assert out.returncode == 2 and f"{path}:1" in out.stderr and shown in out.stderr, out.stderr
+
+
+def test_mistakes_in_the_flags_are_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    for workdir, flag, shown in [
+        ("file", "--config.seed=0", f"{tmp_path / 'file'}: File exists"),
+        ("broken", "--config.seed=0", f"{tmp_path / 'broken' / 'config.json'}: not JSON"),
+        ("new", "--config.seed=-1", "config.seed is -1; it must be at least 0"),
+        ("new", "--distributed=host:1,2,5", "--distributed=host:1,2,5: give auto, or HOST:PORT,COUNT,INDEX"),
+    ]:
+        out = run(tmp_path / workdir, flag)
+        assert out.returncode == 2 and shown in out.stderr, out.stderr
+        assert len(out.stderr.splitlines()) == 1, out.stderr
 
 
 def test_checkpoint_of_another_model(finished, tmp_path):
@@ -203,7 +228,7 @@ def test_an_evaluation_leaves_the_runs_own_results_alone(finished, tmp_path):
     [
         ("popi", {"signals": 30}, "limits.signals is 30"),
         ("popi", {"prompt": 100}, "limits.prompt is 100"),  # Of the raw signals, which every evaluation reads.
-        ("popi", {"summary": 260}, "with a summary of config.limits.summary, limits.prompt is 272"),
+        ("popi", {"summary": 260}, "with a summary of limits.summary = 260 takes"),
         ("population", {"response": 2}, "limits.response is 2"),
     ],
 )
@@ -275,6 +300,8 @@ def test_two_phases_with_adapters(tmp_path):
         {name for name in ("grad_norm_inference", "grad_norm_generator") if name in line} for line in metrics(tmp_path)
     ]
     assert kinds == [{"grad_norm_inference"}, {"grad_norm_generator"}, {"grad_norm_generator"}]
+    cut = ["summaries_cut" in line for line in metrics(tmp_path)]
+    assert cut == [True, True, True]  # The generator's phase draws summaries, too.
     written = [json.loads(line) for line in (tmp_path / "written_summaries.jsonl").read_text().splitlines()]
     assert len({entry["user"] for entry in written}) == len(written) == 8  # Two steps of four users, each drawn once.
 

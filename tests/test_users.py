@@ -41,7 +41,6 @@ def test_reads_every_kind_with_its_provenance(tmp_path: pathlib.Path) -> None:
         ),
         queries=(Query("q", "yes", "no", provenance="users.jsonl:3/queries/0"),),
         persona="kind",
-        group="u1",
     )
 
 

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from popi_jax.data import packing
+from popi_jax import packing
 from popi_jax.model.config import LoraConfig, ModelConfig
 from popi_jax.model.policy import Policy
 from popi_jax.scoring import PackedBatch, PrefixBatch
@@ -42,13 +42,13 @@ def perturbed(tree, seed: int, scale: float = 0.3):
     return jax.tree.unflatten(treedef, noisy)
 
 
-def rows(rng: np.random.Generator, B: int, N: int, T: int, R: int, least: int = 1) -> PrefixBatch:
+def rows(rng: np.random.Generator, B: int, N: int, T: int, S: int, least: int = 1) -> PrefixBatch:
     """B rows of N branches, every length drawn anew; garbage at padding, so that a leak would show."""
     return PrefixBatch(
         prefix_BxT=rng.integers(0, CONFIG.vocab_size, (B, T)).astype(np.int32),
         prefix_length_B=rng.integers(least, T + 1, B).astype(np.int32),
-        branches_BxNxS=rng.integers(0, CONFIG.vocab_size, (B, N, R)).astype(np.int32),
-        branch_length_BxN=rng.integers(1, R + 1, (B, N)).astype(np.int32),
+        branches_BxNxS=rng.integers(0, CONFIG.vocab_size, (B, N, S)).astype(np.int32),
+        branch_length_BxN=rng.integers(1, S + 1, (B, N)).astype(np.int32),
     )
 
 

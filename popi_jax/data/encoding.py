@@ -1,44 +1,21 @@
-"""From examples and contexts to token ids.
+"""From users and queries to token ids, as a config's prompts and limits say.
 
 What exceeds a limit is an error that names it, or, with on_overflow = "drop", costs whole signals, the oldest first; a
 prompt or a response is never cut. Drops are counted in an `OverflowLog` that the caller shows.
 """
 
 import bisect
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol
+
+import ml_collections
 
 from popi_jax.data import templates
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError
+from popi_jax.model.tokenizer import Tokenizer
 
 Ids = list[int]
-
-
-class Tokenizer(Protocol):
-    """What is asked of popi_jax.model.tokenizer.Tokenizer here."""
-
-    @property
-    def end_id(self) -> int:
-        """The token that a response ends with."""
-        ...
-
-    def render(self, messages: templates.Messages, add_generation_prompt: bool = True) -> Ids:
-        """Token ids of a conversation in the chat template."""
-        ...
-
-    def encode(self, text: str) -> Ids:
-        """Token ids of a text, without special tokens."""
-        ...
-
-
-class Limits(Protocol):
-    """The fields of config.limits that are read here."""
-
-    signals: int
-    prompt: int
-    response: int
-    on_overflow: str
 
 
 class OverflowLog:
@@ -50,6 +27,10 @@ class OverflowLog:
     def record(self, user: str, limit_name: str, dropped: int) -> None:
         """Notes that `dropped` of this user's signals did not fit into the limit of this name."""
         self._dropped[user, limit_name] = dropped
+
+    def of(self, user: str, limit_name: str) -> int:
+        """How many of this user's signals did not fit into the limit of this name."""
+        return self._dropped.get((user, limit_name), 0)
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """For each limit that was exceeded: the number of signals dropped, and of users who lost some."""
@@ -64,115 +45,117 @@ class OverflowLog:
         return "; ".join(parts) or "no signals dropped"
 
 
-def encode_signals(
-    example: Example,
-    tokenizer: Tokenizer,
-    instruction: str,
-    limit: int,
-    on_overflow: str,
-    log: OverflowLog | None = None,
-    start: str = "",
-    pair_fields: Sequence[str] = tuple(templates.PAIR_LABELS),
-) -> Ids:
-    """The prompt of q_phi for one user, generation prompt included.
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """What the two models read.
 
-    Args:
-        example: the user.
-        tokenizer: of the inference model.
-        instruction: see `templates.inference_messages`.
-        limit: limits.signals, the most tokens.
-        on_overflow: "error", or "drop": drops the oldest (first) signals until the rest fits.
-        log: counts what was dropped.
-        start: how every summary starts: the model goes on from there.
-        pair_fields: see `templates.signals_text`.
-    """
-    start_ids = tokenizer.encode(start)
-
-    def render(signals: Sequence[Signal]) -> Ids:
-        return [*tokenizer.render(templates.inference_messages(signals, instruction, pair_fields)), *start_ids]
-
-    def length(signals: Sequence[Signal]) -> int:
-        return len(render(signals))
-
-    return render(_fitting_signals(example, length, limit, "limits.signals", on_overflow, log))
-
-
-def raw_signals_context(
-    example: Example, tokenizer: Tokenizer, instruction: str, limits: Limits, log: OverflowLog | None = None
-) -> str:
-    """The generator's context in raw_signals: the signals with which every query's prompt stays within limits.prompt.
-
-    Args:
-        example: the user, with queries.
-        tokenizer: of the generator.
-        instruction: see `templates.generator_messages`.
-        limits: on_overflow as in `encode_signals`.
-        log: counts what was dropped.
+    Attributes:
+        tokenizer: of both.
+        prompts: config.prompts.
+        limits: config.limits.
+        overflow: counts what on_overflow = "drop" costs.
     """
 
-    def length(signals: Sequence[Signal]) -> int:
-        context = templates.signals_text(signals)
-        prompts = {query.prompt for query in example.queries}
-        return max(
-            len(tokenizer.render(templates.generator_messages(prompt, context, instruction))) for prompt in prompts
-        )
+    tokenizer: Tokenizer
+    prompts: ml_collections.ConfigDict
+    limits: ml_collections.ConfigDict
+    overflow: OverflowLog = dataclasses.field(default_factory=OverflowLog)
 
-    kept = _fitting_signals(example, length, limits.prompt, "limits.prompt", limits.on_overflow, log)
-    return templates.signals_text(kept)
+    def signals(self, example: Example) -> Ids:
+        """The prompt of q_phi for one user, as far as the start that every summary has: the model goes on from there.
 
+        Raises:
+            UserError: no signals, or more than limits.signals tokens (see on_overflow).
+        """
+        start = self.tokenizer.encode(self.prompts.summary_start)
 
-def _fitting_signals(
-    example: Example,
-    length: Callable[[Sequence[Signal]], int],
-    limit: int,
-    limit_name: str,
-    on_overflow: str,
-    log: OverflowLog | None,
-) -> tuple[Signal, ...]:
-    """The newest signals with which the prompt has at most `limit` tokens; UserError if there are none such."""
-    if not example.signals:
-        raise UserError(f"user {example.user!r} has no signals; give at least one")
-    tokens = length(example.signals)
-    if tokens <= limit:
-        return example.signals
-    n_signals = len(example.signals)
-    over = f"user {example.user!r}: a prompt with {n_signals} signals takes {tokens} tokens, {limit_name} is {limit}"
-    if on_overflow == "error":
-        raise UserError(f"{over}; raise it or set limits.on_overflow to 'drop'")
-    # Fewer signals take fewer tokens, so the least number to drop is found by bisection.
-    dropped = bisect.bisect_left(range(n_signals), True, lo=1, key=lambda n: length(example.signals[n:]) <= limit)
-    if dropped == n_signals:
-        raise UserError(f"{over}, which the last signal alone exceeds; raise it")
-    if log is not None:
-        log.record(example.user, limit_name, dropped)
-    return example.signals[dropped:]
-
-
-def encode_query(
-    query: Query, context: str | None, tokenizer: Tokenizer, instruction: str, limits: Limits
-) -> tuple[Ids, Ids, Ids]:
-    """Encodes one preference triple under a context.
-
-    Args:
-        query: the triple.
-        context: see `templates.generator_messages`.
-        tokenizer: of the generator.
-        instruction: see `templates.generator_messages`.
-        limits: a prompt or a response beyond its limit is an error, whatever on_overflow says.
-
-    Returns:
-        The prompt with its generation prompt; y+ and y-, without special tokens but for the end token of each.
-    """
-    where = f"query {query.provenance or repr(query.prompt[:40])}"
-    prefix = tokenizer.render(templates.generator_messages(query.prompt, context, instruction))
-    chosen, rejected = ([*tokenizer.encode(text), tokenizer.end_id] for text in (query.chosen, query.rejected))
-    for name, ids, limit_name, limit in (
-        ("the generator's prompt", prefix, "limits.prompt", limits.prompt),
-        ("chosen", chosen, "limits.response", limits.response),
-        ("rejected", rejected, "limits.response", limits.response),
-    ):
-        if len(ids) > limit:
-            raise UserError(
-                f"{where}: {name} takes {len(ids)} tokens, {limit_name} is {limit}; raise it or shorten the text"
+        def render(signals: Sequence[Signal]) -> Ids:
+            messages = templates.inference_messages(
+                signals, self.prompts.inference_instruction, tuple(self.prompts.pair_fields)
             )
-    return prefix, chosen, rejected
+            return [*self.tokenizer.render(messages), *start]
+
+        return render(self._fitting(example, lambda signals: len(render(signals)), "signals"))
+
+    def raw_signals(self, example: Example) -> str:
+        """The context of raw_signals: the signals with which every query's prompt stays within limits.prompt.
+
+        Raises:
+            UserError: no signals, or more than limits.prompt tokens (see on_overflow).
+        """
+        prompts = {query.prompt for query in example.queries}
+
+        def length(signals: Sequence[Signal]) -> int:
+            return max(len(self.prompt(prompt, templates.signals_text(signals))) for prompt in prompts)
+
+        return templates.signals_text(self._fitting(example, length, "prompt"))
+
+    def prompt(self, prompt: str, context: str | None) -> Ids:
+        """The generator's prompt x with what it is told of the user (see `templates.generator_messages`)."""
+        return self.tokenizer.render(templates.generator_messages(prompt, context, self.prompts.generator_instruction))
+
+    def pair(self, query: Query, context: str | None) -> tuple[Ids, Ids, Ids]:
+        """The generator's prompt; y+ and y-, without special tokens but for the end token of each."""
+        chosen, rejected = (
+            [*self.tokenizer.encode(text), self.tokenizer.end_id] for text in (query.chosen, query.rejected)
+        )
+        return self.prompt(query.prompt, context), chosen, rejected
+
+    def check(self, query: Query, context: str | None, more: int = 0) -> None:
+        """Raises UserError where prompt or responses exceed their limit, the prompt with `more` tokens to come.
+
+        Asked before a run, not while it goes on: a summary of the same length may take some tokens more when its text
+        is tokenised again, which is no reason to end a run.
+        """
+        where = f"query {query.provenance or repr(query.prompt[:40])}"
+        prefix, chosen, rejected = self.pair(query, context)
+        with_summary = f" with a summary of limits.summary = {more}" if more else ""
+        for name, tokens, limit in (
+            (f"the generator's prompt{with_summary}", len(prefix) + more, "prompt"),
+            ("chosen", len(chosen), "response"),
+            ("rejected", len(rejected), "response"),
+        ):
+            self._check(f"{where}: {name}", tokens, limit)
+
+    def check_prompt(self, prompt: str, context: str | None) -> None:
+        """Raises UserError where a prompt without known responses exceeds limits.prompt."""
+        self._check(f"prompt {prompt[:40]!r}", len(self.prompt(prompt, context)), "prompt")
+
+    def _check(self, what: str, tokens: int, limit: str) -> None:
+        if tokens > self.limits[limit]:
+            raise UserError(
+                f"{what} takes {tokens} tokens, limits.{limit} is {self.limits[limit]}; raise it or shorten the text"
+            )
+
+    def cost(self, context: str | None) -> int:
+        """What telling the generator `context` costs, in tokens of its text."""
+        return len(self.tokenizer.encode(context)) if context else 0
+
+    def summary_stop(self) -> tuple[int, ...]:
+        """The token that ends a summary beside those that always do; UserError where summary_stop is not one token."""
+        ids = self.tokenizer.encode(self.prompts.summary_stop)
+        if len(ids) > 1:
+            raise UserError(
+                f"config.prompts.summary_stop is {self.prompts.summary_stop!r}, {len(ids)} tokens of this tokenizer;"
+                " give one token"
+            )
+        return tuple(ids)
+
+    def _fitting(self, example: Example, length: Callable[[Sequence[Signal]], int], limit: str) -> tuple[Signal, ...]:
+        """The newest signals with which the prompt stays within the limit; UserError if there are none such."""
+        if not example.signals:
+            raise UserError(f"user {example.user!r} has no signals; give at least one")
+        most, tokens, n_signals = self.limits[limit], length(example.signals), len(example.signals)
+        if tokens <= most:
+            return example.signals
+        over = (
+            f"user {example.user!r}: a prompt with {n_signals} signals takes {tokens} tokens, limits.{limit} is {most}"
+        )
+        if self.limits.on_overflow == "error":
+            raise UserError(f"{over}; raise it or set limits.on_overflow to 'drop'")
+        # Fewer signals take fewer tokens, so the least number to drop is found by bisection.
+        dropped = bisect.bisect_left(range(n_signals), True, lo=1, key=lambda n: length(example.signals[n:]) <= most)
+        if dropped == n_signals:
+            raise UserError(f"{over}, which the last signal alone exceeds; raise it")
+        self.overflow.record(example.user, f"limits.{limit}", dropped)
+        return example.signals[dropped:]

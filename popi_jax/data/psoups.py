@@ -90,7 +90,7 @@ def read_psoups(
         counts: gains the number of dropped rows and signals, by reason.
 
     Returns:
-        {"train": [...], "test": [...]}. An example's group is its first query's prompt.
+        {"train": [...], "test": [...]}. A query's group is its prompt.
 
     Raises:
         UserError: a bad file or setting, or too few rows.
@@ -123,11 +123,12 @@ def read_rows(path: pathlib.Path) -> list[Row]:
     for index, value in enumerate(records):
         where = f"{path}: row {index}"
         record = checks.as_object(value, where)
-        query = Query(provenance=f"{path.name}#{index}", **checks.pair_fields(record, where))
+        pair = checks.pair_fields(record, where)
+        query = Query(**pair, provenance=f"{path.name}#{index}", group=pair["prompt"])
         shipped = []
-        for i, pair in enumerate(checks.list_field(record, FEEDBACK, where)):
+        for i, shown in enumerate(checks.list_field(record, FEEDBACK, where)):
             pair_where = f"{where}: {FEEDBACK}[{i}]"
-            fields = checks.pair_fields(checks.as_object(pair, pair_where), pair_where)
+            fields = checks.pair_fields(checks.as_object(shown, pair_where), pair_where)
             shipped.append(Signal("pair", provenance=f"{query.provenance}/feedback/{i}", **fields))
         rows.append(Row(index, query, checks.text_field(record, PERSONA, where), tuple(shipped)))
     return rows
@@ -197,7 +198,7 @@ def _examples(
                     continue
                 user = f"{group[0].query.provenance}/draw/{draw}"
                 queries = tuple(row.query for row in group)
-                drawn.append(Example(user, split, signals, queries, persona, group=group[0].query.prompt))
+                drawn.append(Example(user, split, signals, queries, persona))
         examples += [drawn[i] for i in rng.permutation(len(drawn))]
     return examples
 

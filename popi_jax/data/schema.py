@@ -29,12 +29,16 @@ class Signal:
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """A preference triple (x, y+, y-): `chosen` is the response that this user prefers to `rejected`."""
+    """A preference triple (x, y+, y-): `chosen` is the response that this user prefers to `rejected`.
+
+    `group` is what resampling must keep together (rows of one group are not independent); empty: the user's rows.
+    """
 
     prompt: str
     chosen: str
     rejected: str
     provenance: str = ""
+    group: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,6 @@ class Example:
         signals: what the inference model reads.
         queries: what the generator is trained or tested on.
         persona: the true description of the user where the data has one, else ""; only the oracle reads it.
-        group: what resampling must keep together (rows of one group are not independent), e.g. the query prompt.
     """
 
     user: str
@@ -55,4 +58,3 @@ class Example:
     signals: tuple[Signal, ...]
     queries: tuple[Query, ...]
     persona: str = ""
-    group: str = ""

@@ -116,7 +116,6 @@ def draw_example(seed: int, split: str, index: int, signals: int, queries: int) 
         signals=signals_of(rng, taste_6, signals, user),
         queries=tuple(labelled_query(rng, taste_6, f"{user}/query{m}") for m in range(queries)),
         persona=text.summary(dict(enumerate(taste_6))),
-        group=user,
     )
 
 

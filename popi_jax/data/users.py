@@ -77,7 +77,7 @@ def _parse_user(record: dict[str, Any], path: pathlib.Path, number: int, split: 
         _parse_query(value, f"{where}: queries[{i}]", f"{source}/queries/{i}") for i, value in enumerate(values)
     )
     persona = checks.text_field(record, "persona", where) if "persona" in record else ""
-    return Example(user, split, signals, queries, persona, group=user)
+    return Example(user, split, signals, queries, persona)
 
 
 def _parse_signal(value: Any, where: str, provenance: str) -> Signal:

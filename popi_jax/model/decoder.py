@@ -1,7 +1,8 @@
 """The one decoder: a pre-norm transformer with rope, grouped queries and a gated MLP, its layers stacked and scanned.
 
 Shapes: n layers, B lines, T prefix length, L tokens of a line, N branches per prefix, S branch length, D model width,
-H heads, Kv kv heads, G = H / Kv, Dh head width, I = Dh / 2, F MLP width, V vocabulary.
+H heads, Kv kv heads, G = H / Kv, Dh head width, I = Dh / 2, F MLP width, V vocabulary; of a linear layer R rows, E
+input and O output width, r its adapter's rank.
 """
 
 import dataclasses
@@ -120,8 +121,8 @@ class Norm(nnx.Module):
         return (normed * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
 
 
-def _matmul(x_RxI: jax.Array, kernel_IxO: jax.Array) -> jax.Array:
-    return product("ri,io->ro", x_RxI, kernel_IxO.astype(x_RxI.dtype)).astype(x_RxI.dtype)
+def _matmul(x_RxE: jax.Array, kernel_ExO: jax.Array) -> jax.Array:
+    return product("re,eo->ro", x_RxE, kernel_ExO.astype(x_RxE.dtype)).astype(x_RxE.dtype)
 
 
 class Linear(nnx.Module):
@@ -138,15 +139,15 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         rows = x.shape[: x.ndim - self.input_dims]
         # As a matrix: with two row dimensions the compiler transposes the whole gradient for the weight's product.
-        x_RxI = x.reshape(math.prod(rows), -1)
+        x_RxE = x.reshape(math.prod(rows), -1)
         kernel = self.kernel[...]
-        into = x_RxI.shape[1]
-        y_RxO = _matmul(x_RxI, kernel.reshape(into, -1))
+        into = x_RxE.shape[1]
+        y_RxO = _matmul(x_RxE, kernel.reshape(into, -1))
         if self.bias is not None:
             y_RxO += self.bias[...].reshape(1, -1).astype(x.dtype)
         if self.a is not None and self.b is not None:
-            a_Ixr = self.a[...].reshape(into, -1)
-            y_RxO += self.lora_scale * _matmul(_matmul(x_RxI, a_Ixr), self.b[...].reshape(a_Ixr.shape[1], -1))
+            a_Exr = self.a[...].reshape(into, -1)
+            y_RxO += self.lora_scale * _matmul(_matmul(x_RxE, a_Exr), self.b[...].reshape(a_Exr.shape[1], -1))
         return y_RxO.reshape(*rows, *kernel.shape[self.input_dims :])
 
 

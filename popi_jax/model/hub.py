@@ -1,6 +1,6 @@
 """Checkpoints as hub folders (config.json + safetensors, in one file or in shards): load, save, fingerprint. No torch.
 
-Loading reads one tensor at a time and, given shardings, only the slices that this process's devices hold.
+Loading reads one tensor at a time and, given a mesh, only the slices that this process's devices hold.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from popi_jax import sharding
 from popi_jax.errors import UserError
 from popi_jax.model import tokenizer as tokenizer_lib
 from popi_jax.model.config import ModelConfig
@@ -264,19 +265,16 @@ def load(
     path_or_id: str | os.PathLike[str],
     compute_dtype: str = "float32",
     remat: bool = False,
-    *,
-    param_dtype: str = "float32",
-    shardings: Params | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Checkpoint:
-    """Loads a hub folder, a hub id or "stylebook".
+    """Loads a hub folder, a hub id or "stylebook"; the parameters are float32, whatever the file has.
 
     Args:
         path_or_id: see resolve().
         compute_dtype: "float32" or "bfloat16", of activations.
         remat: rematerialise each layer in the backward pass.
-        param_dtype: dtype of the parameters in memory, whatever the file has.
-        shardings: a tree of shardings with the parameters' structure; each process then reads only the slices of its
-            own devices. None: everything on the default device.
+        mesh: spreads the parameters over it as sharding.RULES say; each process reads only the slices of its own
+            devices. None: everything on the default device.
 
     Raises:
         UserError: a file is missing or broken, the architecture is not supported, or a tensor is missing, superfluous,
@@ -289,26 +287,28 @@ def load(
     table = leaves(config)
     weights.check(table, config)
     params: Params = {}
+    policy = Policy(config)
+    placed = policy.abstract_base()
+    if mesh is not None:
+        placed = sharding.param_shardings(policy.logical_axes_base(), placed, mesh)
     for leaf in table:
-        sharding = None if shardings is None else _get(shardings, leaf.path)
-        _set(params, leaf.path, _load_leaf(weights, leaf, config.n_layers, np.dtype(param_dtype), sharding))
+        place = None if mesh is None else _get(placed, leaf.path)
+        _set(params, leaf.path, _load_leaf(weights, leaf, config.n_layers, place))
     return Checkpoint(config, params, folder, fingerprint(folder))
 
 
-def _load_leaf(
-    weights: _Weights, leaf: Leaf, n_layers: int, dtype: np.dtype, sharding: jax.sharding.Sharding | None
-) -> jax.Array:
+def _load_leaf(weights: _Weights, leaf: Leaf, n_layers: int, place: jax.sharding.Sharding | None) -> jax.Array:
     shape = (n_layers, *leaf.shape) if leaf.stacked else leaf.shape
 
     def read(index: Any) -> np.ndarray:
         if not leaf.stacked:
-            return leaf.from_hub(weights.tensor(leaf.name), index).astype(dtype)
+            return leaf.from_hub(weights.tensor(leaf.name), index).astype(np.float32)
         names = _names(leaf, n_layers)[index[0]]
-        return np.stack([leaf.from_hub(weights.tensor(name), index[1:]).astype(dtype) for name in names])
+        return np.stack([leaf.from_hub(weights.tensor(name), index[1:]).astype(np.float32) for name in names])
 
-    if sharding is None:
+    if place is None:
         return jax.device_put(read((slice(None),) * len(shape)))
-    return jax.make_array_from_callback(shape, sharding, read)
+    return jax.make_array_from_callback(shape, place, read)
 
 
 def save(

@@ -36,9 +36,9 @@ def fuse(base: Tree, delta: Tree, lora: LoraConfig) -> Tree:
         kernel = layers[target]["kernel"]
         a = adapter["a"].astype(jnp.float32)
         b = adapter["b"].astype(jnp.float32)
-        a_NxIxr = a.reshape(a.shape[0], -1, lora.rank)
-        b_NxrxO = b.reshape(b.shape[0], lora.rank, -1)
-        product = jnp.einsum("nir,nro->nio", a_NxIxr, b_NxrxO, precision="highest").reshape(kernel.shape)
+        a_nxExr = a.reshape(a.shape[0], -1, lora.rank)
+        b_nxrxO = b.reshape(b.shape[0], lora.rank, -1)
+        product = jnp.einsum("ner,nro->neo", a_nxExr, b_nxrxO, precision="highest").reshape(kernel.shape)
         fused = (kernel.astype(jnp.float32) + lora.scale * product).astype(kernel.dtype)
         layers[target] = {**layers[target], "kernel": fused}
     return {**base, "layers": layers}

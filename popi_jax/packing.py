@@ -1,7 +1,7 @@
-"""From token ids to padded arrays of a few static shapes: lines of one row each, or bins of many rows.
+"""From token ids to padded arrays of a few static shapes: lines of one prompt each, or bins of many rows.
 
-Shapes: B lines, T prefix length, N branches, S branch length, X = B * N; R rows with N branches in C bins of L
-tokens, in G groups with at most W branch tokens each.
+Shapes: B lines, T their length; R rows with N branches in C bins of L tokens, in G groups with at most W branch tokens
+each.
 """
 
 import dataclasses
@@ -9,19 +9,18 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from popi_jax.errors import UserError
 from popi_jax.model.attention import ROW
-from popi_jax.scoring import PackedBatch, PrefixBatch
+from popi_jax.scoring import PackedBatch
 
 Ids = list[int]
 
 
 def bucket(length: int, buckets: Sequence[int]) -> int:
-    """Returns the smallest bucket that holds `length` tokens, so that few shapes are ever compiled."""
-    fitting = [size for size in buckets if size >= length]
-    if not fitting:
-        raise UserError(f"{length} tokens exceed the largest of limits.buckets ({max(buckets)}); add a larger one")
-    return min(fitting)
+    """Returns the smallest bucket that holds `length` tokens, so that few shapes are ever compiled.
+
+    Beyond the largest: the smallest multiple of it. Buckets are shapes; what is too long the limits say.
+    """
+    return min((size for size in buckets if size >= length), default=round_up(length, max(buckets)))
 
 
 def round_up(count: int, step: int) -> int:
@@ -29,53 +28,17 @@ def round_up(count: int, step: int) -> int:
     return max(1, -(-count // step)) * step
 
 
-def pack(
-    prefixes: Sequence[Ids],
-    branches: Sequence[Sequence[Ids]],
-    buckets: Sequence[int],
-    pad_id: int,
-    rows: int | None = None,
-    branch_limit: int | None = None,
-) -> PrefixBatch:
-    """Pads prefixes and their branches to the smallest buckets that hold them.
+def pad_rows(prompts: Sequence[Ids], buckets: Sequence[int], pad_id: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-pads to the smallest bucket that holds the longest: ids [B, T], lengths [B], int32.
 
-    Args:
-        prefixes: B lists of ids.
-        branches: B lists of N lists of ids.
-        buckets: the lengths to choose T and S from.
-        pad_id: fills what is left; any id does, since lengths tell what is real.
-        rows: pads to this many rows, the added ones of length 0; None: B.
-        branch_limit: no branch is longer, so none is padded further, whatever the buckets are; None: it is not known.
+    B = `rows`, at least as many as there are; those added have length 0. Any `pad_id` does: lengths tell what is real.
     """
-    n_branches = {len(row) for row in branches}
-    if len(n_branches) != 1 or len(prefixes) != len(branches):
-        raise ValueError(f"{len(prefixes)} prefixes, {len(branches)} rows of {sorted(n_branches)} branches")
-    prefix_BxT, prefix_length_B = pack_prefixes(prefixes, buckets, pad_id, rows)
-    (N,) = n_branches
-    flat = [ids for row in branches for ids in row]
-    sizes = buckets if branch_limit is None else (*(size for size in buckets if size < branch_limit), branch_limit)
-    flat_XxS, length_X = pack_prefixes(flat, sizes, pad_id, len(prefix_BxT) * N)
-    B, S = len(prefix_BxT), flat_XxS.shape[-1]
-    return PrefixBatch(
-        prefix_BxT=prefix_BxT,
-        prefix_length_B=prefix_length_B,
-        branches_BxNxS=flat_XxS.reshape(B, N, S),
-        branch_length_BxN=length_X.reshape(B, N),
-    )
-
-
-def pack_prefixes(
-    prefixes: Sequence[Ids], buckets: Sequence[int], pad_id: int, rows: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Right-pads to the smallest bucket that holds the longest: ids [B, T], lengths [B], int32; `rows` as in `pack`."""
-    B = len(prefixes) if rows is None else rows
-    if len(prefixes) > B:
-        raise ValueError(f"{len(prefixes)} prefixes do not fit into {B} rows")
-    length_B = np.zeros(B, np.int32)
-    length_B[: len(prefixes)] = [len(ids) for ids in prefixes]
-    T = bucket(int(length_B.max(initial=0)), buckets)
-    ids_BxT = np.full((B, T), pad_id, np.int32)
-    for row, ids in enumerate(prefixes):
+    if len(prompts) > rows:
+        raise ValueError(f"{len(prompts)} prompts do not fit into {rows} rows")
+    length_B = np.zeros(rows, np.int32)
+    length_B[: len(prompts)] = [len(ids) for ids in prompts]
+    ids_BxT = np.full((rows, bucket(int(length_B.max(initial=0)), buckets)), pad_id, np.int32)
+    for row, ids in enumerate(prompts):
         ids_BxT[row, : len(ids)] = ids
     return ids_BxT, length_B
 

@@ -1,0 +1,123 @@
+"""Scores preference pairs: log pi(y+|x, z) and log pi(y-|x, z) of queries under what the generator is told of a user.
+
+Shapes: R rows for the generator, user-major as in steps.py; C bins of L tokens.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from popi_jax import packing, sharding, steps
+from popi_jax.data.schema import Query
+from popi_jax.model.policy import Policy
+from popi_jax.scoring import PackedBatch
+from popi_jax.system import System
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One thing to score: a query, and what the generator is told of the user (None: nothing)."""
+
+    query: Query
+    context: str | None
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "reduction"))
+def _pair_logps(base, theta, rows, *, policy: Policy, reduction: str) -> jax.Array:
+    return steps.pair_logps(policy, base, theta, rows, reduction)
+
+
+def pair_row(system: System, item: Item | None) -> packing.Row:
+    """A prompt with y+ and y-; None is a row of padding."""
+    if item is None:
+        return packing.Row([], [[], []])
+    prefix, chosen, rejected = system.encoder.pair(item.query, item.context)
+    return packing.Row(prefix, [chosen, rejected])
+
+
+def bin_length(system: System, lengths: Sequence[int]) -> int:
+    """The length of bins for such rows: limits.bin, or a bucket that holds the longest where that pads far less."""
+    limit = system.config.limits.bin
+    if max(lengths) > limit:
+        return packing.bucket(max(lengths), tuple(system.config.limits.buckets))
+    positions = {
+        size: len(packing.fill_bins(lengths, size)) * size
+        for size in (limit, *system.config.limits.buckets)
+        if max(lengths) <= size <= limit
+    }
+    best = min(positions, key=lambda size: positions[size])
+    # Not for a little less: another length is another shape to compile.
+    return best if positions[best] < 0.8 * positions[limit] else limit
+
+
+def place_packed(system: System, packed: PackedBatch) -> PackedBatch:
+    """Spreads the bins over the devices that share the rows; what there is of each row goes to all of them."""
+    spread, everywhere = sharding.batch_sharding(system.mesh), sharding.replicated(system.mesh)
+    placed = {name: everywhere if name in ("length_RxN", "first_R") else spread for name in vars(packed)}
+    return PackedBatch(**jax.device_put(vars(packed), placed))
+
+
+def pack_pairs(system: System, items: Sequence[Item | None], least_bins: int = 0) -> PackedBatch:
+    """Packs a train step's rows, each micro-batch's by itself, in `least_bins` or more of them.
+
+    Where some of a user's K summaries are the same text, their rows are read once.
+    """
+    rows = [pair_row(system, item) for item in items]
+    micro = len(rows) // system.config.train.accumulation
+    starts = range(0, len(rows), micro)
+    parts = [rows[start : start + micro] for start in starts]
+    firsts = [packing.first_equals(items[start : start + micro]) for start in starts]
+    lengths = [
+        [row.tokens if own == i else 0 for i, (row, own) in enumerate(zip(part, first, strict=True))]
+        for part, first in zip(parts, firsts, strict=True)
+    ]
+    length = bin_length(system, sum(lengths, []))
+    bins = [packing.fill_bins(own, length) for own in lengths]
+    # Rounded up, so that steps have few shapes, and every device has as many bins.
+    shards = sharding.row_shards(system.mesh)
+    n_bins = packing.round_up(packing.coarse(max(least_bins, *map(len, bins))), shards)
+    shape = packing.BinShape(n_bins, length, shards)
+    scored = max(packing.most_scored(part, own, shape) for part, own in zip(parts, bins, strict=True))
+    packed = [
+        packing.pack_bins(part, own, shape, scored=scored, pad_id=system.tokenizer.pad_id, first_R=first)
+        for part, own, first in zip(parts, bins, firsts, strict=True)
+    ]
+    return place_packed(system, jax.tree.map(lambda *leaves: np.concatenate(leaves), *packed))
+
+
+def pair_logps(system: System, theta, items: Sequence[Item], rows: int) -> np.ndarray:
+    """Log pi(y+|x,z) and log pi(y-|x,z) of every item, [n, 2]; about `rows` of them at a time, all in one shape.
+
+    Many summaries of a trained model are the same text: equal items are scored once.
+    """
+    first_R = packing.first_equals(items)
+    unique = sorted(set(first_R))
+    encoded = [pair_row(system, items[i]) for i in unique]
+    lengths = [row.tokens for row in encoded]
+    length = bin_length(system, lengths)
+    bins = packing.fill_bins(lengths, length)
+    shards = sharding.row_shards(system.mesh)
+    n_bins = packing.round_up(-(-len(bins) * min(rows, len(unique)) // len(unique)), shards)
+    parts = [bins[start : start + n_bins] for start in range(0, len(bins), n_bins)]
+    members = [[i for own in part for i in own] for part in parts]
+    shape = packing.BinShape(n_bins, length, shards)
+    scored = max(packing.most_scored(encoded, part, shape) for part in parts)
+    most = max(map(len, members))
+    logps = np.zeros((len(unique), 2), np.float32)
+    for part, chosen in zip(parts, members, strict=True):
+        place = {item: r for r, item in enumerate(chosen)}
+        own = [[place[item] for item in part_bin] for part_bin in part]
+        some = [encoded[i] for i in chosen] + [packing.Row([], [[], []])] * (most - len(chosen))
+        packed = packing.pack_bins(some, own, shape, scored=scored, pad_id=system.tokenizer.pad_id)
+        out = _pair_logps(
+            system.base,
+            theta,
+            place_packed(system, packed),
+            policy=system.policy,
+            reduction=system.config.objective.logp_reduction,
+        )
+        logps[chosen] = sharding.to_host(out)[: len(chosen)]
+    return logps[np.searchsorted(unique, first_R)]
