@@ -142,16 +142,14 @@ def advantages(
     return jnp.where(_valid_UxK(reward_UxK, valid_U), advantage_UxK, 0.0)
 
 
-def update_baseline(baseline: jax.Array, reward_UxK: jax.Array, valid_U: jax.Array | None, decay: float) -> jax.Array:
+def update_baseline(baseline: jax.Array, reward: SumCount, decay: float) -> jax.Array:
     """Returns the moving average of the rewards that the NEXT step's "reinforce" may use as its baseline.
 
     A baseline that has seen the samples it is subtracted from correlates with them and biases the gradient: compute
     this step's advantages with the old one. A step without a valid user leaves it as it is.
     """
-    reward_UxK = jax.lax.stop_gradient(reward_UxK)
-    reward_sum, count = weighted_total(reward_UxK, _valid_UxK(reward_UxK, valid_U))
-    mean_reward = reward_sum / jnp.maximum(count, 1.0)
-    moved = decay * baseline + (1.0 - decay) * mean_reward
+    reward_sum, count = jax.lax.stop_gradient(reward)
+    moved = decay * baseline + (1.0 - decay) * reward_sum / jnp.maximum(count, 1.0)
     return jnp.where(count > 0, moved, baseline)
 
 

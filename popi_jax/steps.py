@@ -252,13 +252,11 @@ def _accumulate(sums: Callable, batch: Any, accumulation: int) -> Any:
 def _update_phi(state: TrainState, grads: Params, terms: Terms, settings: Settings):
     grads = _divide(grads, terms["surrogate"][1])
     updates, opt_phi = settings.tx_phi.update(grads, state.opt_phi, state.phi)
-    reward_sum, count = terms["reward_less_kl"]
-    mean_reward = (reward_sum / jnp.maximum(count, 1.0))[None, None]
     state = dataclasses.replace(
         state,
         phi=optax.apply_updates(state.phi, updates),
         opt_phi=opt_phi,
-        baseline=objective.update_baseline(state.baseline, mean_reward, count[None] > 0, settings.baseline_decay),
+        baseline=objective.update_baseline(state.baseline, terms["reward_less_kl"], settings.baseline_decay),
     )
     return state, {"grad_norm_inference": optax.tree.norm(grads), "update_norm_inference": optax.tree.norm(updates)}
 

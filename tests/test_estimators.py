@@ -337,7 +337,8 @@ def _sum_over_k(original):
 
 def _baseline_after_its_update(original):
     def mutant(name, reward_UxK, baseline, valid_U=None):
-        updated = objective.update_baseline(jnp.asarray(baseline), reward_UxK, valid_U, decay=0.5)
+        reward = objective.weighted_total(reward_UxK, jnp.ones(reward_UxK.shape))
+        updated = objective.update_baseline(jnp.asarray(baseline), reward, decay=0.5)
         return original(name, reward_UxK, updated, valid_U)
 
     return mutant

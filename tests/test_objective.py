@@ -100,9 +100,13 @@ def test_grpo_of_equal_rewards_is_zero():
 
 def test_baseline_moves_by_the_valid_rewards_and_not_at_all_without():
     reward_UxK = jnp.array([[2.0, 4.0], [jnp.nan, 100.0]])
-    moved = objective.update_baseline(jnp.float32(1.0), reward_UxK, jnp.array([True, False]), decay=0.9)
+
+    def total(users):
+        return objective.weighted_total(reward_UxK, jnp.broadcast_to(jnp.array(users)[:, None], reward_UxK.shape))
+
+    moved = objective.update_baseline(jnp.float32(1.0), total([True, False]), decay=0.9)
     np.testing.assert_allclose(moved, 0.9 * 1.0 + 0.1 * 3.0, rtol=1e-6)
-    kept = objective.update_baseline(jnp.float32(1.0), reward_UxK, jnp.array([False, False]), decay=0.9)
+    kept = objective.update_baseline(jnp.float32(1.0), total([False, False]), decay=0.9)
     assert float(kept) == 1.0
 
 
