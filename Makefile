@@ -13,7 +13,7 @@ CONSTRAINT = file=constraints/py$$($(BIN)/python -c 'import sys; print("%d%d" % 
 	if [ -f $$file ]; then echo "-c $$file"; fi
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test smollm2 lint format types clean
+.PHONY: help setup quickstart test nightly smollm2 lint format types clean
 
 help:  ## Lists these commands.
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ quickstart: $(VENV)/.setup  ## Trains, evaluates and compares every method on st
 
 test: lint types  ## Runs everything that CI runs.
 	$(BIN)/python -m pytest $(TESTS)
+
+nightly: $(VENV)/.setup-test smollm2  ## Runs the tests that take minutes or fetch packages.
+	$(BIN)/python -m pytest -m 'slow or network' $(TESTS)
 
 lint: $(VENV)/.setup-test  ## Checks style and formatting.
 	$(BIN)/ruff check .

@@ -161,7 +161,6 @@ def check(config: ml_collections.ConfigDict) -> None:
     _one_of("config.objective.reference_context", config.objective.reference_context, ("prompt", "summary", "signals"))
     _one_of("config.optim.schedule", config.optim.schedule, ("cosine", "constant"))
     _one_of("config.limits.on_overflow", config.limits.on_overflow, ("error", "drop"))
-    _one_of("config.data.dataset", config.data.dataset, ("stylebook", "psoups", "users"))
     for key in (
         "limits.signals", "limits.prompt", "limits.response", "limits.summary", "limits.bin", "sampling.k",
         "train.users_per_step",

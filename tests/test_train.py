@@ -319,6 +319,15 @@ def test_popi_has_the_configs_schedule_unless_its_name_says_another():
     assert {c.method for c in (own, joint, twice, turns)} == {"popi"}
 
 
+@pytest.mark.slow  # Of no use beside other work.
+@pytest.mark.parametrize("name", ["quickstart", "psoups_smollm2", "users"])
+def test_runlocal_takes_less_than_a_minute(name, tmp_path):
+    started = time.monotonic()
+    out = run(tmp_path, config=f"--config={ROOT}/configs/{name}.py:runlocal")
+    assert out.returncode == 0, out.stderr
+    assert time.monotonic() - started < 60
+
+
 def test_results_table_and_its_resumption(tmp_path, capsys):
     config = quickstart.get_config("runlocal")
     methods = ["base", "population", "popi", "bayes_signals"]
