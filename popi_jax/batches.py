@@ -27,25 +27,29 @@ class WrittenSummaries:
 
     def __init__(self, path: pathlib.Path):
         self._path = path
-        self._known = {entry["user"]: entry["summary"] for entry in runfiles.read_jsonl(path)}
+        self._known = {entry["user"]: entry for entry in runfiles.read_jsonl(path)}
 
     def contexts(
         self, system: System, phi, examples: Sequence[Example], key: jax.Array
     ) -> tuple[list[list[str | None]], dict[str, float]]:
-        """The examples' summaries, those that are not written yet drawn with phi, as in training; counts of these."""
-        counts = {}
+        """The examples' summaries, those that are not written yet drawn with phi, as in training; and what to log."""
         missing = [example for example in examples if example.user not in self._known]
         if missing:
             drawn = rollout.draw_summaries(system, phi, missing, key, rollout.in_training(system.config), k=1)
-            counts = cut(drawn)
-            fresh = {example.user: texts[0] for example, texts in zip(missing, drawn.texts_UxK, strict=True)}
-            self._known.update(fresh)
+            fresh = [
+                {"user": example.user, "summary": texts[0], "finished": finished}
+                for example, texts, (finished,) in zip(
+                    missing, drawn.texts_UxK, drawn.finished_UxK.tolist(), strict=True
+                )
+            ]
+            self._known.update({entry["user"]: entry for entry in fresh})
             if jax.process_index() == 0:
-                lines = [json.dumps({"user": u, "summary": z}, ensure_ascii=False) + "\n" for u, z in fresh.items()]
+                lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in fresh]
                 # One write for the step: were some of its users known after a kill, the others would be drawn anew.
                 with self._path.open("ab", buffering=0) as file:
                     file.write("".join(lines).encode())
-        return [[self._known[example.user]] for example in examples], counts
+        own = [self._known[example.user] for example in examples]
+        return [[entry["summary"]] for entry in own], cut(np.array([entry["finished"] for entry in own]))
 
 
 def make_batch(
@@ -74,7 +78,7 @@ def make_batch(
         k = learned if kind == "generator" else config.sampling.k
         drawn = rollout.draw_summaries(system, phi, examples, key, rollout.in_training(config), k=k)
         contexts = [list(texts) for texts in drawn.texts_UxK]
-        counts = cut(drawn) | {"sample_s": time.perf_counter() - started}
+        counts = cut(drawn.finished_UxK) | {"sample_s": time.perf_counter() - started}
     else:
         contexts = [[own.text for own in some] for some in evaluate.contexts(system, None, examples, key)]
     queries = [chosen_queries(e, config.data.queries_per_user, config.seed, step, u) for u, e in enumerate(examples)]
@@ -97,9 +101,9 @@ def make_batch(
     return (inference, generator, fewer), counts
 
 
-def cut(drawn: Drawn) -> dict[str, float]:
+def cut(finished_x: np.ndarray) -> dict[str, float]:
     """The share of summaries that limits.summary cut short, to log."""
-    return {"summaries_cut": float(np.mean(~drawn.finished_UxK))}
+    return {"summaries_cut": float(np.mean(~finished_x))}
 
 
 def inference_batch(system: System, drawn: Drawn) -> steps.InferenceBatch:
@@ -131,18 +135,20 @@ def generator_batch(
         references: where the reference's log-probabilities come from.
         least_bins: see `pairs.pack_pairs`.
     """
-    M = system.config.data.queries_per_user
+    config = system.config
+    M = config.data.queries_per_user
     # As many users as the inference batch has, and, with accumulation, rows that micro-batches share alike.
-    R = rollout.padded_rows(system, system.config.train.users_per_step) * len(contexts[0]) * M
+    R = rollout.padded_rows(system, config.train.users_per_step) * len(contexts[0]) * M
     items: list[Item | None] = [None] * R
     weight_R, ref_logp_Rx2 = np.zeros(R, np.float32), np.zeros((R, 2), np.float32)
     asked: dict[int, Item] = {}
     r = 0
     for example, own_queries, own_contexts in zip(examples, queries, contexts, strict=True):
+        signals = system.encoder.raw_signals(example) if config.objective.reference_context == "signals" else ""
         for context in own_contexts:
             for place, query in enumerate(own_queries, start=r):
                 items[place] = item = Item(query, context)
-                asked[place] = reference_item(system, example, item)
+                asked[place] = reference_item(system, item, signals)
                 weight_R[place] = M / len(own_queries)
             r += M
     if asked:

@@ -17,6 +17,7 @@ import numpy as np
 from popi_jax import evaluate, pairs, stats
 from popi_jax.data import stylebook, stylebook_exact, stylebook_text
 from popi_jax.data.schema import Example
+from popi_jax.errors import UserError
 from popi_jax.pairs import Item
 from popi_jax.references import References
 from popi_jax.system import SUMMARIZED, System, stream_key
@@ -106,6 +107,9 @@ def write(path: pathlib.Path, measured: Measured) -> None:
 
 
 def read(path: pathlib.Path) -> Measured:
-    """Reads what `write` wrote."""
+    """Reads what `write` wrote; UserError where another version of this code did."""
     with np.load(path, allow_pickle=False) as stored:
-        return Measured(**{name: stored[name] for name in stored.files})
+        try:
+            return Measured(**{name: stored[name] for name in stored.files})
+        except TypeError as error:
+            raise UserError(f"{path}: of another version ({error}); choose another --workdir") from error

@@ -104,7 +104,9 @@ def evaluate(
     items = [Item(query, context.text) for _, _, query, context in found]
     signals = {example.user: encoder.raw_signals(example) for example in examples}
     logps = pairs.pair_logps(system, theta, items, config.eval.users_per_batch * config.eval.summaries_per_user)
-    asked = [reference_item(system, example, item) for (_, example, _, _), item in zip(found, items, strict=True)]
+    asked = [
+        reference_item(system, item, signals[example.user]) for (_, example, *_), item in zip(found, items, strict=True)
+    ]
     shown_signals = [Item(query, signals[example.user]) for _, example, query, _ in found]
     # References on sampled summaries are of no use to a later evaluation.
     references.remember(shown_signals + (asked if config.objective.reference_context != "summary" else []))
@@ -231,8 +233,11 @@ def write_records(path: pathlib.Path, records: Sequence[Record]) -> None:
 
 
 def read_records(path: pathlib.Path) -> list[Record]:
-    """Reads what `write_records` wrote."""
-    return [Record(**record) for record in runfiles.read_jsonl(path)]
+    """Reads what `write_records` wrote; UserError where another version of this code did."""
+    try:
+        return [Record(**record) for record in runfiles.read_jsonl(path)]
+    except TypeError as error:
+        raise UserError(f"{path}: of another version ({error}); choose another --workdir") from error
 
 
 def informativeness(

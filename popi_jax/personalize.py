@@ -61,6 +61,8 @@ def summarize(
     examples = users.read_users(input_path, require_queries=False)
     system, state = trained(config, workdir, step)
     sampling = rollout.in_use(config)
+    for example in examples:  # What exceeds a limit is told before the first summary.
+        system.encoder.signals(example)
 
     def identity(example: Example) -> dict[str, Any]:
         digest = hashlib.sha256(str(system.encoder.signals(example)).encode()).hexdigest()[:12]

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from popi_jax import pairs
-from popi_jax.data.schema import Example
 from popi_jax.pairs import Item
 from popi_jax.system import System
 
@@ -65,9 +64,10 @@ def _item_key(item: Item) -> str:
     return hashlib.sha256("\1".join(parts).encode()).hexdigest()
 
 
-def reference_item(system: System, example: Example, item: Item) -> Item:
-    """What the reference is shown for this row: the question only, unless config.objective says otherwise."""
+def reference_item(system: System, item: Item, signals: str) -> Item:
+    """What the reference is shown for this row: the question only, unless objective.reference_context says otherwise.
+
+    `signals` are the user's raw ones, where those are what it is shown.
+    """
     which = system.config.objective.reference_context
-    if which == "signals":
-        return Item(item.query, system.encoder.raw_signals(example))
-    return Item(item.query, {"prompt": None, "summary": item.context}[which])
+    return Item(item.query, {"prompt": None, "summary": item.context, "signals": signals}[which])

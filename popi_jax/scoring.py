@@ -51,7 +51,7 @@ class PrefixBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedBatch:
-    """Rows in bins, int32: what data/packing.py makes with `pack_bins`.
+    """Rows in bins, int32: what packing.py makes with `pack_bins`.
 
     Attributes:
         tokens_CxL: token ids.

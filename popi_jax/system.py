@@ -160,6 +160,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     _one_of("config.objective.logp_reduction", config.objective.logp_reduction, objective.LOGP_REDUCTIONS)
     _one_of("config.objective.reference_context", config.objective.reference_context, ("prompt", "summary", "signals"))
     _one_of("config.optim.schedule", config.optim.schedule, ("cosine", "constant"))
+    _one_of("config.data.dataset", config.data.dataset, ("stylebook", "psoups", "users"))
     _one_of("config.limits.on_overflow", config.limits.on_overflow, ("error", "drop"))
     for key in (
         "limits.signals", "limits.prompt", "limits.response", "limits.summary", "limits.bin", "sampling.k",

