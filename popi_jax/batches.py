@@ -15,11 +15,14 @@ import numpy as np
 from popi_jax import evaluate, packing, pairs, rollout, runfiles, sharding, steps
 from popi_jax import system as system_lib
 from popi_jax.data.schema import Example, Query
+from popi_jax.errors import UserError
 from popi_jax.pairs import Item
 from popi_jax.references import References, reference_item
 from popi_jax.rollout import Drawn
 from popi_jax.scoring import PrefixBatch
 from popi_jax.system import System
+
+_WRITTEN = ("user", "summary", "finished")  # The fields of a line of written_summaries.jsonl.
 
 
 class WrittenSummaries:
@@ -27,7 +30,10 @@ class WrittenSummaries:
 
     def __init__(self, path: pathlib.Path):
         self._path = path
-        self._known = {entry["user"]: entry for entry in runfiles.read_jsonl(path)}
+        try:
+            self._known = {e["user"]: {name: e[name] for name in _WRITTEN} for e in runfiles.read_jsonl(path)}
+        except KeyError as error:
+            raise UserError(f"{path}: of another version ({error} is missing); choose another --workdir") from error
 
     def contexts(
         self, system: System, phi, examples: Sequence[Example], key: jax.Array

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from popi_jax import decomposition, evaluate, pairs
+from popi_jax import batches, decomposition, evaluate, pairs
 from popi_jax.data import stylebook, stylebook_exact, stylebook_text
 from popi_jax.decomposition import Measured, estimate_information, one_wording
 from popi_jax.errors import UserError
@@ -76,6 +76,9 @@ def test_what_another_version_left_is_refused(tmp_path):
     (tmp_path / "old.jsonl").write_text('{"row": 0, "h": 1.0}\n')
     with pytest.raises(UserError, match=r"old.jsonl: of another version .*finished"):
         evaluate.read_records(tmp_path / "old.jsonl")
+    (tmp_path / "old.jsonl").write_text('{"user": "u", "summary": "s"}\n')
+    with pytest.raises(UserError, match=r"old.jsonl: of another version \('finished' is missing\)"):
+        batches.WrittenSummaries(tmp_path / "old.jsonl")
 
 
 def test_labels_of_the_oracle_are_given_the_persona(monkeypatch):
