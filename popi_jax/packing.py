@@ -18,9 +18,10 @@ Ids = list[int]
 def bucket(length: int, buckets: Sequence[int]) -> int:
     """Returns the smallest bucket that holds `length` tokens, so that few shapes are ever compiled.
 
-    Beyond the largest: the smallest multiple of it. Buckets are shapes; what is too long the limits say.
+    Beyond the largest, in steps of an eighth of it: its next multiple could need twice the memory for a few tokens more.
+    Buckets are shapes; what is too long the limits say.
     """
-    return min((size for size in buckets if size >= length), default=round_up(length, max(buckets)))
+    return min((size for size in buckets if size >= length), default=round_up(length, -(-max(buckets) // 8)))
 
 
 def round_up(count: int, step: int) -> int:

@@ -20,9 +20,10 @@ def test_bucket_is_the_smallest_that_holds(length: int, expected: int, buckets: 
     assert packing.bucket(length, buckets) == expected
 
 
-@pytest.mark.parametrize(("length", "expected"), [(17, 32), (32, 32), (33, 48)])
-def test_bucket_beyond_the_largest_is_a_multiple_of_it(length: int, expected: int) -> None:
-    assert packing.bucket(length, BUCKETS) == expected
+@pytest.mark.parametrize(("length", "expected"), [(1025, 1152), (1152, 1152), (2049, 2176)])
+def test_buckets_beyond_the_largest_go_on_in_eighths_of_it(length: int, expected: int) -> None:
+    assert packing.bucket(length, (96, 1024, 512)) == expected
+    assert packing.bucket(17, BUCKETS) == 18
 
 
 def test_prompts_are_padded_right_to_buckets_and_rows() -> None:
