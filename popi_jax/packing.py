@@ -18,7 +18,7 @@ Ids = list[int]
 def bucket(length: int, buckets: Sequence[int]) -> int:
     """Returns the smallest bucket that holds `length` tokens, so that few shapes are ever compiled.
 
-    Beyond the largest, in steps of an eighth of it: its next multiple could need twice the memory for a few tokens more.
+    Beyond the largest, in steps of an eighth of it: its next multiple could need twice the memory for a few tokens.
     Buckets are shapes; what is too long the limits say.
     """
     return min((size for size in buckets if size >= length), default=round_up(length, -(-max(buckets) // 8)))
