@@ -1,11 +1,12 @@
 """The results table of any config: every method x seed, resumable, with paired comparisons.
 
     python experiments/results_table.py --config=configs/NAME.py --workdir=DIR [--methods=base,popi] [--seeds=0,1,2]
-        [--nodata_texts]
+        [--nodata_texts] [--trained=DIR]
 
 Each method and seed is a run of its own in DIR/METHOD_seedN. A run that has finished is not repeated, one that was cut
 off goes on. DIR/results.json holds all rows; DIR/report.html shows them with popi's curves and samples;
---nodata_texts leaves the data set's own texts out of both, for data that may not be passed on.
+--nodata_texts leaves the data set's own texts out of both, for data that may not be passed on. With --trained nothing
+is trained: the runs of another table are evaluated as this config says, on other data or with more signals, say.
 """
 
 import pathlib
@@ -18,7 +19,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from popi_jax import cli, decomposition, evaluate, report, runfiles, stats, train
+from popi_jax import cli, decomposition, evaluate, personalize, report, runfiles, stats, train
 from popi_jax.data import prepared, stylebook_exact
 from popi_jax.errors import UserError
 
@@ -52,14 +53,21 @@ def method_config(config: ml_collections.ConfigDict, method: str, seed: int) -> 
     return c.lock()
 
 
-def run_method(config: ml_collections.ConfigDict, table: pathlib.Path, method: str, seed: int) -> dict[str, Any]:
-    """The method's row, from its finished run if there is one."""
-    workdir = table / f"{method}_seed{seed}"
+def run_method(
+    config: ml_collections.ConfigDict, table: pathlib.Path, method: str, seed: int, trained: pathlib.Path | None
+) -> dict[str, Any]:
+    """The method's row, from its finished run if there is one; of the table `trained`, where it is given, evaluated."""
+    name = f"{method}_seed{seed}"
+    workdir, shared = table / name, table / "shared"
     own = method_config(config, method, seed)
     row = runfiles.finished_row(workdir, own)
     if row is None:
         print(f"\n== {method}, seed {seed}", flush=True)
-        row = train.train(own, workdir, shared=table / "shared")
+        if trained is None or method == "base":  # base has no training to go back to.
+            row = train.train(own, workdir, shared)
+        else:
+            runfiles.claim(workdir, own)
+            row = personalize.evaluate_checkpoint(own, trained / name, workdir, shared=shared)
     return row | {"method": method}
 
 
@@ -120,8 +128,18 @@ def make_table(
     methods: Sequence[str],
     seeds: Sequence[int],
     data_texts: bool = True,
+    trained: pathlib.Path | None = None,
 ) -> None:
-    """Runs what is missing, then writes and prints the table; without `data_texts`, samples lack DATA_TEXTS."""
+    """Runs what is missing, then writes and prints the table.
+
+    Args:
+        config: the experiment.
+        table: the folder.
+        methods: the rows.
+        seeds: of each method's runs.
+        data_texts: False leaves DATA_TEXTS out of samples and results.
+        trained: the folder of another table, whose runs are evaluated instead of training any.
+    """
     unknown = [method for method in methods if method not in TRAINED + BAYES]
     if unknown:
         raise UserError(f"--methods: {unknown[0]!r} is unknown; choose from {', '.join(TRAINED + BAYES)}")
@@ -133,7 +151,7 @@ def make_table(
     table.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for seed in seeds:
-        rows += [run_method(config, table, method, seed) for method in methods if method in TRAINED]
+        rows += [run_method(config, table, method, seed, trained) for method in methods if method in TRAINED]
         if config.data.dataset == "stylebook":
             rows += [row for row in bayes_rows(config, seed) if row["method"] in methods]
     compare(config, table, rows)
@@ -160,6 +178,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("workdir", None, "The table's folder.")
     flags.DEFINE_list("methods", None, "The methods, by name; config.table.methods by default.")
     flags.DEFINE_list("seeds", None, "The seeds; config.table.seeds by default.")
+    flags.DEFINE_string("trained", None, "Another table's folder: its runs are evaluated, nothing is trained.")
     flags.DEFINE_bool("data_texts", True, "Whether samples and report show the data set's own texts.")
 
 
@@ -174,7 +193,8 @@ def _main(argv: list[str]) -> None:
     if wrong:
         raise UserError(f"--seeds: {wrong[0]!r} is not a seed; give numbers such as --seeds=0,1,2")
     seeds = [int(seed) for seed in values.seeds] if values.seeds else list(values.config.table.seeds)
-    make_table(values.config, pathlib.Path(values.workdir), methods, seeds, values.data_texts)
+    trained = pathlib.Path(values.trained) if values.trained else None
+    make_table(values.config, pathlib.Path(values.workdir), methods, seeds, values.data_texts, trained)
 
 
 if __name__ == "__main__":

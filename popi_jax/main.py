@@ -1,5 +1,6 @@
 """Flags to mode, nothing else: python -m popi_jax.main --config=configs/NAME.py[:arg] --workdir=DIR [--mode=MODE]."""
 
+import json
 import pathlib
 
 import jax
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> None:
         train.train(config, workdir)
     elif _MODE.value == "evaluate":
         output = None if _OUTPUT.value is None else pathlib.Path(_OUTPUT.value)
-        personalize.evaluate_checkpoint(config, workdir, output, _STEP.value)
+        print(json.dumps(personalize.evaluate_checkpoint(config, workdir, output, _STEP.value), indent=2))
     elif _MODE.value == "summarize":
         personalize.summarize(config, workdir, _path(_INPUT), _path(_OUTPUT), _STEP.value)
     elif _MODE.value == "generate":

@@ -29,7 +29,13 @@ def trained(config, workdir: pathlib.Path, step: int | None) -> tuple[System, st
     return system, restored[0]
 
 
-def evaluate_checkpoint(config, workdir: pathlib.Path, output: pathlib.Path | None, step: int | None) -> None:
+def evaluate_checkpoint(
+    config,
+    workdir: pathlib.Path,
+    output: pathlib.Path | None,
+    step: int | None = None,
+    shared: pathlib.Path | None = None,
+) -> dict[str, object]:
     """Evaluates a checkpoint on all test users, of other data too; the results go beside the run's own.
 
     Args:
@@ -37,15 +43,19 @@ def evaluate_checkpoint(config, workdir: pathlib.Path, output: pathlib.Path | No
         workdir: the run.
         output: the folder for results, samples and report; by default <workdir>/evaluation_step<N>.
         step: the checkpoint; None: the newest.
+        shared: as for `train.train`; the run's workdir by default.
+
+    Returns:
+        The row of results.json.
     """
     system, state = trained(config, workdir, step)
-    sources = {"test": prepared.from_config(config, workdir)["test"]}
+    shared = workdir if shared is None else shared
+    sources = {"test": prepared.from_config(config, shared)["test"]}
     preflight.check_examples(system, sources)
-    references = References(system, workdir / "cache", config.eval.users_per_batch * config.eval.summaries_per_user)
+    references = References(system, shared / "cache", config.eval.users_per_batch * config.eval.summaries_per_user)
     folder = workdir / f"evaluation_step{int(state.step)}" if output is None else output
     runfiles.describe(folder, config)
-    row = train.finish(system, folder, state, list(sources["test"]), references, int(state.step))
-    print(json.dumps(row, indent=2))
+    return train.finish(system, folder, state, list(sources["test"]), references, int(state.step))
 
 
 def summarize(

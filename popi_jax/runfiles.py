@@ -12,7 +12,14 @@ from popi_jax import metrics
 from popi_jax.errors import UserError
 
 # What may change between two starts of one run and leaves its results as they are, but for rounding.
-_ASIDE = ("table.", "train.checkpoint_every", "train.checkpoints_kept", "train.profile_steps", "mesh.")
+_ASIDE = (
+    "table.",
+    "train.checkpoint_every",
+    "train.checkpoints_kept",
+    "train.profile_steps",
+    "mesh.",
+    "model.remat",
+)
 # What has no part in the weights: it may change too, and the evaluation is done again.
 _FREE = (*_ASIDE, "eval.")
 # What a trained run must be used with: another value would be another model, or another meaning of its figures.

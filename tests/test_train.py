@@ -362,3 +362,22 @@ def test_results_table_and_its_resumption(tmp_path, capsys):
     ] * len(shown)
     page = (tmp_path / "report.html").read_text()
     assert shown[0]["summary"] in page and html.escape(shown[0]["prompt"]) not in page
+    _evaluated_with_fewer_signals(tmp_path, rows)
+
+
+def _evaluated_with_fewer_signals(trained, rows):
+    """The same runs in a table of other test users: nothing is trained, what is finished is kept."""
+    config, table = quickstart.get_config("runlocal"), trained / "two"
+    config.data.signals_per_user = 2
+    methods = ["base", "population", "popi"]
+    results_table.make_table(config, table, methods, [0], trained=trained)
+    results = (table / "popi_seed0" / "results.json").stat().st_mtime_ns
+    found = {row["method"]: row for row in json.loads((table / "results.json").read_text())["rows"]}
+    assert list(found) == methods and "popi_minus_this_ci95" in found["population"]
+    assert found["popi"]["raw_signal_tokens_mean"] < 0.6 * rows["popi"]["raw_signal_tokens_mean"]
+    assert not (table / "popi_seed0" / "checkpoints").exists() and (table / "shared" / "cache").exists()
+    results_table.make_table(config, table, methods, [0], trained=trained)
+    assert (table / "popi_seed0" / "results.json").stat().st_mtime_ns == results
+    config.lora.rank += 1
+    with pytest.raises(UserError, match="another config: config.lora.rank"):
+        results_table.make_table(config, trained / "other", ["popi"], [0], trained=trained)
