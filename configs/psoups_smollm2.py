@@ -1,4 +1,11 @@
-"""POPI on real input: SmolLM2-135M-Instruct for both models, P-Soups (schoolchild or PhD student)."""
+"""POPI on real input: SmolLM2-135M-Instruct for both models, P-Soups (schoolchild or PhD student).
+
+    make smollm2
+    python -m popi_jax.main --config=configs/psoups_smollm2.py --config.data.path=student_phd.json --workdir=runs/psoups
+
+131 minutes of training on two AMD cores (float32; other work beside it), 6 of evaluation; test accuracy
+85.2% [76.5, 92.4] with seed 0, and the other methods in experiments/results/psoups_smollm2.
+"""
 
 import ml_collections
 

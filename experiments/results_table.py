@@ -31,8 +31,8 @@ SCHEDULES = {
     "inference_only": "inference_only",
     "generator_only": "generator_only",
 }
-# The fields of samples.jsonl that are the data set's.
-DATA_TEXTS = ("persona", "signals", "prompt", "chosen", "rejected")
+# The fields of samples.jsonl that are the data set's; a response may repeat what it answers.
+DATA_TEXTS = ("persona", "signals", "prompt", "chosen", "rejected", "response")
 TRAINED = ("base", "population", "raw_signals", "zero_shot_summary", "oracle", "popi", *SCHEDULES)
 BAYES = ("bayes_signals", "bayes_persona")
 
@@ -80,13 +80,21 @@ def bayes_rows(config: ml_collections.ConfigDict, seed: int) -> list[dict[str, A
         ("bayes_signals", [truth.given_signals_T for truth in truths]),
         ("bayes_persona", [truth.given_persona_T for truth in truths]),
     ):
-        correct = np.concatenate([p_T > 0.5 for p_T in known]).astype(float)
+        correct = best_decision(np.concatenate(known))
         groups = [query.group or example.user for example in examples for query in example.queries]
         interval = stats.bootstrap_mean_ci(correct, groups, config.eval.bootstrap, seed=0)
         nats = float(np.mean(-np.log(np.concatenate(known))))
         row = {"method": method, "seed": seed, "n": len(correct), "accuracy": interval.mean, "nats": nats}
         rows.append(row | {"accuracy_ci95": [interval.low, interval.high]})
     return rows
+
+
+def best_decision(p_T: np.ndarray) -> np.ndarray:
+    """How often the likelier response is the preferred one; where both are as likely, in half of the cases.
+
+    Ties are common, where signals tell nothing of what a triple turns on, and rounding would decide them.
+    """
+    return np.where(np.isclose(p_T, 0.5, rtol=0, atol=1e-9), 0.5, p_T > 0.5)
 
 
 def compare(config: ml_collections.ConfigDict, table: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
