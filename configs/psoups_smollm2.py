@@ -69,6 +69,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.train.users_per_step = 8
     c.train.checkpoint_every = 8
     c.eval.users_per_batch = 12
-    c.eval.summaries_per_user = 2
-    c.eval.temperature = 0.3  # A summary is inferred once: what the model holds likely, less its doubts.
+    c.eval.summaries_per_user = 1
+    c.eval.temperature = 0.0  # A summary is inferred once: the likeliest.
     return c
