@@ -15,6 +15,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.compute_dtype = "float32"
     c.model.remat = False  # Rematerialise each layer in the backward pass.
     c.model.tokenizer = ""  # Another tokenizer than the checkpoint's own.
+    # A config.json in the hub's form: the shape that --mode=compile takes where model.path is no folder.
+    c.model.shape = ""
 
     # rank = 0: both models are fine-tuned in full. rank > 0: one frozen base, one adapter per role.
     c.lora = ml_collections.ConfigDict()
@@ -102,7 +104,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.train = ml_collections.ConfigDict()
     c.train.users_per_step = 8
-    c.train.accumulation = 1  # Micro-batches per step; divides users_per_step.
+    # Micro-batches per step of either model: as many times less memory for activations, the same update.
+    c.train.accumulation_inference = 1  # Of users.
+    c.train.accumulation_generator = 1  # Of rows: users x summaries x queries.
     c.train.checkpoint_every = 20
     c.train.checkpoints_kept = 2
     c.train.profile_steps = ()  # (first, last): a profiler trace of these steps.

@@ -1,6 +1,7 @@
 """What a step reads: the summaries that it needs, drawn; the rows of both models, laid out on the mesh.
 
-Shapes: U users, K summaries each, S tokens of a summary at most, M queries per user; R = U * K * M rows (u, k, m).
+Shapes: U users, K summaries each, S tokens of a summary at most, M queries per user; R = U * K * M rows (u, k, m); a
+step is given stacks of A micro-batches, see steps.py.
 """
 
 import json
@@ -100,7 +101,7 @@ def make_batch(
     fewer = None
     if learned < config.sampling.k:
         # Their share of all bins, which varies less than their own number: few shapes.
-        bins = len(generator.rows.tokens_CxL) // config.train.accumulation
+        bins = generator.rows.tokens_CxL.shape[1]
         few = [own[:learned] for own in contexts]
         least = bins * learned // config.sampling.k
         fewer = generator_batch(system, examples, queries, few, references, least)
@@ -113,15 +114,20 @@ def cut(finished_x: np.ndarray) -> dict[str, float]:
 
 
 def inference_batch(system: System, drawn: Drawn) -> steps.InferenceBatch:
-    """The users' signals with their sampled summaries as branches, token for token as they were drawn."""
+    """The users' signals with their sampled summaries as branches, token for token as they were drawn; a stack."""
     samples = drawn.samples
     # K branches a user: padded to a bucket made for prompts, they could outweigh the signals.
     S = min(
         packing.bucket(int(samples.length_BxN.max()), tuple(system.config.limits.buckets)), system.config.limits.summary
     )
     rows = PrefixBatch(drawn.prefix_BxT, drawn.prefix_length_B, samples.tokens_BxNxS[:, :, :S], samples.length_BxN)
-    batch = steps.InferenceBatch(rows, samples.logp_BxNxS[:, :, :S])
-    return jax.device_put(batch, sharding.batch_sharding(system.mesh))
+    batch = _stack(steps.InferenceBatch(rows, samples.logp_BxNxS[:, :, :S]), system.config.train.accumulation_inference)
+    return jax.device_put(batch, sharding.stack_sharding(system.mesh))
+
+
+def _stack(batch: Any, micro_batches: int) -> Any:
+    """Cuts every array's leading axis into a stack of micro-batches."""
+    return jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
 
 
 def generator_batch(
@@ -132,7 +138,7 @@ def generator_batch(
     references: References,
     least_bins: int = 0,
 ) -> steps.GeneratorBatch:
-    """The rows (u, k, m) of a step: each user's queries under each of the user's contexts.
+    """The rows (u, k, m) of a step, a stack: each user's queries under each of the user's contexts.
 
     Args:
         examples: the users.
@@ -143,7 +149,7 @@ def generator_batch(
     """
     config = system.config
     M = config.data.queries_per_user
-    # As many users as the inference batch has, and, with accumulation, rows that micro-batches share alike.
+    # As many users as the inference batch has.
     R = rollout.padded_rows(system, config.train.users_per_step) * len(contexts[0]) * M
     items: list[Item | None] = [None] * R
     weight_R, ref_logp_Rx2 = np.zeros(R, np.float32), np.zeros((R, 2), np.float32)
@@ -161,7 +167,8 @@ def generator_batch(
         ref_logp_Rx2[list(asked)] = references.lookup(list(asked.values()))
     everywhere = sharding.replicated(system.mesh)
     packed = pairs.pack_pairs(system, items, least_bins)
-    return steps.GeneratorBatch(packed, *jax.device_put((ref_logp_Rx2, weight_R), everywhere))
+    own = _stack((ref_logp_Rx2, weight_R), config.train.accumulation_generator)
+    return steps.GeneratorBatch(packed, *jax.device_put(own, everywhere))
 
 
 def chosen_queries(example: Example, count: int, seed: int, step: int, place: int) -> list[Query]:

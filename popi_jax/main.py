@@ -7,10 +7,10 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from popi_jax import cli
+from popi_jax import cli, runfiles
 from popi_jax.errors import UserError, first_line
 
-MODES = ("train", "evaluate", "summarize", "generate", "export")
+MODES = ("train", "evaluate", "summarize", "generate", "export", "compile")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: configs/NAME.py[:arg].", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go; a run found there is gone on with.")
@@ -22,7 +22,10 @@ _DISTRIBUTED = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 _STEP = flags.DEFINE_integer("step", None, "The checkpoint to use; the newest by default.")
 _INPUT = flags.DEFINE_string("input", None, "summarize: users.jsonl. generate: prompts.jsonl.")
-_OUTPUT = flags.DEFINE_string("output", None, "summarize, generate: the jsonl to write. export, evaluate: a folder.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "summarize, generate: the jsonl to write. export, evaluate: a folder. compile: a json."
+)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "compile: a TPU slice, such as v5e:4x4, or 'here': these devices.")
 
 
 def main(argv: list[str]) -> None:
@@ -31,7 +34,11 @@ def main(argv: list[str]) -> None:
         raise UserError(f"argument {argv[1]!r} is not a flag; write --name=value")
     if _CONFIG.value is None:
         raise UserError("--config is missing; e.g. --config=configs/quickstart.py")
-    config, workdir = _CONFIG.value, _path(_WORKDIR)
+    config = _CONFIG.value
+    if _MODE.value == "compile":
+        _compile(config)
+        return
+    workdir = _path(_WORKDIR)
     if _DISTRIBUTED.value is not None:
         _join(_DISTRIBUTED.value)
     # Imported late, so that a mistake in the flags is told at once.
@@ -48,6 +55,17 @@ def main(argv: list[str]) -> None:
         personalize.generate(config, workdir, _path(_INPUT), _path(_OUTPUT), _STEP.value)
     else:
         personalize.export(config, workdir, _path(_OUTPUT), _STEP.value)
+
+
+def _compile(config) -> None:
+    if _TOPOLOGY.value is None:
+        raise UserError("--mode=compile needs --topology: a TPU slice, such as v5e:4x4, or here")
+    from popi_jax import compile as compile_lib
+
+    report = compile_lib.report(config, _TOPOLOGY.value)
+    print(compile_lib.table(report))
+    if _OUTPUT.value is not None:
+        runfiles.write_text(pathlib.Path(_OUTPUT.value), json.dumps(report, indent=2) + "\n")
 
 
 def _join(cluster: str) -> None:

@@ -6,6 +6,7 @@ Shapes: R rows for the generator, user-major as in steps.py; C bins of L tokens.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -53,20 +54,20 @@ def bin_length(system: System, lengths: Sequence[int]) -> int:
     return best if positions[best] < 0.8 * positions[limit] else limit
 
 
-def place_packed(system: System, packed: PackedBatch) -> PackedBatch:
-    """Spreads the bins over the devices that share the rows; what there is of each row goes to all of them."""
-    spread, everywhere = sharding.batch_sharding(system.mesh), sharding.replicated(system.mesh)
-    placed = {name: everywhere if name in ("length_RxN", "first_R") else spread for name in vars(packed)}
-    return PackedBatch(**jax.device_put(vars(packed), placed))
+def packed_shardings(mesh: jax.sharding.Mesh, bins: Any) -> PackedBatch:
+    """Where a PackedBatch lies: its bins as `bins` says, what there is of each row on all devices."""
+    everywhere: Any = sharding.replicated(mesh)
+    names = [field.name for field in dataclasses.fields(PackedBatch)]
+    return PackedBatch(**{name: everywhere if name in ("length_RxN", "first_R") else bins for name in names})
 
 
 def pack_pairs(system: System, items: Sequence[Item | None], least_bins: int = 0) -> PackedBatch:
-    """Packs a train step's rows, each micro-batch's by itself, in `least_bins` or more of them.
+    """Packs a train step's rows as a stack of micro-batches, each in `least_bins` bins or more.
 
-    Where some of a user's K summaries are the same text, their rows are read once.
+    Of a micro-batch's rows that are the same, as those of a user's summaries of the same text, one is read.
     """
     rows = [pair_row(system, item) for item in items]
-    micro = len(rows) // system.config.train.accumulation
+    micro = len(rows) // system.config.train.accumulation_generator
     starts = range(0, len(rows), micro)
     parts = [rows[start : start + micro] for start in starts]
     firsts = [packing.first_equals(items[start : start + micro]) for start in starts]
@@ -85,7 +86,8 @@ def pack_pairs(system: System, items: Sequence[Item | None], least_bins: int = 0
         packing.pack_bins(part, own, shape, scored=scored, pad_id=system.tokenizer.pad_id, first_R=first)
         for part, own, first in zip(parts, bins, firsts, strict=True)
     ]
-    return place_packed(system, jax.tree.map(lambda *leaves: np.concatenate(leaves), *packed))
+    stack = jax.tree.map(lambda *leaves: np.stack(leaves), *packed)
+    return jax.device_put(stack, packed_shardings(system.mesh, sharding.stack_sharding(system.mesh)))
 
 
 def pair_logps(system: System, theta, items: Sequence[Item], rows: int) -> np.ndarray:
@@ -103,6 +105,7 @@ def pair_logps(system: System, theta, items: Sequence[Item], rows: int) -> np.nd
     n_bins = packing.round_up(-(-len(bins) * min(rows, len(unique)) // len(unique)), shards)
     parts = [bins[start : start + n_bins] for start in range(0, len(bins), n_bins)]
     members = [[i for own in part for i in own] for part in parts]
+    placed = packed_shardings(system.mesh, sharding.batch_sharding(system.mesh))
     shape = packing.BinShape(n_bins, length, shards)
     scored = max(packing.most_scored(encoded, part, shape) for part in parts)
     most = max(map(len, members))
@@ -115,7 +118,7 @@ def pair_logps(system: System, theta, items: Sequence[Item], rows: int) -> np.nd
         out = _pair_logps(
             system.base,
             theta,
-            place_packed(system, packed),
+            jax.device_put(packed, placed),
             policy=system.policy,
             reduction=system.config.objective.logp_reduction,
         )

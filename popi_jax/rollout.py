@@ -6,7 +6,6 @@ Shapes: U users, K summaries each, S tokens of a summary at most; B prompts, N t
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -53,12 +52,14 @@ class Drawn:
         return np.asarray(self.samples.finished_BxN)[: len(self.texts_UxK)]
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("policy", "branches", "max_tokens", "temperature", "top_p", "stop_ids", "pad_id"),
-)
-def _draw(base, delta, prompt_BxT, prompt_length_B, key, *, policy: Policy, **options) -> sampler.Samples:
+def draw(base, delta, prompt_BxT, prompt_length_B, key, *, policy: Policy, **options) -> sampler.Samples:
+    """What is jitted to draw text: `sampler.sample`, from weights."""
     return sampler.sample(policy.bind(base, delta), prompt_BxT, prompt_length_B, key, **options)
+
+
+_draw = jax.jit(
+    draw, static_argnames=("policy", "branches", "max_tokens", "temperature", "top_p", "stop_ids", "pad_id")
+)
 
 
 def draw_text(

@@ -6,8 +6,8 @@ There are two layouts. A PrefixBatch has a line [prefix | branch 1 | ... | branc
 the sampler leaves, scored token by token. A PackedBatch has rows of all lengths one after another in bins of one
 length: made on the host, with little padding and nearly always of one shape, for responses, whose sum is wanted.
 Shapes: B lines, T prefix length, N branches, S branch length, L = T + N * S; R rows with N branches in C bins of L
-tokens, in G groups of Y tokens, at most W of them of branches; P positions to score, X of them in a chunk; D model
-width, V vocabulary.
+tokens, in G groups of Y tokens, at most W of them of branches; P positions to score of each of J lines or groups, X of
+them in a chunk; D model width, V vocabulary.
 """
 
 import dataclasses
@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from popi_jax import sharding
 from popi_jax.model import attention
 from popi_jax.model.decoder import Decoder
+from popi_jax.model.remat import remat
 
 Array = jax.Array | np.ndarray
 
@@ -140,33 +142,33 @@ def score(
     Args:
         temperature: log-probabilities are of softmax(logits / temperature), the distribution that is sampled from.
         reference: another decoder to score the same tokens with; its KL to the policy is then computed too.
-        chunk: positions whose logits exist at the same time, forward and backward.
+        chunk: positions of which a device holds the logits at the same time, forward and backward.
     """
     shape = batch.branches_BxNxS.shape
-    hidden_PxD = _flatten(predictors(decoder, batch))
-    target_P = jnp.asarray(batch.branches_BxNxS).reshape(-1)
+    hidden_JxPxD = _flatten(predictors(decoder, batch))
+    target_JxP = jnp.asarray(batch.branches_BxNxS).reshape(shape[0], -1)
     mask_BxNxS = batch.mask_BxNxS
 
-    def unflatten(values_P: jax.Array) -> jax.Array:
-        return jnp.where(mask_BxNxS, values_P.reshape(shape), 0.0)
+    def unflatten(values_JxP: jax.Array) -> jax.Array:
+        return jnp.where(mask_BxNxS, values_JxP.reshape(shape), 0.0)
 
     if reference is None:
 
-        def one(hidden_XxD: jax.Array, target_X: jax.Array) -> jax.Array:
-            return _gather(_log_softmax(decoder, hidden_XxD, temperature), target_X)
+        def one(hidden_JxXxD: jax.Array, target_JxX: jax.Array) -> jax.Array:
+            return _gather(_log_softmax(decoder, hidden_JxXxD, temperature), target_JxX)
 
-        return TokenScores(unflatten(_in_chunks(one, chunk, hidden_PxD, target_P)))
+        return TokenScores(unflatten(_in_chunks(one, chunk, hidden_JxPxD, target_JxP)))
 
-    ref_hidden_PxD = _flatten(predictors(reference, batch))
+    ref_hidden_JxPxD = _flatten(predictors(reference, batch))
 
-    def both(hidden_XxD: jax.Array, ref_hidden_XxD: jax.Array, target_X: jax.Array) -> tuple[jax.Array, ...]:
-        logp_XxV = _log_softmax(decoder, hidden_XxD, temperature)
-        ref_logp_XxV = _log_softmax(reference, ref_hidden_XxD, temperature)
-        kl_X = jnp.sum(jnp.exp(logp_XxV) * (logp_XxV - ref_logp_XxV), axis=-1)
-        return _gather(logp_XxV, target_X), _gather(ref_logp_XxV, target_X), kl_X
+    def both(hidden_JxXxD: jax.Array, ref_hidden_JxXxD: jax.Array, target_JxX: jax.Array) -> tuple[jax.Array, ...]:
+        logp_JxXxV = _log_softmax(decoder, hidden_JxXxD, temperature)
+        ref_logp_JxXxV = _log_softmax(reference, ref_hidden_JxXxD, temperature)
+        kl_JxX = jnp.sum(jnp.exp(logp_JxXxV) * (logp_JxXxV - ref_logp_JxXxV), axis=-1)
+        return _gather(logp_JxXxV, target_JxX), _gather(ref_logp_JxXxV, target_JxX), kl_JxX
 
-    logp_P, ref_logp_P, kl_P = _in_chunks(both, chunk, hidden_PxD, ref_hidden_PxD, target_P)
-    return TokenScores(unflatten(logp_P), unflatten(ref_logp_P), unflatten(kl_P))
+    logp_JxP, ref_logp_JxP, kl_JxP = _in_chunks(both, chunk, hidden_JxPxD, ref_hidden_JxPxD, target_JxP)
+    return TokenScores(unflatten(logp_JxP), unflatten(ref_logp_JxP), unflatten(kl_JxP))
 
 
 def score_packed(decoder: Decoder, batch: PackedBatch, *, chunk: int = 1024) -> jax.Array:
@@ -180,41 +182,47 @@ def score_packed(decoder: Decoder, batch: PackedBatch, *, chunk: int = 1024) -> 
     # Within its own group, so that bins that lie on different devices need nothing of each other.
     predictor_GxW = jnp.asarray(batch.predictor_GxW)
     hidden_GxYxD = hidden_CxLxD.reshape(len(predictor_GxW), -1, hidden_CxLxD.shape[-1])
-    hidden_PxD = _flatten(jnp.take_along_axis(hidden_GxYxD, predictor_GxW[:, :, None], axis=1))
+    hidden_GxWxD = jnp.take_along_axis(hidden_GxYxD, predictor_GxW[:, :, None], axis=1)
 
-    def one(hidden_XxD: jax.Array, target_X: jax.Array) -> jax.Array:
-        return _gather(_log_softmax(decoder, hidden_XxD, 1.0), target_X)
+    def one(hidden_JxXxD: jax.Array, target_JxX: jax.Array) -> jax.Array:
+        return _gather(_log_softmax(decoder, hidden_JxXxD, 1.0), target_JxX)
 
-    logp_P = _in_chunks(one, chunk, hidden_PxD, jnp.asarray(batch.target_GxW).reshape(-1))
+    logp_GxW = _in_chunks(one, chunk, hidden_GxWxD, jnp.asarray(batch.target_GxW))
     R, N = batch.length_RxN.shape
-    branch_P = jnp.asarray(batch.branch_GxW).reshape(-1)
-    packed_RxN = jax.ops.segment_sum(logp_P, branch_P, R * N + 1)[:-1].reshape(R, N)
+    branch_GW = jnp.asarray(batch.branch_GxW).reshape(-1)
+    packed_RxN = jax.ops.segment_sum(logp_GxW.reshape(-1), branch_GW, R * N + 1)[:-1].reshape(R, N)
     return packed_RxN[jnp.asarray(batch.first_R)]
 
 
-def _flatten(hidden_XxD: jax.Array) -> jax.Array:
-    return hidden_XxD.reshape(-1, hidden_XxD.shape[-1])
+def _flatten(hidden_BxNxSxD: jax.Array) -> jax.Array:
+    return hidden_BxNxSxD.reshape(hidden_BxNxSxD.shape[0], -1, hidden_BxNxSxD.shape[-1])
 
 
-def _log_softmax(decoder: Decoder, hidden_XxD: jax.Array, temperature: float) -> jax.Array:
-    return jax.nn.log_softmax(decoder.logits(hidden_XxD) / temperature, axis=-1)
+def _log_softmax(decoder: Decoder, hidden_JxXxD: jax.Array, temperature: float) -> jax.Array:
+    return jax.nn.log_softmax(decoder.logits(hidden_JxXxD) / temperature, axis=-1)
 
 
-def _gather(logp_XxV: jax.Array, target_X: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(logp_XxV, target_X[:, None], axis=-1)[:, 0]
+def _gather(logp_JxXxV: jax.Array, target_JxX: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logp_JxXxV, target_JxX[..., None], axis=-1)[..., 0]
 
 
-def _in_chunks(fn, chunk: int, *args_Px: jax.Array):
-    """Maps fn over chunks of the leading axis, rematerialised, so that no [P, V] array exists at full length."""
-    P = args_Px[0].shape[0]
-    if P <= chunk:
-        return jax.checkpoint(fn)(*args_Px)
-    count = -(-P // chunk)
+def _in_chunks(fn, chunk: int, *args_JxPx: jax.Array):
+    """Maps fn over pieces of the second axis, rematerialised, so that no [J, P, V] array exists at full length.
+
+    The first axis stays whole: it is spread over devices, each of which goes through its own lines at the same time.
+    """
+    J, P = args_JxPx[0].shape[:2]
+    mesh = jax.sharding.get_abstract_mesh()
+    held = J if mesh.empty else -(-J // sharding.row_shards(mesh))
+    count = -(-held * P // chunk)
     size = -(-P // count)  # Of nearly equal chunks, so that little is added to fill the last.
+    if size == P:
+        return remat(fn, looped=False)(*args_JxPx)
+    count = -(-P // size)
 
     def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, count * size - P)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(count, size, *x.shape[1:])
+        x = jnp.pad(x, [(0, 0), (0, count * size - P)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(J, count, size, *x.shape[2:]), 1, 0)
 
-    out = jax.lax.map(lambda xs: jax.checkpoint(fn)(*xs), tuple(split(x) for x in args_Px))
-    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:P], out)
+    out = jax.lax.map(lambda xs: remat(fn, looped=True)(*xs), tuple(split(x) for x in args_JxPx))
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(J, count * size, *y.shape[3:])[:, :P], out)

@@ -140,6 +140,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
+def stack_sharding(mesh: Mesh) -> NamedSharding:
+    """For a stack of micro-batches, whose leading dimension counts them: the second is that of the rows."""
+    return NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

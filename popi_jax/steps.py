@@ -2,6 +2,8 @@
 
 A batch has U users with K summaries each and M queries per user, so R = U * K * M generator rows, user-major: row
 (u, k, m) shows the generator query m and summary k of user u. Without summaries (population, say) K is 1.
+What a step is given is a stack of micro-batches: its arrays have the shapes that are named here with an axis A before
+them, A of the inference model's own and A of the generator's. A micro-batch has users, or rows, that follow each other.
 """
 
 import dataclasses
@@ -36,7 +38,6 @@ class Settings:
     kl: str
     kl_coef: float
     temperature: float
-    accumulation: int
 
 
 @jax.tree_util.register_dataclass
@@ -71,8 +72,6 @@ class GeneratorBatch:
 
     weight_R: M over the number of the user's queries in this batch, 0 at padding: a user with fewer than M queries
     counts as much as the others, for both models (the mean over m in POPI section 3).
-
-    With accumulation, each micro-batch has bins and rows of its own: it is the same share of both.
     """
 
     rows: PackedBatch
@@ -175,13 +174,8 @@ def generator_step(
     state: TrainState, base: Params, batch: GeneratorBatch, *, settings: Settings
 ) -> tuple[TrainState, Metrics]:
     """One preference update of theta. Pure."""
-
-    def sums(micro: GeneratorBatch):
-        (_, (_, terms)), grads = jax.value_and_grad(generator_loss, has_aux=True)(state.theta, base, micro, settings)
-        return {"theta": grads}, terms, {}
-
-    grads, terms, _ = _accumulate(sums, batch, settings.accumulation)
-    state, norms = _update_theta(state, _divide(grads["theta"], terms["loss"][1]), settings)
+    grads, terms, _ = _generator_sums(state, base, batch, settings)
+    state, norms = _update_theta(state, _divide(grads, terms["loss"][1]), settings)
     return dataclasses.replace(state, step=state.step + 1), _means(terms) | norms
 
 
@@ -189,14 +183,11 @@ def inference_step(
     state: TrainState, base: Params, batch: tuple[InferenceBatch, GeneratorBatch], *, settings: Settings
 ) -> tuple[TrainState, Metrics]:
     """One REINFORCE update of phi; the generator only gives the rewards. Pure."""
-
-    def sums(micro: tuple[InferenceBatch, GeneratorBatch]):
-        _, (loss_R, terms) = generator_loss(state.theta, base, micro[1], settings)
-        return _inference_sums(state, base, micro, loss_R, terms, settings)
-
-    grads, terms, maxima = _accumulate(sums, batch, settings.accumulation)
-    state, norms = _update_phi(state, grads["phi"], terms, settings)
-    return dataclasses.replace(state, step=state.step + 1), _means(terms) | maxima | norms
+    inference, rows = batch
+    terms, loss_R = _generator_losses(state, base, rows, settings)
+    grads, phi_terms, maxima = _inference_sums(state, base, inference, loss_R, rows.weight_R, settings)
+    state, norms = _update_phi(state, grads, phi_terms, settings)
+    return dataclasses.replace(state, step=state.step + 1), _means(terms | phi_terms) | maxima | norms
 
 
 def joint_step(state: TrainState, base: Params, batch: JointBatch, *, settings: Settings) -> tuple[TrainState, Metrics]:
@@ -205,48 +196,88 @@ def joint_step(state: TrainState, base: Params, batch: JointBatch, *, settings: 
     All rows give rewards. Theta learns from all of them, or from the third part of the batch alone: rows of the first
     few of each user's summaries, which are an unbiased sample of the same loss at a fraction of its backward pass.
     """
-
-    def sums(micro: JointBatch):
-        inference, rows, learned = micro
-        value_and_grad = jax.value_and_grad(generator_loss, has_aux=True)
-        if learned is None:
-            (_, (loss_R, terms)), grads = value_and_grad(state.theta, base, rows, settings)
-            terms = terms | {"learned": terms["loss"]}
-        else:
-            _, (loss_R, terms) = generator_loss(state.theta, base, rows, settings)
-            (_, (_, own)), grads = value_and_grad(state.theta, base, learned, settings)
-            terms = terms | {"learned": own["loss"]}
-        phi_grads, terms, maxima = _inference_sums(state, base, (inference, rows), loss_R, terms, settings)
-        return phi_grads | {"theta": grads}, terms, maxima
-
-    grads, terms, maxima = _accumulate(sums, batch, settings.accumulation)
-    state, phi_norms = _update_phi(state, grads["phi"], terms, settings)
-    state, theta_norms = _update_theta(state, _divide(grads["theta"], terms.pop("learned")[1]), settings)
-    return dataclasses.replace(state, step=state.step + 1), _means(terms) | maxima | phi_norms | theta_norms
+    inference, rows, learned = batch
+    if learned is None:
+        theta_grads, terms, loss_R = _generator_sums(state, base, rows, settings)
+        learned_terms = terms
+    else:
+        terms, loss_R = _generator_losses(state, base, rows, settings)
+        theta_grads, learned_terms, _ = _generator_sums(state, base, learned, settings)
+    grads, phi_terms, maxima = _inference_sums(state, base, inference, loss_R, rows.weight_R, settings)
+    state, phi_norms = _update_phi(state, grads, phi_terms, settings)
+    state, theta_norms = _update_theta(state, _divide(theta_grads, learned_terms["loss"][1]), settings)
+    return dataclasses.replace(state, step=state.step + 1), _means(terms | phi_terms) | maxima | phi_norms | theta_norms
 
 
-def _inference_sums(state, base, micro, loss_R, terms, settings):
-    users, summaries = micro[0].rows.branch_length_BxN.shape
-    reward_UxK = summary_rewards(loss_R, micro[1].weight_R, users, summaries)
-    (_, (phi_terms, maxima)), grads = jax.value_and_grad(inference_loss, has_aux=True)(
-        state.phi, base, micro[0], jax.lax.stop_gradient(reward_UxK), state.baseline, settings
-    )
-    return {"phi": grads}, terms | phi_terms, maxima
+def _generator_losses(
+    state: TrainState, base: Params, batch: GeneratorBatch, settings: Settings
+) -> tuple[Terms, jax.Array]:
+    """The terms to log and l of every row of all micro-batches, without a gradient."""
+
+    def one(micro: GeneratorBatch):
+        _, (loss_R, terms) = generator_loss(state.theta, base, micro, settings)
+        return (terms, {}), loss_R
+
+    (terms, _), loss_AxR = _accumulate(one, batch)
+    return terms, loss_AxR.reshape(-1)
 
 
-def _accumulate(sums: Callable, batch: Any, accumulation: int) -> Any:
-    """Adds up (grads, terms, maxima) over micro-batches of users: sums and counts, so that unequal ones stay exact."""
-    if accumulation == 1:
-        return sums(batch)
-    micros = jax.tree.map(lambda x: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:]), batch)
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(sums, jax.tree.map(lambda x: x[0], micros)))
+def _generator_sums(
+    state: TrainState, base: Params, batch: GeneratorBatch, settings: Settings
+) -> tuple[Params, Terms, jax.Array]:
+    """As `_generator_losses`, with the gradient of the rows' weighted sum before them."""
+
+    def one(micro: GeneratorBatch):
+        (_, (loss_R, terms)), grads = jax.value_and_grad(generator_loss, has_aux=True)(
+            state.theta, base, micro, settings
+        )
+        return ((grads, terms), {}), loss_R
+
+    ((grads, terms), _), loss_AxR = _accumulate(one, batch)
+    return grads, terms, loss_AxR.reshape(-1)
+
+
+def _inference_sums(
+    state: TrainState,
+    base: Params,
+    batch: InferenceBatch,
+    loss_R: jax.Array,
+    weight_AxR: jax.Array,
+    settings: Settings,
+) -> tuple[Params, Terms, dict[str, jax.Array]]:
+    """The gradient of the summaries' summed loss, the terms to log and those to take a maximum of."""
+    A, U, K = batch.rows.branch_length_BxN.shape
+    reward_UxK = summary_rewards(loss_R, weight_AxR.reshape(-1), A * U, K)
+
+    def one(micro: tuple[InferenceBatch, jax.Array]):
+        (_, (terms, maxima)), grads = jax.value_and_grad(inference_loss, has_aux=True)(
+            state.phi, base, *micro, state.baseline, settings
+        )
+        return ((grads, terms), maxima), ()
+
+    ((grads, terms), maxima), _ = _accumulate(one, (batch, reward_UxK.reshape(A, U, K)))
+    return grads, terms, maxima
+
+
+def _accumulate(one: Callable, batch: Any) -> Any:
+    """Calls `one` on each micro-batch of a stack; it returns ((sums, maxima), own).
+
+    Returns:
+        The sums added up (sums and counts, so that unequal micro-batches stay exact), the largest of the maxima, and
+        what each has of its own, stacked.
+    """
+    first = jax.tree.map(lambda x: x[0], batch)
+    if len(jax.tree.leaves(batch)[0]) == 1:
+        reduced, own = one(first)
+        return reduced, jax.tree.map(lambda x: x[None], own)
+    # No maximum is below 0.
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first)[0])
 
     def add(carry, micro):
-        (grads, terms, maxima), (more_grads, more_terms, more_maxima) = carry, sums(micro)
-        grads, terms = jax.tree.map(jnp.add, (grads, terms), (more_grads, more_terms))
-        return (grads, terms, jax.tree.map(jnp.maximum, maxima, more_maxima)), None
+        (sums, maxima), ((more_sums, more_maxima), own) = carry, one(micro)
+        return (jax.tree.map(jnp.add, sums, more_sums), jax.tree.map(jnp.maximum, maxima, more_maxima)), own
 
-    return jax.lax.scan(add, zeros, micros)[0]
+    return jax.lax.scan(add, zeros, batch)
 
 
 def _update_phi(state: TrainState, grads: Params, terms: Terms, settings: Settings):

@@ -3,17 +3,18 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import ml_collections
 import optax
 
-from popi_jax import objective, sharding, steps
+from popi_jax import objective, packing, sharding, steps
 from popi_jax.data import templates
 from popi_jax.data.encoding import Encoder
 from popi_jax.errors import UserError
 from popi_jax.model import hub
-from popi_jax.model.config import LoraConfig
+from popi_jax.model.config import LoraConfig, ModelConfig
 from popi_jax.model.policy import Policy
 from popi_jax.model.tokenizer import Tokenizer
 
@@ -24,63 +25,72 @@ SCHEDULES = ("joint", "alternate", "two_phase", "inference_only", "generator_onl
 
 
 @dataclasses.dataclass(frozen=True)
-class System:
-    """The fixed parts of a run. `base` is the frozen checkpoint: the references, and with LoRA also the trunk."""
+class Plan:
+    """What a run's programs are made from: all that can be known without a weight or a tokenizer."""
 
     config: ml_collections.ConfigDict
     mesh: jax.sharding.Mesh
+    policy: Policy
+    settings: steps.Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class System(Plan):
+    """The fixed parts of a run. `base` is the frozen checkpoint: the references, and with LoRA also the trunk."""
+
     tokenizer: Tokenizer
     tokenizer_path: str
-    policy: Policy
     base: dict
     fingerprint: str
-    settings: steps.Settings
     encoder: Encoder  # Its `overflow` says what the limits have cost so far; shown at the end of a run.
 
 
 def load(config: ml_collections.ConfigDict) -> System:
     """Loads what the config names. Raises UserError for settings that make no sense."""
     check(config)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    shards = sharding.row_shards(mesh)
-    micro = config.train.users_per_step // config.train.accumulation
-    if config.train.accumulation > 1 and micro % shards:
-        raise UserError(
-            f"config.train.users_per_step / config.train.accumulation is {micro}, which does not divide over"
-            f" mesh.data x mesh.fsdp = {shards} devices; change one of the three"
-        )
+    mesh = make_mesh(config)
     jax.set_mesh(mesh)  # The decoder holds its activations to the mesh that is set.
     checkpoint = hub.load(config.model.path, config.model.compute_dtype, config.model.remat, mesh)
     tokenizer_path = str(config.model.tokenizer or checkpoint.tokenizer_path)
     tokenizer = Tokenizer.load(tokenizer_path)
     encoder = Encoder(tokenizer, config.prompts, config.limits)
     encoder.summary_stop()  # Its mistakes are told now.
-    lora = None
-    if config.lora.rank:
-        lora = LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha, targets=tuple(config.lora.targets))
-    policy = Policy(checkpoint.config, lora)
+    plan = make_plan(config, mesh, checkpoint.config)
     if tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise UserError(
             f"{tokenizer_path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.model.path} only"
             f" {checkpoint.config.vocab_size}; set config.model.tokenizer to the model's own"
         )
-    longest = max(config.limits.signals + config.limits.summary, config.limits.prompt + config.limits.response)
-    if longest > checkpoint.config.max_length:
-        raise UserError(
-            f"config.limits: prompts and answers of {longest} tokens exceed the context of {config.model.path},"
-            f" {checkpoint.config.max_length} tokens; lower config.limits.signals, .prompt, .response or .summary"
-        )
     return System(
-        config=config,
-        mesh=mesh,
+        **vars(plan),
         tokenizer=tokenizer,
         tokenizer_path=tokenizer_path,
-        policy=policy,
         base=checkpoint.params,
         fingerprint=checkpoint.fingerprint,
-        settings=make_settings(config, policy),
         encoder=encoder,
     )
+
+
+def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The config's mesh over these devices, or all of this machine's; UserError where its batches do not fit it."""
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    check_micro_batches(config, sharding.row_shards(mesh))
+    return mesh
+
+
+def make_plan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, model: ModelConfig) -> Plan:
+    """The plan of a run with a model of this shape; UserError for limits beyond its context."""
+    longest = max(config.limits.signals + config.limits.summary, config.limits.prompt + config.limits.response)
+    if longest > model.max_length:
+        raise UserError(
+            f"config.limits: prompts and answers of {longest} tokens exceed the context of {config.model.path},"
+            f" {model.max_length} tokens; lower config.limits.signals, .prompt, .response or .summary"
+        )
+    lora = None
+    if config.lora.rank:
+        lora = LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha, targets=tuple(config.lora.targets))
+    policy = Policy(model, lora)
+    return Plan(config, mesh, policy, make_settings(config, policy))
 
 
 def make_settings(config: ml_collections.ConfigDict, policy: Policy) -> steps.Settings:
@@ -98,7 +108,6 @@ def make_settings(config: ml_collections.ConfigDict, policy: Policy) -> steps.Se
         kl=config.objective.kl,
         kl_coef=config.objective.kl_coef,
         temperature=config.sampling.temperature,
-        accumulation=config.train.accumulation,
     )
 
 
@@ -164,10 +173,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     _one_of("config.limits.on_overflow", config.limits.on_overflow, ("error", "drop"))
     for key in (
         "limits.signals", "limits.prompt", "limits.response", "limits.summary", "limits.bin", "sampling.k",
-        "train.users_per_step",
-        "train.accumulation", "train.checkpoint_every", "train.checkpoints_kept", "data.queries_per_user",
-        "eval.summaries_per_user", "eval.users_per_batch", "eval.bootstrap", "eval.response_tokens",
-        "data.signals_per_user", "data.train_draws", "data.test_draws", "data.test_queries_per_user",
+        "train.users_per_step", "train.accumulation_inference", "train.accumulation_generator",
+        "train.checkpoint_every", "train.checkpoints_kept", "data.queries_per_user", "eval.summaries_per_user",
+        "eval.users_per_batch", "eval.bootstrap", "eval.response_tokens", "data.signals_per_user", "data.train_draws",
+        "data.test_draws", "data.test_queries_per_user",
     ):  # fmt: skip
         _at_least(config, key, 1)
     for key in (
@@ -196,11 +205,6 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"config.prompts.pair_fields is {fields}; give 'chosen', and with it what is wanted of"
             f" {', '.join(templates.PAIR_LABELS)}"
         )
-    if config.train.users_per_step % config.train.accumulation:
-        raise UserError(
-            f"config.train.accumulation is {config.train.accumulation}, which does not divide"
-            f" config.train.users_per_step, {config.train.users_per_step}"
-        )
     if not 0 <= config.sampling.k_generator <= config.sampling.k:
         raise UserError(
             f"config.sampling.k_generator is {config.sampling.k_generator}; it must be between 0 (all) and"
@@ -212,6 +216,27 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"config.sampling.k is {config.sampling.k}; advantage {config.objective.advantage} compares a user's"
             " summaries and needs 2 or more"
         )
+
+
+def check_micro_batches(config: ml_collections.ConfigDict, shards: int) -> None:
+    """Raises UserError where users or rows cannot be shared out alike among micro-batches and `shards` devices."""
+    users = packing.round_up(config.train.users_per_step, shards)
+    count = config.train.accumulation_inference
+    if users % (count * shards):
+        raise UserError(
+            f"config.train.accumulation_inference is {count}: {users} users (config.train.users_per_step, filled up)"
+            f" do not divide into as many micro-batches over mesh.data x mesh.fsdp = {shards} devices; change one"
+        )
+    count, queries = config.train.accumulation_generator, config.data.queries_per_user
+    summaries = (
+        (config.sampling.k, config.sampling.k_generator or config.sampling.k) if config.method == "popi" else (1,)
+    )
+    for k in summaries:
+        if users * k * queries % count:
+            raise UserError(
+                f"config.train.accumulation_generator is {count}, which does not divide {users * k * queries} rows:"
+                f" {users} users (config.train.users_per_step, filled up) x {k} summaries x {queries} queries"
+            )
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ from popi_jax.data.schema import Example
 from popi_jax.errors import UserError
 from popi_jax.pairs import Item
 from popi_jax.references import References
-from popi_jax.system import System
+from popi_jax.system import Plan, System
 
 STEP_FUNCTIONS: dict[str, Callable] = {
     "joint": steps.joint_step,
@@ -88,9 +88,9 @@ def initial_state(system: System) -> steps.TrainState:
     return jax.jit(init, out_shardings=state_shardings(system))(key, system.base)
 
 
-def state_shardings(system: System) -> steps.TrainState:
+def state_shardings(plan: Plan) -> steps.TrainState:
     """A NamedSharding for every leaf of the state: moments lie as their parameters do, scalars everywhere."""
-    policy, mesh = system.policy, system.mesh
+    policy, mesh = plan.policy, plan.mesh
     delta = sharding.param_shardings(policy.logical_axes_delta(), policy.abstract_delta(), mesh)
     everywhere = sharding.replicated(mesh)
 
@@ -101,18 +101,18 @@ def state_shardings(system: System) -> steps.TrainState:
         step=everywhere,
         phi=delta,
         theta=delta,
-        opt_phi=optimizer(system.settings.tx_phi),
-        opt_theta=optimizer(system.settings.tx_theta),
+        opt_phi=optimizer(plan.settings.tx_phi),
+        opt_theta=optimizer(plan.settings.tx_theta),
         baseline=everywhere,
     )
 
 
-def abstract_state(system: System) -> steps.TrainState:
+def abstract_state(plan: Plan) -> steps.TrainState:
     """Shapes, types and shardings of the state: what a checkpoint is restored onto."""
-    init = functools.partial(steps.init_state, settings=system.settings)
-    shapes = jax.eval_shape(init, jax.random.key(0), system.base)
+    init = functools.partial(steps.init_state, settings=plan.settings)
+    shapes = jax.eval_shape(init, jax.random.key(0), plan.policy.abstract_base())
     return jax.tree.map(
-        lambda s, placed: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), shapes, state_shardings(system)
+        lambda s, placed: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), shapes, state_shardings(plan)
     )
 
 
@@ -125,11 +125,11 @@ def restore(system: System, workdir: pathlib.Path, step: int | None = None) -> t
     return None if restored is None else (steps.TrainState(**restored.state), restored.meta)
 
 
-def make_steps(system: System) -> dict[str, Callable]:
+def make_steps(plan: Plan) -> dict[str, Callable]:
     """The steps, jitted once each. The state is donated: the new one takes its memory."""
-    shardings = (state_shardings(system), sharding.replicated(system.mesh))
+    shardings = (state_shardings(plan), sharding.replicated(plan.mesh))
     return {
-        kind: jax.jit(functools.partial(fn, settings=system.settings), donate_argnums=0, out_shardings=shardings)
+        kind: jax.jit(functools.partial(fn, settings=plan.settings), donate_argnums=0, out_shardings=shardings)
         for kind, fn in STEP_FUNCTIONS.items()
     }
 

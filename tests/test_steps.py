@@ -31,31 +31,38 @@ def settings(lora=None, **changes) -> Settings:
         "kl": "exact",
         "kl_coef": 0.1,
         "temperature": 1.0,
-        "accumulation": 1,
     }
     return Settings(**(fields | changes))
 
 
-def world(config: Settings, seed=0, users=U, empty=False, n_bins=0, groups=1):
+def world(config: Settings, seed=0, users=U, empty=False, n_bins=0, groups=1, micros=(1, 1)):
     """A base, a state away from it, and a batch of users with all kinds of lengths; `empty`: some rows are padding.
 
-    The batch's third part has the rows of each user's first summary.
+    The batch's third part has the rows of each user's first summary. `micros`: micro-batches of either model.
     """
     rng = np.random.default_rng(seed)
     base = config.policy.init_base(jax.random.key(0))
     state = steps.init_state(jax.random.key(1), base, config)
     state = dataclasses.replace(state, phi=tiny.perturbed(state.phi, 2, 0.1), theta=tiny.perturbed(state.theta, 3, 0.1))
-    inference = InferenceBatch(tiny.rows(rng, users, K, 6, 4), rng.normal(-2, 1, (users, K, 4)).astype(np.float32))
+    rows = tiny.rows(rng, users, K, 6, 4)
+    if empty:
+        rows.prefix_length_B[3] = 0
+    inference = stack(InferenceBatch(rows, rng.normal(-2, 1, (users, K, 4)).astype(np.float32)), micros[0])
     ref = rng.normal(-9, 1, (users * K * M, 2)).astype(np.float32)
     lines = tiny.rows(rng, users * K * M, 2, 5, 4)
     if empty:
-        inference.rows.prefix_length_B[3] = 0
         lines.prefix_length_B[:5] = lines.branch_length_BxN[:5] = 0
-    pairs = tiny.packed(lines, 24, micros=config.accumulation, n_bins=n_bins, groups=groups)
-    first, first_ref = of_summary(0, lines, ref)
-    first_pairs = tiny.packed(first, 24, micros=config.accumulation, n_bins=n_bins, groups=groups)
-    generator = GeneratorBatch(pairs, ref, weights(lines))
-    return base, state, (inference, generator, GeneratorBatch(first_pairs, first_ref, weights(first)))
+    shape = {"micros": micros[1], "n_bins": n_bins, "groups": groups}
+    return base, state, (inference, rows_of(lines, ref, **shape), rows_of(*of_summary(0, lines, ref), **shape))
+
+
+def rows_of(lines, ref, micros=1, **shape) -> GeneratorBatch:
+    """A stack of these rows."""
+    return GeneratorBatch(tiny.packed(lines, 24, micros=micros, **shape), *stack((ref, weights(lines)), micros))
+
+
+def stack(batch, micros):
+    return jax.tree.map(lambda x: x.reshape(micros, -1, *x.shape[1:]), batch)
 
 
 def weights(lines):
@@ -84,17 +91,18 @@ def assert_close(a, b, rtol=1e-5, atol=1e-6):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
 
 
+@pytest.mark.parametrize("micros", [(4, 1), (1, 8), (2, 4)])
 @pytest.mark.parametrize(
     ("fn", "part"),
     [(steps.joint_step, from_all), (steps.joint_step, tuple), (steps.inference_step, lambda batch: batch[:2])],
     ids=["joint", "joint_first", "inference"],
 )
-def test_micro_batches_equal_one_batch(fn, part):
-    one, four = settings(tiny.LORA), settings(tiny.LORA, accumulation=4)
-    base, state, batch_1 = world(one, empty=True)  # Unequal counts: a mean of means would differ.
-    _, _, batch_4 = world(four, empty=True)
-    state_1, metrics_1 = jitted(fn, one)(state, base, part(batch_1))
-    state_4, metrics_4 = jitted(fn, four)(state, base, part(batch_4))
+def test_micro_batches_equal_one_batch(fn, part, micros):
+    config = settings(tiny.LORA)
+    base, state, batch_1 = world(config, empty=True)  # Unequal counts: a mean of means would differ.
+    _, _, batch_4 = world(config, empty=True, micros=micros)
+    state_1, metrics_1 = jitted(fn, config)(state, base, part(batch_1))
+    state_4, metrics_4 = jitted(fn, config)(state, base, part(batch_4))
     assert_close(metrics_1, metrics_4, rtol=1e-4)
     assert_close((state_1.phi, state_1.theta), (state_4.phi, state_4.theta))
 
@@ -134,15 +142,14 @@ def test_first_summaries_give_the_loss_of_all_on_average():
     # Whichever summary is the first, the mean of theta's gradients is that of all rows: nothing favours a place.
     config = settings(tiny.LORA)
     base, state, (inference, pairs, _) = world(config)
-    ref = pairs.ref_logp_Rx2
+    ref = pairs.ref_logp_Rx2[0]
     lines = tiny.rows(np.random.default_rng(5), U * K * M, 2, 5, 4)
-    everything = GeneratorBatch(tiny.packed(lines, 24), ref, weights(lines))
+    everything = rows_of(lines, ref)
     step = jitted(steps.joint_step, config)
     whole, _ = step(state, base, (inference, everything, None))
     moves = []
     for k in range(K):
-        own, own_ref = of_summary(k, lines, ref)
-        learned = GeneratorBatch(tiny.packed(own, 24), own_ref, weights(own))
+        learned = rows_of(*of_summary(k, lines, ref))
         moves.append(step(state, base, (inference, everything, learned))[0].theta)
     assert_close(jax.tree.map(lambda *leaves: sum(leaves) / K, *moves), whole.theta)
 
@@ -160,10 +167,10 @@ def test_users_count_alike_however_many_queries_they_have():
     lines = tiny.rows(np.random.default_rng(5), U * K * M, 2, 5, 4)
     few = np.arange(U * K * M).reshape(U, K, M)[0, :, 1:].ravel()  # The first user has one query.
     lines.prefix_length_B[few], lines.branch_length_BxN[few] = 0, 0
-    generator = GeneratorBatch(tiny.packed(lines, 24), generator.ref_logp_Rx2, weights(lines))
+    generator = rows_of(lines, generator.ref_logp_Rx2[0])
     _, metrics = jitted(steps.joint_step, config)(state, base, (inference, generator, None))
     np.testing.assert_allclose(metrics["loss"], -metrics["reward"], rtol=1e-6)
-    by_row = dataclasses.replace(generator, weight_R=(weights(lines) > 0).astype(np.float32))
+    by_row = dataclasses.replace(generator, weight_R=(generator.weight_R > 0).astype(np.float32))
     _, metrics = jitted(steps.joint_step, config)(state, base, (inference, by_row, None))
     assert abs(metrics["loss"] + metrics["reward"]) > 1e-3
 
@@ -172,7 +179,7 @@ def test_policy_at_its_reference_has_the_loss_of_no_opinion():
     config = settings(tiny.LORA)
     base, _, (_, generator, _) = world(config)
     state = steps.init_state(jax.random.key(1), base, config)
-    ref = steps.pair_logps(config.policy, base, None, generator.rows, "sum")
+    ref = steps.pair_logps(config.policy, base, None, jax.tree.map(lambda x: x[0], generator.rows), "sum")[None]
     _, metrics = jitted(steps.generator_step, config)(state, base, dataclasses.replace(generator, ref_logp_Rx2=ref))
     np.testing.assert_allclose(metrics["loss"], np.log(2) / 0.1, rtol=1e-5)
     np.testing.assert_allclose(metrics["margin"], 0.0, atol=1e-5)
@@ -188,13 +195,13 @@ def test_generator_learns_and_inference_follows_its_reward():
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.2
 
-    rows = batch[0].rows
+    own = jax.tree.map(lambda x: x[0], batch[0])
     loss_R = np.zeros((U, K, M), np.float32)
     loss_R[:, 1:] = 5.0  # The first summary of every user is the good one.
     reward = steps.summary_rewards(jnp.asarray(loss_R.ravel()), jnp.ones(loss_R.size), U, K)
-    grad = jax.jit(jax.grad(lambda phi: steps.inference_loss(phi, base, batch[0], reward, jnp.float32(0), config)[0]))
+    grad = jax.jit(jax.grad(lambda phi: steps.inference_loss(phi, base, own, reward, jnp.float32(0), config)[0]))
     phi = jax.tree.map(lambda p, g: p - 0.02 * g, state.phi, grad(state.phi))
-    before, after = (scoring.score(config.policy.bind(base, p), rows).logp_BxNxS.sum(-1) for p in (state.phi, phi))
+    before, after = (scoring.score(config.policy.bind(base, p), own.rows).logp_BxNxS.sum(-1) for p in (state.phi, phi))
     gain = np.asarray(after - before)
     assert (gain[:, 0].mean() > 0) and (gain[:, 1:].mean() < gain[:, 0].mean())
 
@@ -228,7 +235,7 @@ def test_sharded_equals_one_device(sizes, lora):
     )
     delta = sharding.param_shardings(policy.logical_axes_delta(), policy.abstract_delta(), mesh)
     placed = dataclasses.replace(state, phi=jax.device_put(state.phi, delta), theta=jax.device_put(state.theta, delta))
-    rows = jax.device_put(batch, sharding.batch_sharding(mesh))  # 48 rows, 8 users: the rows' arrays divide too.
+    rows = jax.device_put(batch, sharding.stack_sharding(mesh))  # 48 rows, 8 users: the rows' arrays divide too.
     with jax.set_mesh(mesh):
         sharded, sharded_metrics = jitted(steps.joint_step, config)(placed, placed_base, rows)
     assert_close(metrics, sharded_metrics, rtol=1e-4, atol=1e-5)

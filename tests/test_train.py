@@ -156,7 +156,8 @@ BAD = [
     ("limits.buckets", (), "config.limits.buckets is ()"),
     ("prompts.pair_fields", ("prompt",), "config.prompts.pair_fields is ('prompt',)"),
     ("prompts.summary_stop", "two words", "config.prompts.summary_stop is"),
-    ("train.accumulation", 3, "config.train.accumulation is 3"),
+    ("train.accumulation_inference", 3, "config.train.accumulation_inference is 3"),
+    ("train.accumulation_generator", 7, "config.train.accumulation_generator is 7"),
     ("mesh.fsdp", 3, "mesh.fsdp=3"),
     ("optim.clip_generator", -1.0, "config.optim.clip_generator is -1.0"),
     ("data.seed", -1, "config.data.seed is -1"),
@@ -271,8 +272,8 @@ def test_a_run_goes_on_with_its_own_examples(tmp_path):
 
 def test_micro_batches_share_the_devices_alike(tmp_path):
     config = quickstart.get_config("runlocal")
-    config.train.accumulation, config.mesh.data, config.mesh.tensor = 2, 4, 1
-    with pytest.raises(UserError, match="config.train.accumulation is 2, which does not divide over"):
+    config.train.accumulation_inference, config.mesh.data, config.mesh.tensor = 2, 8, 1
+    with pytest.raises(UserError, match="config.train.accumulation_inference is 2: 8 users .* mesh.fsdp = 8 devices"):
         train.train(config, tmp_path)
 
 

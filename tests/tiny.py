@@ -52,10 +52,11 @@ def rows(rng: np.random.Generator, B: int, N: int, T: int, S: int, least: int = 
     )
 
 
-def packed(lines: PrefixBatch, length: int, micros: int = 1, n_bins: int = 0, groups: int = 1) -> PackedBatch:
-    """The same rows in bins of `length`, each micro-batch's by itself in `n_bins`, or as many as the fullest needs.
+def packed(lines: PrefixBatch, length: int, micros: int = 0, n_bins: int = 0, groups: int = 1) -> PackedBatch:
+    """The same rows in bins of `length`: one batch, or a stack of `micros` > 0 micro-batches.
 
-    Of equal rows of a micro-batch the first alone is in a bin. `groups` as in packing.pack_bins.
+    Each has `n_bins`, or as many as the fullest needs. Of its equal rows the first alone is in a bin. `groups` as in
+    packing.pack_bins.
     """
     rows = [
         packing.Row(prefix[:at].tolist(), [ids[:n].tolist() for ids, n in zip(branches, lengths, strict=True)])
@@ -67,7 +68,7 @@ def packed(lines: PrefixBatch, length: int, micros: int = 1, n_bins: int = 0, gr
             strict=True,
         )
     ]
-    size = len(rows) // micros
+    size = len(rows) // max(micros, 1)
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     firsts = [packing.first_equals([repr(row) for row in part]) for part in parts]
     bins = [
@@ -83,4 +84,4 @@ def packed(lines: PrefixBatch, length: int, micros: int = 1, n_bins: int = 0, gr
         packing.pack_bins(part, own, shape, scored=scored, pad_id=0, first_R=first)
         for part, own, first in zip(parts, bins, firsts, strict=True)
     ]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *filled)
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *filled) if micros else filled[0]

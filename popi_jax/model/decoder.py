@@ -19,6 +19,7 @@ from popi_jax.model import attention
 from popi_jax.model import lora as lora_lib
 from popi_jax.model.config import LoraConfig, ModelConfig
 from popi_jax.model.product import product
+from popi_jax.model.remat import remat
 from popi_jax.model.weights import Tree, Weight, fan_in, init_tree, merge_trees
 
 
@@ -305,6 +306,6 @@ class Decoder(nnx.Module):
             return layer.finish(x_BxLxD, attended_BxLxHxDh), (k_BxLxKvxDh, v_BxLxKvxDh) if keep else None
 
         if self.config.remat:
-            body = jax.checkpoint(body, prevent_cse=False)  # A scan's body is safe from the merging that this prevents.
+            body = remat(body, looped=True)
         x_BxLxD, kept = jax.lax.scan(body, self._embed(tokens_BxL), self.layers)
         return self.final_norm(x_BxLxD), kept

@@ -252,6 +252,11 @@ def resolve(path_or_id: str | os.PathLike[str]) -> pathlib.Path:
         ) from error
 
 
+def read_config(path: pathlib.Path, compute_dtype: str, remat: bool) -> ModelConfig:
+    """The model that a config.json in the hub's form describes; UserError where it is missing or not supported."""
+    return ModelConfig.from_hub(_read_json(path), str(path), compute_dtype, remat)
+
+
 def fingerprint(folder: pathlib.Path) -> str:
     """sha256 over the bytes of the weight files."""
     digest = hashlib.sha256()
@@ -281,8 +286,7 @@ def load(
             of another shape or of a dtype other than float32, float16 and bfloat16.
     """
     folder = resolve(path_or_id)
-    path = folder / "config.json"
-    config = ModelConfig.from_hub(_read_json(path), str(path), compute_dtype, remat)
+    config = read_config(folder / "config.json", compute_dtype, remat)
     weights = _Weights(folder)
     table = leaves(config)
     weights.check(table, config)

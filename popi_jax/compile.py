@@ -1,0 +1,292 @@
+"""--mode=compile: compiles every program of a config for a slice that need not be there, and says what each costs.
+
+Nothing runs and nothing is loaded: the shapes are those of the config's limits, every array full. Memory is the
+compiler's own plan; times are lower bounds from the chip's public peaks (popi_jax/cost).
+Shapes: as in steps.py, rollout.py and pairs.py.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from popi_jax import packing, pairs, rollout, scoring, sharding, steps, train
+from popi_jax import system as system_lib
+from popi_jax.cost import bound, chips, flops, traffic
+from popi_jax.errors import UserError, first_line
+from popi_jax.model import hub, remat
+from popi_jax.system import Plan
+
+HERE = "here"  # The topology that is this machine's own devices.
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One jitted function of a run, with abstract arguments that know their shardings.
+
+    Attributes:
+        name: what the report calls it.
+        fn: jitted.
+        args: of fn.
+        trips: how often a loop runs whose end depends on the data: the decode loop, at most.
+    """
+
+    name: str
+    fn: Any
+    args: tuple[Any, ...]
+    trips: int = 1
+
+
+def slice_devices(topology: str) -> list[jax.Device]:
+    """The devices of a TPU slice by name, such as v5e:4x4, or of this machine (HERE).
+
+    Raises:
+        UserError: libtpu is not installed, or does not know the name.
+    """
+    if topology == HERE:
+        return jax.devices()
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # Else libtpu waits for the metadata server of a cloud machine.
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # libtpu's errors have no base in common.
+        raise UserError(
+            f"--topology={topology}: {first_line(error)}; install libtpu (pip install libtpu) and give a slice that it"
+            f" knows, such as v5e:4x4, v5p:2x2x2 or v6e:4x4, or {HERE!r} for this machine"
+        ) from error
+
+
+def programs(plan: Plan) -> list[Program]:
+    """Every program of a run of this plan, at the limits of its config."""
+    config, mesh = plan.config, plan.mesh
+    everywhere = sharding.replicated(mesh)
+    policy = plan.policy
+    base = placed(
+        policy.abstract_base(), sharding.param_shardings(policy.logical_axes_base(), policy.abstract_base(), mesh)
+    )
+    state = train.abstract_state(plan)
+    kinds = sorted({system_lib.step_kind(config, step) for step in range(system_lib.total_steps(config))})
+    inference, generator, learned = abstract_batch(plan)
+    found = []
+    writes = config.method in system_lib.SUMMARIZED
+    phi = state.phi if config.method == "popi" else None
+    if writes:
+        found.append(_sampling(plan, "sample", base, phi, rollout.in_training(config), config.sampling.k))
+    batch_of = {
+        "inference": (inference, generator),
+        "generator": generator if learned is None else learned,
+        "joint": (inference, generator, learned),
+    }
+    step_fns = train.make_steps(plan)
+    found += [Program(f"{kind} step", step_fns[kind], (state, base, batch_of[kind])) for kind in kinds]
+    if writes:
+        found.append(
+            _sampling(plan, "evaluate: sample", base, phi, rollout.in_use(config), config.eval.summaries_per_user)
+        )
+    rows = packing.round_up(config.eval.users_per_batch * config.eval.summaries_per_user, sharding.row_shards(mesh))
+    scored = abstract_bins(plan, rows)
+    score = jax.jit(
+        functools.partial(steps.pair_logps, policy, reduction=config.objective.logp_reduction),
+        out_shardings=everywhere,
+    )
+    args = (base, state.theta, placed(scored, pairs.packed_shardings(mesh, sharding.batch_sharding(mesh))))
+    return [*found, Program("evaluate: score", score, args)]
+
+
+def _sampling(plan: Plan, name: str, base, phi, sampling: rollout.Sampling, k: int) -> Program:
+    config, mesh = plan.config, plan.mesh
+    B = packing.round_up(sampling.rows, sharding.row_shards(mesh))
+    T, S = packing.bucket(config.limits.signals, tuple(config.limits.buckets)), config.limits.summary
+    lines = _int32(B, T), _int32(B)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    options = {"policy": plan.policy, "branches": k, "max_tokens": S, "temperature": sampling.temperature}
+    # Any ids do: a program's shape does not depend on them.
+    options |= {"top_p": sampling.top_p, "stop_ids": (0,), "pad_id": 0}
+    fn = jax.jit(functools.partial(rollout.draw, **options))
+    args = (base, phi, *placed(lines, sharding.batch_sharding(mesh)), placed(key, sharding.replicated(mesh)))
+    return Program(name, fn, args, trips=S - 1)
+
+
+def abstract_batch(plan: Plan) -> tuple[steps.InferenceBatch, steps.GeneratorBatch, steps.GeneratorBatch | None]:
+    """The batch of a joint step, every signal, prompt, summary and response as long as its limit."""
+    config, mesh = plan.config, plan.mesh
+    U = packing.round_up(config.train.users_per_step, sharding.row_shards(mesh))
+    A, K, S = config.train.accumulation_inference, config.sampling.k, config.limits.summary
+    T = packing.bucket(config.limits.signals, tuple(config.limits.buckets))
+    rows = scoring.PrefixBatch(_int32(A, U // A, T), _int32(A, U // A), _int32(A, U // A, K, S), _int32(A, U // A, K))
+    inference = steps.InferenceBatch(rows, _abstract(jnp.float32, A, U // A, K, S))
+    summaries = K if config.method == "popi" else 1
+    generator = abstract_rows(plan, U * summaries * config.data.queries_per_user)
+    fewer = config.sampling.k_generator or K
+    learned = None
+    if config.method == "popi" and fewer < K:
+        learned = abstract_rows(plan, U * fewer * config.data.queries_per_user)
+    return placed(inference, sharding.stack_sharding(mesh)), generator, learned
+
+
+def abstract_rows(plan: Plan, R: int) -> steps.GeneratorBatch:
+    """R generator rows at the limits, in their micro-batches."""
+    mesh, A = plan.mesh, plan.config.train.accumulation_generator
+    bins = jax.tree.map(lambda x: jax.ShapeDtypeStruct((A, *x.shape), x.dtype), abstract_bins(plan, R // A))
+    ref = _abstract(jnp.float32, A, R // A, 2), _abstract(jnp.float32, A, R // A)
+    return steps.GeneratorBatch(
+        placed(bins, pairs.packed_shardings(mesh, sharding.stack_sharding(mesh))),
+        *placed(ref, sharding.replicated(mesh)),
+    )
+
+
+def abstract_bins(plan: Plan, R: int) -> scoring.PackedBatch:
+    """R rows of the longest prompt with the two longest responses, packed."""
+    limits, shards = plan.config.limits, sharding.row_shards(plan.mesh)
+    longest = limits.prompt + 2 * limits.response
+    length = max(limits.bin, packing.bucket(longest, tuple(limits.buckets)))
+    per_bin = length // longest
+    C = packing.round_up(-(-R // per_bin), shards)
+    W = packing.round_up(C // shards * per_bin * 2 * limits.response, -(-C // shards * length // 4))
+    bins, scored = _int32(C, length), _int32(shards, W)
+    return scoring.PackedBatch(bins, bins, bins, scored, scored, scored, _int32(R, 2), _int32(R))
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """Abstract arrays with their shardings: a tree of them, or one for all."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        one = shardings
+        shardings = jax.tree.map(lambda _: one, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def _abstract(dtype: Any, *shape: int) -> Any:  # Any: it stands in for an array.
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _int32(*shape: int) -> Any:
+    return _abstract(np.int32, *shape)
+
+
+def report(config, topology: str) -> dict[str, Any]:
+    """Compiles every program and says what each takes; what `table` shows and --output holds.
+
+    Args:
+        config: the experiment.
+        topology: see `slice_devices`.
+
+    Raises:
+        UserError: for a config that makes no sense, or does not fit the slice's mesh.
+    """
+    system_lib.check(config)
+    devices = slice_devices(topology)
+    mesh = system_lib.make_mesh(config, devices)
+    model = hub.read_config(model_shape(config), config.model.compute_dtype, config.model.remat)
+    plan = system_lib.make_plan(config, mesh, model)
+    kind = devices[0].device_kind
+    chip = None if topology == HERE else chips.chip(kind)
+    rows = []
+    with jax.set_mesh(mesh):
+        for program in programs(plan):
+            print(f"compiling {program.name} ...", flush=True)
+            rows.append({"program": program.name} | compile_program(program, mesh.size, chip))
+    return {
+        "schema": 1,
+        "config": config.name,
+        "topology": topology,
+        "device": kind,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "programs": rows,
+    }
+
+
+def model_shape(config) -> pathlib.Path:
+    """The config.json that says what the model is: of the folder model.path, or model.shape."""
+    if config.model.path == "stylebook" or pathlib.Path(config.model.path).is_dir():
+        return hub.resolve(config.model.path) / "config.json"
+    if not config.model.shape:
+        raise UserError(
+            f"config.model.path: {config.model.path} is no folder here; --mode=compile loads nothing, so set"
+            " config.model.shape to its config.json"
+        )
+    return pathlib.Path(config.model.shape)
+
+
+def compile_program(program: Program, devices: int, chip: chips.Chip | None) -> dict[str, Any]:
+    """One program's memory, work and bounds, per device unless its name says otherwise."""
+    plain = program.fn.__wrapped__  # A trace of the jitted function would be kept, and so would what it computes twice.
+    with remat.nothing_twice():
+        model_flops = flops.count(jax.make_jaxpr(plain)(*program.args), program.trips)
+    row: dict[str, Any] = {"model_flops_all_devices": model_flops}
+    started = time.perf_counter()
+    try:
+        compiled = program.fn.lower(*program.args).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return row | {"compile_s": time.perf_counter() - started, "fits": False, "why_not": first_line(error)}
+    row["compile_s"] = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    row |= {
+        "arguments_bytes": memory.argument_size_in_bytes,
+        "temporaries_bytes": memory.temp_size_in_bytes,
+        "total_bytes": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes,
+        "fits": True,
+    }
+    moved = traffic.measure(compiled.as_text(), program.trips)
+    row |= {
+        "executed_flops_all_devices": flops.count(jax.make_jaxpr(plain)(*program.args), program.trips),
+        "moved_bytes": moved.hbm_bytes,
+        "collectives": {name: dataclasses.asdict(own) for name, own in moved.collectives.items()},
+        "host_transfers": moved.host_transfers,
+    }
+    if chip is not None:
+        bounds = bound.Bound.of(row["executed_flops_all_devices"] / devices, moved, chip)
+        row |= {
+            "hbm_bytes": chip.hbm_bytes,
+            "bound_s": bounds.seconds,
+            "bound_by": bounds.binding,
+            "bounds_s": dataclasses.asdict(bounds),
+            "mfu_at_bound": model_flops / devices / chip.flops / bounds.seconds,
+            "advice": bound.advice(bounds),
+        }
+    return row
+
+
+def table(found: dict[str, Any]) -> str:
+    """The report for people."""
+    GiB, lines = 2**30, []
+    shape = " x ".join(f"{name}={size}" for name, size in found["mesh"].items())
+    lines.append(f"{found['config']} on {found['topology']}: {found['devices']} x {found['device']}, mesh {shape}")
+    for row in found["programs"]:
+        lines.append(f"\n{row['program']}  (compiled in {row['compile_s']:.0f} s)")
+        if not row["fits"]:
+            lines.append(f"  does not fit: {row['why_not']}")
+            continue
+        total, limit = row["total_bytes"] / GiB, row.get("hbm_bytes")
+        of = "" if limit is None else f" of {limit / GiB:.2f}"
+        lines.append(
+            f"  memory       {total:.2f}{of} GiB a device: arguments {row['arguments_bytes'] / GiB:.2f},"
+            f" temporaries {row['temporaries_bytes'] / GiB:.2f}"
+        )
+        lines.append(
+            f"  products     {row['model_flops_all_devices'] / 1e12:.3g} TFLOP on all devices,"
+            f" {row['executed_flops_all_devices'] / 1e12:.3g} with what is computed again"
+        )
+        collectives = ", ".join(
+            f"{name} {own['bytes'] / GiB:.3g} GiB in {own['count']:.0f}" for name, own in row["collectives"].items()
+        )
+        lines.append(f"  traffic      {row['moved_bytes'] / GiB:.3g} GiB of memory; {collectives or 'no collectives'}")
+        if row["host_transfers"]:
+            lines.append(f"  HOST         {', '.join(row['host_transfers'])}")
+        if "bound_s" in row:
+            lines.append(
+                f"  at least     {row['bound_s']:.3g} s, by {row['bound_by']}; at that bound"
+                f" {100 * row['mfu_at_bound']:.0f}% of peak. {row['advice']}"
+            )
+    return "\n".join(lines)

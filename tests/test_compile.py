@@ -1,0 +1,115 @@
+"""--mode=compile: its abstract programs are those of a run, and its figures those that can be had by hand."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import llama3_3b, llama3_8b, quickstart
+from popi_jax import batches, packing, rollout, sharding, train
+from popi_jax import compile as compile_lib
+from popi_jax import system as system_lib
+from popi_jax.data import prepared
+from popi_jax.errors import UserError
+from popi_jax.model import hub
+from popi_jax.references import References
+
+
+def small() -> object:
+    """The smallest config that has every part: two micro-batches, a share of the summaries for theta, adapters."""
+    config = quickstart.get_config("runlocal")
+    config.train.users_per_step = 8
+    config.train.accumulation_generator = 2
+    config.sampling.k, config.sampling.k_generator = 2, 1
+    config.lora.rank = 4
+    config.mesh.fsdp, config.mesh.data = 4, 1
+    return config
+
+
+def test_abstract_batches_are_what_a_step_reads(tmp_path):
+    config = small()
+    system = system_lib.load(config)
+    sources = prepared.from_config(config, tmp_path)
+    state = train.initial_state(system)
+    examples = [sources["train"][i] for i in range(config.train.users_per_step)]
+    written = batches.WrittenSummaries(tmp_path / "written.jsonl")
+    references = References(system, tmp_path / "cache", 8)
+    real, _ = batches.make_batch(system, state, examples, 0, "joint", references, written)
+    abstract = compile_lib.abstract_batch(system)
+    assert jax.tree.structure(real) == jax.tree.structure(abstract)
+    for (path, one), other in zip(jax.tree.leaves_with_path(real), jax.tree.leaves(abstract), strict=True):
+        name = jax.tree_util.keystr(path)
+        assert one.dtype == other.dtype and one.ndim == other.ndim, name
+        assert one.sharding.is_equivalent_to(other.sharding, one.ndim), name
+        assert all(a <= b for a, b in zip(one.shape, other.shape, strict=True)), (name, one.shape, other.shape)
+
+
+def test_the_report_on_this_machine():
+    config = small()
+    config.model.remat = True
+    found = compile_lib.report(config, compile_lib.HERE)
+    rows = {row["program"]: row for row in found["programs"]}
+    assert list(rows) == ["sample", "joint step", "evaluate: sample", "evaluate: score"]
+    assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert all(row["fits"] and not row["host_transfers"] for row in rows.values())
+    joint = rows["joint step"]
+    assert joint["executed_flops_all_devices"] > 1.1 * joint["model_flops_all_devices"]  # Layers are computed again.
+    assert "all-gather" in joint["collectives"]  # Weights lie in pieces.
+    assert rows["evaluate: score"]["model_flops_all_devices"] == score_flops(config)
+    assert "joint step" in compile_lib.table(found)
+
+
+def score_flops(config) -> float:
+    """Of reading the rows of an evaluation's batch once, by hand."""
+    model = hub.read_config(hub.STYLEBOOK / "config.json", "float32", False)
+    limits, devices = config.limits, 4
+    row = limits.prompt + 2 * limits.response
+    L = max(limits.bin, packing.bucket(row, tuple(limits.buckets)))
+    C = packing.round_up(-(-config.eval.users_per_batch * config.eval.summaries_per_user // (L // row)), devices)
+    W = packing.round_up(C // devices * (L // row) * 2 * limits.response, -(-C // devices * L // 4))
+    D, H, Kv, Dh, F, r = model.d_model, model.n_heads, model.n_kv_heads, model.head_dim, model.d_ff, config.lora.rank
+    weights = 2 * D * H * Dh + 2 * D * Kv * Dh + 3 * D * F
+    adapters = r * (2 * (D + H * Dh) + 2 * (D + Kv * Dh) + 3 * (D + F))
+    size = max(128, -(-L // 16))
+    seen = sum((min(start + size, L) - start) * min(start + size, L) for start in range(0, L, size))
+    layer = C * L * (weights + adapters) + C * 2 * H * Dh * seen
+    return 2.0 * (model.n_layers * layer + devices * W * D * model.vocab_size)
+
+
+def test_sampling_shapes_are_those_that_are_drawn():
+    config = small()
+    system = system_lib.load(config)
+    drawn = rollout.draw_text(
+        system,
+        None,
+        [[1, 2, 3]] * 8,
+        jax.random.key(0),
+        rollout.in_training(config),
+        branches=2,
+        max_tokens=config.limits.summary,
+    )
+    (program,) = [p for p in compile_lib.programs(system) if p.name == "sample"]
+    abstract = jax.eval_shape(program.fn, *program.args)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), drawn.samples) == jax.tree.map(
+        lambda x: (x.shape, np.dtype(x.dtype)), abstract
+    )
+
+
+@pytest.mark.parametrize("module", [llama3_3b, llama3_8b])
+@pytest.mark.parametrize("arg", ["full", "lora"])
+def test_published_shapes_need_no_weights(module, arg):
+    config = module.get_config(arg)
+    model = hub.read_config(compile_lib.model_shape(config), config.model.compute_dtype, config.model.remat)
+    mesh = jax.sharding.AbstractMesh((1, 16, 1), sharding.AXES)
+    plan = system_lib.make_plan(config, mesh, model)
+    count = sum(leaf.size for leaf in jax.tree.leaves(plan.policy.abstract_base()))
+    assert count == {llama3_3b: 3_212_749_824, llama3_8b: 8_030_261_248}[module]  # As their model cards say.
+    assert compile_lib.abstract_batch(plan)[1].rows.tokens_CxL.shape == (8, 16, 6144)
+
+
+def test_mistakes_are_told():
+    config = small()
+    with pytest.raises(UserError, match="--topology=v5e:nonsense: .*such as v5e:4x4"):
+        compile_lib.report(config, "v5e:nonsense")
+    config.model.path = "somebody/model"
+    with pytest.raises(UserError, match="set config.model.shape to its config.json"):
+        compile_lib.report(config, compile_lib.HERE)
