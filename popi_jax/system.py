@@ -12,7 +12,7 @@ from popi_jax import objective, sharding, steps
 from popi_jax.data import templates
 from popi_jax.data.encoding import Encoder
 from popi_jax.errors import UserError
-from popi_jax.model import hub
+from popi_jax.model import hub, kernels
 from popi_jax.model.config import LoraConfig
 from popi_jax.model.policy import Policy
 from popi_jax.model.tokenizer import Tokenizer
@@ -50,7 +50,9 @@ def load(config: ml_collections.ConfigDict) -> System:
             f" mesh.data x mesh.fsdp = {shards} devices; change one of the three"
         )
     jax.set_mesh(mesh)  # The decoder holds its activations to the mesh that is set.
-    checkpoint = hub.load(config.model.path, config.model.compute_dtype, config.model.remat, mesh)
+    model = config.model
+    attention = kernels.resolve(model.attention, mesh.devices.flat[0].platform, model.compute_dtype)
+    checkpoint = hub.load(model.path, model.compute_dtype, model.remat, mesh, attention)
     tokenizer_path = str(config.model.tokenizer or checkpoint.tokenizer_path)
     tokenizer = Tokenizer.load(tokenizer_path)
     encoder = Encoder(tokenizer, config.prompts, config.limits)
@@ -160,6 +162,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     _one_of("config.objective.logp_reduction", config.objective.logp_reduction, objective.LOGP_REDUCTIONS)
     _one_of("config.objective.reference_context", config.objective.reference_context, ("prompt", "summary", "signals"))
     _one_of("config.optim.schedule", config.optim.schedule, ("cosine", "constant"))
+    _one_of("config.model.attention", config.model.attention, kernels.CHOICES)
     _one_of("config.data.dataset", config.data.dataset, ("stylebook", "psoups", "users"))
     _one_of("config.limits.on_overflow", config.limits.on_overflow, ("error", "drop"))
     for key in (

@@ -266,6 +266,7 @@ def load(
     compute_dtype: str = "float32",
     remat: bool = False,
     mesh: jax.sharding.Mesh | None = None,
+    attention: str = "xla",
 ) -> Checkpoint:
     """Loads a hub folder, a hub id or "stylebook"; the parameters are float32, whatever the file has.
 
@@ -275,6 +276,7 @@ def load(
         remat: rematerialise each layer in the backward pass.
         mesh: spreads the parameters over it as sharding.RULES say; each process reads only the slices of its own
             devices. None: everything on the default device.
+        attention: see ModelConfig.
 
     Raises:
         UserError: a file is missing or broken, the architecture is not supported, or a tensor is missing, superfluous,
@@ -282,7 +284,7 @@ def load(
     """
     folder = resolve(path_or_id)
     path = folder / "config.json"
-    config = ModelConfig.from_hub(_read_json(path), str(path), compute_dtype, remat)
+    config = ModelConfig.from_hub(_read_json(path), str(path), compute_dtype, remat, attention)
     weights = _Weights(folder)
     table = leaves(config)
     weights.check(table, config)
