@@ -88,14 +88,27 @@ def test_splash_equals_the_plain_attention(case, dtype, tolerance):
     assert_same(run(splash, arrays, segments_BxL), run(attention.attend, arrays, segments_BxL), tolerance)
 
 
+@pytest.mark.parametrize("attend", [splash, functools.partial(kernels.cudnn, implementation="xla")])
+def test_padding_attends_to_itself(attend):
+    """So no query is without a key, and what a layer makes of padding stays finite, as do gradients from there."""
+    segments_BxL = line_segments(30, 2, 10)
+    q, k, v, g = draw(segments_BxL, 2, 1, 64)
+    out_BxLxHxDh, vjp = jax.vjp(jax.jit(lambda *qkv: attend(*qkv, segments_BxL)), q, k, v)
+    itself_BxLxHxDh = jnp.repeat(v, 2, axis=2)
+    padding_BxL = segments_BxL < 0
+    np.testing.assert_allclose(out_BxLxHxDh[padding_BxL], itself_BxLxHxDh[padding_BxL], atol=1e-6)
+    *_, dv = vjp(jnp.ones_like(g))
+    np.testing.assert_allclose(dv[padding_BxL], 2.0, atol=1e-5)  # From its two heads, and from no other query.
+
+
 def test_splash_skips_the_blocks_that_nothing_attends_to():
-    """A NaN in a block that is looked at would spread to all its queries, masked or not."""
+    """A NaN among the values of a block that is looked at spreads to all its queries, masked or not: 0 * NaN."""
     segments_1xL = np.repeat([0, 1, 2, attention.ROW, attention.ROW + 1], 128)[None]
     q, k, v, _ = draw(segments_1xL, 1, 1, 64)
     jitted = jax.jit(splash)
     for poisoned, reached in ((1, [1]), (2, [2]), (3, [3, 4]), (0, [0, 1, 2])):
         at = slice(poisoned * 128, (poisoned + 1) * 128)
-        out_1xLx1xDh = jitted(q, k.at[:, at].set(np.nan), v, segments_1xL)
+        out_1xLx1xDh = jitted(q, k, v.at[:, at].set(np.nan), segments_1xL)
         hit_L = np.isnan(np.asarray(out_1xLx1xDh)).any(axis=(0, 2, 3))
         np.testing.assert_array_equal(np.flatnonzero(hit_L.reshape(5, 128).any(axis=1)), reached)
 
