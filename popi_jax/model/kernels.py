@@ -117,16 +117,16 @@ def splash(
     a query to prefix keys up to its own index, or to branch keys from its branch's start up to its own index. It is
     still one softmax. Blocks in which no query attends to any key are skipped, as the segments say at run time.
 
-    Memory, per line: keys and values twice (4 * P * Kv * Dh numbers), their gradients likewise, and one layer's
-    log-sums, H * P * 128 float32, while the kernel that writes them runs. Blocks known to the scalar unit: 4 * C^2
-    int32.
+    Memory: keys and values twice (4 * P * Kv * Dh numbers a line), their gradients likewise; the log-sums of one line,
+    H * P * 128 float32, while the kernel that writes them runs, as lines go one after another; two tables of 2 * C^2
+    int32 in scalar memory.
 
     Args:
         q_BxLxHxDh: queries, rope applied.
         k_BxLxKvxDh: keys, rope applied.
         v_BxLxKvxDh: values.
-        segments_BxL: see `attention.attend`. Between two tokens of a branch there are none of another branch of its
-            row.
+        segments_BxL: see `attention.attend`. Here a branch's tokens lie side by side, with nothing but padding between
+            them, as `scoring.layout` and `packing.pack_bins` put them; a row's prefix may lie anywhere.
         block: tokens of the largest block, a multiple of 128.
         interpret: run on the CPU, step by step, for tests.
 
