@@ -136,7 +136,7 @@ def splash(
     Raises:
         ValueError: lines of more than 65,536 tokens.
     """
-    B, L, H, Dh = q_BxLxHxDh.shape
+    _, L, _, Dh = q_BxLxHxDh.shape
     # Of nearly equal blocks, so that little is added to fill the last.
     count = -(-L // block)
     size = -(-L // (count * _LANES)) * _LANES
