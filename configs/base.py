@@ -14,6 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.path = "stylebook"
     c.model.compute_dtype = "float32"
     c.model.remat = False  # Rematerialise each layer in the backward pass.
+    c.model.attention = "auto"  # auto (by the devices), xla, splash (TPUs) or cudnn (NVIDIA GPUs, bfloat16).
     c.model.tokenizer = ""  # Another tokenizer than the checkpoint's own.
     # A config.json in the hub's form: the shape that --mode=compile takes where model.path is no folder.
     c.model.shape = ""

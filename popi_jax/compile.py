@@ -182,7 +182,7 @@ def report(config, topology: str) -> dict[str, Any]:
     system_lib.check(config)
     devices = slice_devices(topology)
     mesh = system_lib.make_mesh(config, devices)
-    model = hub.read_config(model_shape(config), config.model.compute_dtype, config.model.remat)
+    model = hub.read_config(model_shape(config), **system_lib.model_options(config, mesh))
     plan = system_lib.make_plan(config, mesh, model)
     kind = devices[0].device_kind
     chip = None if topology == HERE else chips.chip(kind)

@@ -19,6 +19,9 @@ _ASIDE = (
     "train.profile_steps",
     "mesh.",
     "model.remat",
+    "model.attention",
+    "model.shape",
+    "train.accumulation",  # Of either model.
 )
 # What has no part in the weights: it may change too, and the evaluation is done again.
 _FREE = (*_ASIDE, "eval.")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -13,7 +14,7 @@ from popi_jax import objective, packing, sharding, steps
 from popi_jax.data import templates
 from popi_jax.data.encoding import Encoder
 from popi_jax.errors import UserError
-from popi_jax.model import hub
+from popi_jax.model import hub, kernels
 from popi_jax.model.config import LoraConfig, ModelConfig
 from popi_jax.model.policy import Policy
 from popi_jax.model.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ def load(config: ml_collections.ConfigDict) -> System:
     check(config)
     mesh = make_mesh(config)
     jax.set_mesh(mesh)  # The decoder holds its activations to the mesh that is set.
-    checkpoint = hub.load(config.model.path, config.model.compute_dtype, config.model.remat, mesh)
+    checkpoint = hub.load(config.model.path, mesh=mesh, **model_options(config, mesh))
     tokenizer_path = str(config.model.tokenizer or checkpoint.tokenizer_path)
     tokenizer = Tokenizer.load(tokenizer_path)
     encoder = Encoder(tokenizer, config.prompts, config.limits)
@@ -76,6 +77,16 @@ def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] |
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     check_micro_batches(config, sharding.row_shards(mesh))
     return mesh
+
+
+def model_options(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """What of a ModelConfig no checkpoint says; UserError where these devices have no such attention."""
+    platform = mesh.devices.flat[0].platform
+    return {
+        "compute_dtype": config.model.compute_dtype,
+        "remat": config.model.remat,
+        "attention": kernels.resolve(config.model.attention, platform, config.model.compute_dtype),
+    }
 
 
 def make_plan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, model: ModelConfig) -> Plan:
@@ -169,6 +180,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     _one_of("config.objective.logp_reduction", config.objective.logp_reduction, objective.LOGP_REDUCTIONS)
     _one_of("config.objective.reference_context", config.objective.reference_context, ("prompt", "summary", "signals"))
     _one_of("config.optim.schedule", config.optim.schedule, ("cosine", "constant"))
+    _one_of("config.model.attention", config.model.attention, kernels.CHOICES)
     _one_of("config.data.dataset", config.data.dataset, ("stylebook", "psoups", "users"))
     _one_of("config.limits.on_overflow", config.limits.on_overflow, ("error", "drop"))
     for key in (

@@ -53,7 +53,7 @@ def attend(q_BxLxHxDh: jax.Array, k_BxLxKvxDh: jax.Array, v_BxLxKvxDh: jax.Array
         end = min(start + size, L)
         s_BxKvxGxQxE = product("bkgqd,bked->bkgqe", q_BxKvxGxLxDh[:, :, :, start:end], k_BxKvxLxDh[:, :, :end])
         # Added rather than selected: the scores' gradient then needs no mask of its own.
-        bias_BxQxE = jnp.where(_mask(segments_BxL, start, end), 0.0, _MASKED)
+        bias_BxQxE = jnp.where(visible(segments_BxL, start, end), 0.0, _MASKED)
         s_BxKvxGxQxE = s_BxKvxGxQxE * Dh**-0.5 + bias_BxQxE[:, None, None]
         p_BxKvxGxQxE = jax.nn.softmax(s_BxKvxGxQxE, axis=-1).astype(v_BxLxKvxDh.dtype)
         out_BxKvxGxQxDh = product("bkgqe,bked->bkgqd", p_BxKvxGxQxE, v_BxKvxLxDh[:, :, :end])
@@ -62,8 +62,8 @@ def attend(q_BxLxHxDh: jax.Array, k_BxLxKvxDh: jax.Array, v_BxLxKvxDh: jax.Array
     return out_BxKvxGxLxDh.transpose(0, 3, 1, 2, 4).reshape(B, L, H, Dh)
 
 
-def _mask(segments_BxL: jax.Array, start: int, end: int) -> jax.Array:
-    """Which of the keys [0, end) each of the queries [start, end) attends to."""
+def visible(segments_BxL: jax.Array, start: int, end: int) -> jax.Array:
+    """Which of the keys [0, end) each of the queries [start, end) attends to, [B, Q, E] booleans."""
     query_BxQx1 = segments_BxL[:, start:end, None]
     key_Bx1xE = segments_BxL[:, None, :end]
     causal_1xQxE = jnp.arange(end)[None, None, :] <= jnp.arange(start, end)[None, :, None]

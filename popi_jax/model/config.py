@@ -88,6 +88,7 @@ class ModelConfig:
         max_length: the longest context, in tokens, that the weights were made for.
         compute_dtype: "float32" or "bfloat16", the type of activations; weights keep the type that they come in.
         remat: recompute each layer in the backward pass instead of keeping its activations.
+        attention: "xla", "splash" or "cudnn", see kernels.bind; the devices decide, not the checkpoint.
     """
 
     vocab_size: int
@@ -106,6 +107,7 @@ class ModelConfig:
     max_length: int = 2048
     compute_dtype: str = "float32"
     remat: bool = False
+    attention: str = "xla"
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -114,10 +116,17 @@ class ModelConfig:
             raise UserError(f"model: head_dim={self.head_dim} must be even, rope turns pairs of features")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise UserError(f"model.compute_dtype={self.compute_dtype!r}: choose float32 or bfloat16")
+        if self.attention not in ("xla", "splash", "cudnn"):
+            raise UserError(f"model.attention={self.attention!r}: choose xla, splash or cudnn")
 
     @classmethod
     def from_hub(
-        cls, hub: dict[str, Any], source: str, compute_dtype: str = "float32", remat: bool = False
+        cls,
+        hub: dict[str, Any],
+        source: str,
+        compute_dtype: str = "float32",
+        remat: bool = False,
+        attention: str = "xla",
     ) -> "ModelConfig":
         """Reads a parsed config.json.
 
@@ -126,6 +135,7 @@ class ModelConfig:
             source: the file's name, for messages.
             compute_dtype: see the class; not a property of the checkpoint.
             remat: see the class; not a property of the checkpoint.
+            attention: see the class; not a property of the checkpoint.
 
         Raises:
             UserError: a field is missing, or the checkpoint needs something that this decoder does not do.
@@ -162,6 +172,7 @@ class ModelConfig:
             max_length=hub["max_position_embeddings"],
             compute_dtype=compute_dtype,
             remat=remat,
+            attention=attention,
         )
 
     def to_hub(self) -> dict[str, Any]:

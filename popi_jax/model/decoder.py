@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from popi_jax import sharding
-from popi_jax.model import attention
+from popi_jax.model import attention, kernels
 from popi_jax.model import lora as lora_lib
 from popi_jax.model.config import LoraConfig, ModelConfig
 from popi_jax.model.product import product
@@ -297,12 +297,13 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """Returns hidden_BxLxD and, if kept, the keys and values of all layers."""
         rope = _rope(self.config, positions_BxL)
+        attend = kernels.bind(self.config.attention)
 
         def body(x_BxLxD: jax.Array, layer: Layer) -> tuple[jax.Array, Any]:
             x_BxLxD = sharding.constrain(x_BxLxD, ("batch", "length", "activation"))
             q_BxLxHxDh, k_BxLxKvxDh, v_BxLxKvxDh = layer.project(x_BxLxD, rope)
             with jax.named_scope("attend"):
-                attended_BxLxHxDh = attention.attend(q_BxLxHxDh, k_BxLxKvxDh, v_BxLxKvxDh, segments_BxL)
+                attended_BxLxHxDh = attend(q_BxLxHxDh, k_BxLxKvxDh, v_BxLxKvxDh, segments_BxL)
             return layer.finish(x_BxLxD, attended_BxLxHxDh), (k_BxLxKvxDh, v_BxLxKvxDh) if keep else None
 
         if self.config.remat:

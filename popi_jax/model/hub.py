@@ -252,9 +252,12 @@ def resolve(path_or_id: str | os.PathLike[str]) -> pathlib.Path:
         ) from error
 
 
-def read_config(path: pathlib.Path, compute_dtype: str, remat: bool) -> ModelConfig:
-    """The model that a config.json in the hub's form describes; UserError where it is missing or not supported."""
-    return ModelConfig.from_hub(_read_json(path), str(path), compute_dtype, remat)
+def read_config(path: pathlib.Path, **options: Any) -> ModelConfig:
+    """The model that a config.json in the hub's form describes; UserError where it is missing or not supported.
+
+    `options` are those of ModelConfig.from_hub.
+    """
+    return ModelConfig.from_hub(_read_json(path), str(path), **options)
 
 
 def fingerprint(folder: pathlib.Path) -> str:
@@ -271,6 +274,7 @@ def load(
     compute_dtype: str = "float32",
     remat: bool = False,
     mesh: jax.sharding.Mesh | None = None,
+    attention: str = "xla",
 ) -> Checkpoint:
     """Loads a hub folder, a hub id or "stylebook"; the parameters are float32, whatever the file has.
 
@@ -280,13 +284,14 @@ def load(
         remat: rematerialise each layer in the backward pass.
         mesh: spreads the parameters over it as sharding.RULES say; each process reads only the slices of its own
             devices. None: everything on the default device.
+        attention: see ModelConfig.
 
     Raises:
         UserError: a file is missing or broken, the architecture is not supported, or a tensor is missing, superfluous,
             of another shape or of a dtype other than float32, float16 and bfloat16.
     """
     folder = resolve(path_or_id)
-    config = read_config(folder / "config.json", compute_dtype, remat)
+    config = read_config(folder / "config.json", compute_dtype=compute_dtype, remat=remat, attention=attention)
     weights = _Weights(folder)
     table = leaves(config)
     weights.check(table, config)
