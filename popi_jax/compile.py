@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import time
 from typing import Any
 
@@ -184,13 +185,17 @@ def report(config, topology: str) -> dict[str, Any]:
     mesh = system_lib.make_mesh(config, devices)
     model = hub.read_config(model_shape(config), **system_lib.model_options(config, mesh))
     plan = system_lib.make_plan(config, mesh, model)
+    # Of a kernel's products only the kernel knows; the plain attention does as many, but for what it masks.
+    plain = system_lib.make_plan(config, mesh, dataclasses.replace(model, attention="xla"))
     kind = devices[0].device_kind
     chip = None if topology == HERE else chips.chip(kind)
     rows = []
     with jax.set_mesh(mesh):
-        for program in programs(plan):
+        for program, counted in zip(programs(plan), programs(plain), strict=True):
             print(f"compiling {program.name} ...", flush=True)
-            rows.append({"program": program.name} | compile_program(program, mesh.size, chip))
+            rows.append({"program": program.name} | products(counted) | compile_program(program))
+            if chip is not None:
+                rows[-1] |= at_best(rows[-1], mesh.size, chip)
     return {
         "schema": 1,
         "config": config.name,
@@ -214,48 +219,59 @@ def model_shape(config) -> pathlib.Path:
     return pathlib.Path(config.model.shape)
 
 
-def compile_program(program: Program, devices: int, chip: chips.Chip | None) -> dict[str, Any]:
-    """One program's memory, work and bounds, per device unless its name says otherwise."""
-    plain = program.fn.__wrapped__  # A trace of the jitted function would be kept, and so would what it computes twice.
+def products(program: Program) -> dict[str, float]:
+    """FLOPs of the program's products on all devices: the model's own, and with what is computed again."""
     with remat.nothing_twice():
-        model_flops = flops.count(jax.make_jaxpr(plain)(*program.args), program.trips)
-    row: dict[str, Any] = {"model_flops_all_devices": model_flops}
+        own = flops.count(flops.trace(program.fn, program.args), program.trips)
+    executed = flops.count(flops.trace(program.fn, program.args), program.trips)
+    return {"model_flops_all_devices": own, "executed_flops_all_devices": executed}
+
+
+def compile_program(program: Program) -> dict[str, Any]:
+    """What one program takes of each device."""
     started = time.perf_counter()
     try:
         compiled = program.fn.lower(*program.args).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return row | {"compile_s": time.perf_counter() - started, "fits": False, "why_not": first_line(error)}
-    row["compile_s"] = time.perf_counter() - started
+        return {"compile_s": time.perf_counter() - started, "fits": False, "why_not": _why_not(error)}
+    row: dict[str, Any] = {"compile_s": time.perf_counter() - started, "fits": True}
     memory = compiled.memory_analysis()
+    # What is donated is an argument and a result in one place.
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     row |= {
         "arguments_bytes": memory.argument_size_in_bytes,
         "temporaries_bytes": memory.temp_size_in_bytes,
-        "total_bytes": memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes,
-        "fits": True,
+        "total_bytes": memory.argument_size_in_bytes + results + memory.temp_size_in_bytes,
     }
-    moved = traffic.measure(compiled.as_text(), program.trips)
-    row |= {
-        "executed_flops_all_devices": flops.count(jax.make_jaxpr(plain)(*program.args), program.trips),
-        "moved_bytes": moved.hbm_bytes,
-        "collectives": {name: dataclasses.asdict(own) for name, own in moved.collectives.items()},
-        "host_transfers": moved.host_transfers,
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:  # XLA cannot print some of its own asynchronous instructions.
+        return row | {"traffic": None, "why_no_traffic": first_line(error)}
+    moved = traffic.measure(text, program.trips)
+    return row | {"traffic": dataclasses.asdict(moved)}
+
+
+def at_best(row: dict[str, Any], devices: int, chip: chips.Chip) -> dict[str, Any]:
+    """The bounds on the program's time, and the share of the chip's peak that the tightest leaves to the model."""
+    found: dict[str, Any] = {"hbm_bytes": chip.hbm_bytes}
+    if not row["fits"]:
+        return found
+    bounds = bound.Bound.of(row["executed_flops_all_devices"] / devices, row["traffic"], chip)
+    return found | {
+        "bounds_s": dataclasses.asdict(bounds),
+        "bound_s": bounds.seconds,
+        "bound_by": bounds.binding,
+        "mfu_at_bound": row["model_flops_all_devices"] / devices / chip.flops / bounds.seconds,
+        "advice": bound.advice(bounds),
     }
-    if chip is not None:
-        bounds = bound.Bound.of(row["executed_flops_all_devices"] / devices, moved, chip)
-        row |= {
-            "hbm_bytes": chip.hbm_bytes,
-            "bound_s": bounds.seconds,
-            "bound_by": bounds.binding,
-            "bounds_s": dataclasses.asdict(bounds),
-            "mfu_at_bound": model_flops / devices / chip.flops / bounds.seconds,
-            "advice": bound.advice(bounds),
-        }
-    return row
+
+
+def _why_not(error: Exception) -> str:
+    """The sentence with both figures, out of a page of the compiler's."""
+    wanted = re.search(r"(total )?memory required[^.]*\([^)]*\)[^.]*\.[^.]*\.", str(error))
+    return " ".join(wanted.group().split()) if wanted else first_line(error)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -278,15 +294,23 @@ def table(found: dict[str, Any]) -> str:
             f"  products     {row['model_flops_all_devices'] / 1e12:.3g} TFLOP on all devices,"
             f" {row['executed_flops_all_devices'] / 1e12:.3g} with what is computed again"
         )
-        collectives = ", ".join(
-            f"{name} {own['bytes'] / GiB:.3g} GiB in {own['count']:.0f}" for name, own in row["collectives"].items()
-        )
-        lines.append(f"  traffic      {row['moved_bytes'] / GiB:.3g} GiB of memory; {collectives or 'no collectives'}")
-        if row["host_transfers"]:
-            lines.append(f"  HOST         {', '.join(row['host_transfers'])}")
+        lines.append(f"  traffic      {_traffic(row)}")
         if "bound_s" in row:
             lines.append(
                 f"  at least     {row['bound_s']:.3g} s, by {row['bound_by']}; at that bound"
                 f" {100 * row['mfu_at_bound']:.0f}% of peak. {row['advice']}"
             )
     return "\n".join(lines)
+
+
+def _traffic(row: dict[str, Any]) -> str:
+    moved = row["traffic"]
+    if moved is None:
+        return f"not known, for the compiler cannot print this program: {row['why_no_traffic']}"
+    parts = [f"{moved['hbm_bytes'] / 2**30:.3g} GiB of memory a device"]
+    parts += [
+        f"{name} {own['bytes'] / 2**30:.3g} GiB in {own['count']:.0f}" for name, own in moved["collectives"].items()
+    ]
+    if moved["host_transfers"]:
+        parts.append(f"TO OR FROM THE HOST: {', '.join(moved['host_transfers'])}")
+    return "; ".join(parts)

@@ -50,10 +50,10 @@ def test_the_report_on_this_machine():
     rows = {row["program"]: row for row in found["programs"]}
     assert list(rows) == ["sample", "joint step", "evaluate: sample", "evaluate: score"]
     assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
-    assert all(row["fits"] and not row["host_transfers"] for row in rows.values())
+    assert all(row["fits"] and not row["traffic"]["host_transfers"] for row in rows.values())
     joint = rows["joint step"]
     assert joint["executed_flops_all_devices"] > 1.1 * joint["model_flops_all_devices"]  # Layers are computed again.
-    assert "all-gather" in joint["collectives"]  # Weights lie in pieces.
+    assert "all-gather" in joint["traffic"]["collectives"]  # Weights lie in pieces.
     assert rows["evaluate: score"]["model_flops_all_devices"] == score_flops(config)
     assert "joint step" in compile_lib.table(found)
 

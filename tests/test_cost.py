@@ -1,5 +1,7 @@
 """What a compiled program is said to cost, against counts by hand; on a CPU's own programs and on a TPU's text."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -185,7 +187,7 @@ def test_a_tpus_text():
 
 def test_bounds_by_hand():
     moved = traffic.Traffic(819e9 * 2, {"all-gather": traffic.Collective(1, 200e9)}, [], 0)
-    found = Bound.of(197e12 * 0.5, moved, chips.chip("TPU v5 lite"))
+    found = Bound.of(197e12 * 0.5, dataclasses.asdict(moved), chips.chip("TPU v5 lite"))
     assert (found.compute_s, found.memory_s, found.interconnect_s) == pytest.approx((0.5, 2.0, 1.0))
     assert found.binding == "HBM" and found.seconds == pytest.approx(2.0)
     with pytest.raises(UserError, match="'TPU v1'"):

@@ -1,9 +1,9 @@
 """The roofline's lower bounds on a program's time. Overlap within a chip is taken for granted: the largest counts."""
 
 import dataclasses
+from typing import Any
 
 from popi_jax.cost.chips import Chip
-from popi_jax.cost.traffic import Traffic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,10 +15,15 @@ class Bound:
     interconnect_s: float
 
     @classmethod
-    def of(cls, device_flops: float, moved: Traffic, chip: Chip) -> "Bound":
-        """The bounds of a program that does `device_flops` in products, and moves this, on each device."""
-        sent = sum(own.bytes for own in moved.collectives.values())
-        return cls(device_flops / chip.flops, moved.hbm_bytes / chip.hbm_bandwidth, sent / chip.link_bandwidth)
+    def of(cls, device_flops: float, moved: dict[str, Any] | None, chip: Chip) -> "Bound":
+        """The bounds of a program that does `device_flops` in products on each device.
+
+        `moved` is a traffic.Traffic as a dict; None where it is not known: the bound is then that of compute alone.
+        """
+        if moved is None:
+            return cls(device_flops / chip.flops, 0.0, 0.0)
+        sent = sum(own["bytes"] for own in moved["collectives"].values())
+        return cls(device_flops / chip.flops, moved["hbm_bytes"] / chip.hbm_bandwidth, sent / chip.link_bandwidth)
 
     @property
     def seconds(self) -> float:

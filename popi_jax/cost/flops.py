@@ -66,6 +66,6 @@ def _jaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
     return found
 
 
-def trace(fn: Any, args: tuple[Any, ...]) -> core.ClosedJaxpr:
-    """Traces fn, which is not jitted itself: a jitted function would give a trace that it kept from before."""
-    return jax.make_jaxpr(fn)(*args)
+def trace(jitted: Any, args: tuple[Any, ...]) -> core.ClosedJaxpr:
+    """Traces what is jitted afresh: JAX keeps a function's trace, and with it what remat.nothing_twice() changes."""
+    return jax.make_jaxpr(lambda *args: jitted.__wrapped__(*args))(*args)
