@@ -109,8 +109,9 @@ def state_shardings(plan: Plan) -> steps.TrainState:
 
 def abstract_state(plan: Plan) -> steps.TrainState:
     """Shapes, types and shardings of the state: what a checkpoint is restored onto."""
-    init = functools.partial(steps.init_state, settings=plan.settings)
-    shapes = jax.eval_shape(init, jax.random.key(0), plan.policy.abstract_base())
+    shapes = jax.eval_shape(
+        lambda base: steps.init_state(jax.random.key(0), base, plan.settings), plan.policy.abstract_base()
+    )
     return jax.tree.map(
         lambda s, placed: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), shapes, state_shardings(plan)
     )

@@ -149,7 +149,7 @@ TPU_TEXT = """HloModule jit_fn, is_scheduled=true, num_partitions=4
   %state.1 = (s32[]{:T(128)}, /*index=1*/bf16[5,64,128]{2,1,0:T(8,128)(2,1)}) parameter(0)
   %i.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
   %w.1 = bf16[5,64,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%state.1), index=1
-  %fusion.1 = bf16[64,128]{1,0:T(8,128)(2,1)} fusion(%i.1, %w.1), kind=kLoop, calls=%sliced
+  %fusion.1 = bf16[64,128]{1,0:T(8,128)(2,1)} fusion(%i.1, /*index=1*/%w.1), kind=kLoop, calls=%sliced
   %gather.1 = (bf16[64,128], bf16[256,128]) all-gather-start(%fusion.1), replica_groups=[1,4]<=[4]
   %gather.2 = bf16[256,128]{1,0:T(8,128)(2,1)} all-gather-done(%gather.1)
   %one.1 = s32[]{:T(128)} constant(1)

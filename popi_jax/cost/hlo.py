@@ -62,7 +62,7 @@ def parse(text: str) -> Module:
     """Reads compiled.as_text(). Raises ValueError where it has no entry computation."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():  # Tuples count their parts in comments.
         header = _HEADER.match(line)
         if header:
             current = computations.setdefault(header.group(2), {})
