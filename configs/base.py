@@ -13,6 +13,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.model = ml_collections.ConfigDict()
     c.model.path = "stylebook"
     c.model.compute_dtype = "float32"
+    # Of the base model's weights, which are not trained: "bfloat16" is half the memory, and exact for checkpoints that
+    # are stored so. What is trained is float32.
+    c.model.frozen_dtype = "float32"
     c.model.remat = False  # Rematerialise each layer in the backward pass.
     c.model.attention = "auto"  # auto (by the devices), xla, splash (TPUs) or cudnn (NVIDIA GPUs, bfloat16).
     c.model.tokenizer = ""  # Another tokenizer than the checkpoint's own.

@@ -29,6 +29,7 @@ def get_config(arg: str = "full") -> ml_collections.ConfigDict:
     c.model.path = "meta-llama/Llama-3.2-3B-Instruct"
     c.model.shape = str(SHAPES / "llama-3.2-3b.json")
     c.model.compute_dtype = "bfloat16"
+    c.model.frozen_dtype = "bfloat16"  # As the checkpoint is stored.
     c.model.remat = True
     if arg == "lora":
         c.lora.rank = 64

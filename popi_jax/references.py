@@ -24,7 +24,7 @@ class References:
         config = system.config
         identity = (
             f"{system.fingerprint}|{system.tokenizer.fingerprint}|{config.prompts.generator_instruction}"
-            f"|{config.objective.logp_reduction}|{config.model.compute_dtype}"
+            f"|{config.objective.logp_reduction}|{config.model.compute_dtype}|{config.model.frozen_dtype}"
         )
         self._path = folder / f"reference_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
         self._known: dict[str, np.ndarray] = {}

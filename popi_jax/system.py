@@ -85,6 +85,7 @@ def model_options(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) ->
     return {
         "compute_dtype": config.model.compute_dtype,
         "remat": config.model.remat,
+        "frozen_dtype": config.model.frozen_dtype,
         "attention": kernels.resolve(config.model.attention, platform, config.model.compute_dtype),
     }
 
@@ -172,6 +173,8 @@ def stream_key(seed: int, stream: str, step: int) -> jax.Array:
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError, naming the key and the remedy, for values that no run could use."""
+    _one_of("config.model.compute_dtype", config.model.compute_dtype, ("float32", "bfloat16"))
+    _one_of("config.model.frozen_dtype", config.model.frozen_dtype, ("float32", "bfloat16"))
     _one_of("config.method", config.method, METHODS)
     _one_of("config.schedule.name", config.schedule.name, SCHEDULES)
     _one_of("config.objective.loss", config.objective.loss, tuple(objective.LOSSES))

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -77,14 +78,18 @@ def test_every_tensor_lies_where_the_tree_says():
     assert "head" not in params
 
 
+@pytest.mark.parametrize("frozen_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loaded_tree_is_the_declared_one(family: str):
-    checkpoint = hub.load(FIXTURES / family, compute_dtype="bfloat16", remat=True)
+def test_loaded_tree_is_the_declared_one(family: str, frozen_dtype: str):
+    checkpoint = hub.load(FIXTURES / family, compute_dtype="bfloat16", remat=True, frozen_dtype=frozen_dtype)
     declared = Policy(checkpoint.config).abstract_base()
+    assert {leaf.dtype for leaf in jax.tree.leaves(declared)} == {jnp.dtype(frozen_dtype)}
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), checkpoint.params) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), declared
     )
     assert (checkpoint.config.compute_dtype, checkpoint.config.remat) == ("bfloat16", True)
+    trained = jax.eval_shape(Policy(checkpoint.config).init_delta, checkpoint.params, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("shard_bytes", [2**30, 60_000])

@@ -289,7 +289,7 @@ def test_difference_is_chosen_minus_rejected():
 
 @pytest.fixture(scope="module")
 def base():
-    checkpoint = hub.load("stylebook", "float32", False)
+    checkpoint = hub.load("stylebook")
     return checkpoint, Tokenizer.load(checkpoint.tokenizer_path)
 
 

@@ -89,6 +89,8 @@ class ModelConfig:
         compute_dtype: "float32" or "bfloat16", the type of activations; weights keep the type that they come in.
         remat: recompute each layer in the backward pass instead of keeping its activations.
         attention: "xla", "splash" or "cudnn", see kernels.bind; the devices decide, not the checkpoint.
+        frozen_dtype: "float32" or "bfloat16", the type that the base model's weights are kept in; what is trained is
+            float32.
     """
 
     vocab_size: int
@@ -108,34 +110,27 @@ class ModelConfig:
     compute_dtype: str = "float32"
     remat: bool = False
     attention: str = "xla"
+    frozen_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
             raise UserError(f"model: {self.n_heads} heads cannot share {self.n_kv_heads} kv heads evenly")
         if self.head_dim % 2:
             raise UserError(f"model: head_dim={self.head_dim} must be even, rope turns pairs of features")
-        if self.compute_dtype not in ("float32", "bfloat16"):
-            raise UserError(f"model.compute_dtype={self.compute_dtype!r}: choose float32 or bfloat16")
+        for name in ("compute_dtype", "frozen_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16"):
+                raise UserError(f"model.{name}={getattr(self, name)!r}: choose float32 or bfloat16")
         if self.attention not in ("xla", "splash", "cudnn"):
             raise UserError(f"model.attention={self.attention!r}: choose xla, splash or cudnn")
 
     @classmethod
-    def from_hub(
-        cls,
-        hub: dict[str, Any],
-        source: str,
-        compute_dtype: str = "float32",
-        remat: bool = False,
-        attention: str = "xla",
-    ) -> "ModelConfig":
+    def from_hub(cls, hub: dict[str, Any], source: str, **options: Any) -> "ModelConfig":
         """Reads a parsed config.json.
 
         Args:
             hub: the file's object.
             source: the file's name, for messages.
-            compute_dtype: see the class; not a property of the checkpoint.
-            remat: see the class; not a property of the checkpoint.
-            attention: see the class; not a property of the checkpoint.
+            options: what is no property of a checkpoint: compute_dtype, remat, attention, frozen_dtype.
 
         Raises:
             UserError: a field is missing, or the checkpoint needs something that this decoder does not do.
@@ -170,9 +165,7 @@ class ModelConfig:
             qkv_bias=model_type == "qwen2",
             qk_norm=model_type == "qwen3",
             max_length=hub["max_position_embeddings"],
-            compute_dtype=compute_dtype,
-            remat=remat,
-            attention=attention,
+            **options,
         )
 
     def to_hub(self) -> dict[str, Any]:

@@ -269,29 +269,21 @@ def fingerprint(folder: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
-def load(
-    path_or_id: str | os.PathLike[str],
-    compute_dtype: str = "float32",
-    remat: bool = False,
-    mesh: jax.sharding.Mesh | None = None,
-    attention: str = "xla",
-) -> Checkpoint:
-    """Loads a hub folder, a hub id or "stylebook"; the parameters are float32, whatever the file has.
+def load(path_or_id: str | os.PathLike[str], mesh: jax.sharding.Mesh | None = None, **options: Any) -> Checkpoint:
+    """Loads a hub folder, a hub id or "stylebook"; the parameters are of frozen_dtype, whatever the file has.
 
     Args:
         path_or_id: see resolve().
-        compute_dtype: "float32" or "bfloat16", of activations.
-        remat: rematerialise each layer in the backward pass.
         mesh: spreads the parameters over it as sharding.RULES say; each process reads only the slices of its own
             devices. None: everything on the default device.
-        attention: see ModelConfig.
+        options: see ModelConfig.from_hub.
 
     Raises:
         UserError: a file is missing or broken, the architecture is not supported, or a tensor is missing, superfluous,
             of another shape or of a dtype other than float32, float16 and bfloat16.
     """
     folder = resolve(path_or_id)
-    config = read_config(folder / "config.json", compute_dtype=compute_dtype, remat=remat, attention=attention)
+    config = read_config(folder / "config.json", **options)
     weights = _Weights(folder)
     table = leaves(config)
     weights.check(table, config)
@@ -302,18 +294,19 @@ def load(
         placed = sharding.param_shardings(policy.logical_axes_base(), placed, mesh)
     for leaf in table:
         place = None if mesh is None else _get(placed, leaf.path)
-        _set(params, leaf.path, _load_leaf(weights, leaf, config.n_layers, place))
+        _set(params, leaf.path, _load_leaf(weights, leaf, config, place))
     return Checkpoint(config, params, folder, fingerprint(folder))
 
 
-def _load_leaf(weights: _Weights, leaf: Leaf, n_layers: int, place: jax.sharding.Sharding | None) -> jax.Array:
-    shape = (n_layers, *leaf.shape) if leaf.stacked else leaf.shape
+def _load_leaf(weights: _Weights, leaf: Leaf, config: ModelConfig, place: jax.sharding.Sharding | None) -> jax.Array:
+    shape = (config.n_layers, *leaf.shape) if leaf.stacked else leaf.shape
+    dtype = jnp.dtype(config.frozen_dtype)
 
     def read(index: Any) -> np.ndarray:
         if not leaf.stacked:
-            return leaf.from_hub(weights.tensor(leaf.name), index).astype(np.float32)
-        names = _names(leaf, n_layers)[index[0]]
-        return np.stack([leaf.from_hub(weights.tensor(name), index[1:]).astype(np.float32) for name in names])
+            return leaf.from_hub(weights.tensor(leaf.name), index).astype(dtype)
+        names = _names(leaf, config.n_layers)[index[0]]
+        return np.stack([leaf.from_hub(weights.tensor(name), index[1:]).astype(dtype) for name in names])
 
     if place is None:
         return jax.device_put(read((slice(None),) * len(shape)))

@@ -33,9 +33,12 @@ class Policy:
         return weights.init_tree(self._declared_base(), key)
 
     def init_delta(self, base: Tree, key: jax.Array) -> Tree:
-        """A delta that leaves the base's function as it is: a fresh adapter, or a copy of base that may be donated."""
+        """A delta that leaves the base's function as it is: a fresh adapter, or a copy of base that may be donated.
+
+        Either is float32, whatever base is.
+        """
         if self.lora is None:
-            return jax.tree.map(jnp.copy, base)
+            return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), base)
         return weights.init_tree(self._declared_delta(), key)
 
     def bind(self, base: Tree, delta: Tree | None) -> Decoder:
@@ -56,8 +59,8 @@ class Policy:
         return lora_lib.fuse(base, delta, self.lora)
 
     def abstract_base(self) -> Tree:
-        """Shapes and types of the base weights."""
-        return weights.abstract_tree(self._declared_base())
+        """Shapes and types of the base weights, as they are kept: config.frozen_dtype."""
+        return weights.abstract_tree(self._declared_base(), self.config.frozen_dtype)
 
     def abstract_delta(self) -> Tree:
         """Shapes and types of the delta."""

@@ -52,9 +52,9 @@ def init_tree(declared: Tree, key: jax.Array) -> Tree:
     return jax.tree_util.tree_map_with_path(make, declared)
 
 
-def abstract_tree(declared: Tree) -> Tree:
-    """The tree of shapes and types (float32)."""
-    return _map(lambda weight: jax.ShapeDtypeStruct(weight.shape, jnp.float32), declared)
+def abstract_tree(declared: Tree, dtype: str = "float32") -> Tree:
+    """The tree of shapes and types."""
+    return _map(lambda weight: jax.ShapeDtypeStruct(weight.shape, jnp.dtype(dtype)), declared)
 
 
 def axes_tree(declared: Tree) -> Tree:
