@@ -1,5 +1,6 @@
 """The mesh (data, fsdp, tensor) and the one table that says which logical axis lies on which of its axes."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -166,3 +167,31 @@ def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh, "activation"))
+
+
+def gather(weight: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """A weight for its use: whole along fsdp, where a mesh is set. Its gradient goes back to the pieces.
+
+    Left to itself the compiler goes through the pieces one by one wherever a product uses them, and writes its sums to
+    memory after each.
+    """
+    return weight if jax.sharding.get_abstract_mesh().empty else _gathered(tuple(axes), weight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gathered(axes: tuple[str, ...], weight: jax.Array) -> jax.Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    pieces = spec(axes, weight.shape, mesh, "weight")
+    whole = PartitionSpec(*(None if part == ("fsdp",) else part for part in pieces))
+    return jax.lax.with_sharding_constraint(weight, whole)
+
+
+def _gathered_forward(axes: tuple[str, ...], weight: jax.Array) -> tuple[jax.Array, None]:
+    return _gathered(axes, weight), None
+
+
+def _gathered_backward(axes: tuple[str, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (constrain(gradient, axes),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)

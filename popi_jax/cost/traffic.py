@@ -106,8 +106,7 @@ class _Walk:
         if i.opcode.endswith("-start"):  # Its result repeats its operands.
             return 2 * sum(_operand_bytes(own, name) for name in i.operands)
         if i.opcode == "fusion":
-            fused = self.module.computations[i.called["calls"]]
-            return _fusion_reads(i, own, fused) + _fusion_writes(i, fused)
+            return _fusion_reads(self.module, i, own) + _fusion_writes(self.module, i)
         return sum(_operand_bytes(own, name) for name in i.operands) + hlo.nbytes(i.shape, hbm_only=True)
 
     def _trips(self, loop: Instruction) -> int:
@@ -173,36 +172,55 @@ def _operand_bytes(own: Computation, name: str, hbm_only: bool = True) -> float:
     return hlo.nbytes(own[name].shape, hbm_only=hbm_only) if name in own else 0.0
 
 
-def _fusion_reads(i: Instruction, own: Computation, fused: Computation) -> float:
+def _fusion_reads(module: Module, i: Instruction, own: Computation) -> float:
     """Of each operand its size, but of one that is only sliced, as a scan's stacked weights are, the slices."""
+    fused = module.computations[i.called["calls"]]
+    return sum(
+        min(_operand_bytes(own, i.operands[place]), _read(module, fused, parameter))
+        for place, parameter in _parameters(fused)
+    )
+
+
+def _parameters(fused: Computation) -> list[tuple[int, Instruction]]:
+    return [(int(p.operands[0]), p) for p in fused.values() if p.opcode == "parameter"]
+
+
+def _read(module: Module, fused: Computation, value: Instruction) -> float:
+    """Bytes of a value that its users in a fused computation read; fusions within it are looked into."""
     total = 0.0
-    for parameter in (p for p in fused.values() if p.opcode == "parameter"):
-        size = _operand_bytes(own, i.operands[int(parameter.operands[0])])
-        users = [u for u in fused.values() if parameter.name in u.operands]
-        if users and all(_reads_a_part(u, parameter.name) for u in users):
-            parts = sum(hlo.nbytes(u.shape) for u in users if u.opcode != "dynamic-update-slice")
-            size = min(size, parts)
-        total += size
-    return total
+    for user in (u for u in fused.values() if value.name in u.operands):
+        if user.opcode == "bitcast":
+            total += _read(module, fused, user)
+        elif user.opcode == "dynamic-update-slice" and value.name not in user.operands[1:]:
+            pass  # It is written in place.
+        elif user.opcode in ("dynamic-slice", "slice", "gather") and value.name == user.operands[0]:
+            total += hlo.nbytes(user.shape)
+        elif user.opcode == "fusion":
+            inner = module.computations[user.called["calls"]]
+            total += sum(_read(module, inner, p) for n, p in _parameters(inner) if user.operands[n] == value.name)
+        else:
+            return hlo.nbytes(value.shape)
+    return min(total, hlo.nbytes(value.shape))
 
 
-def _reads_a_part(user: Instruction, name: str) -> bool:
-    if user.opcode == "dynamic-update-slice":
-        return user.operands[0] == name and name not in user.operands[1:]
-    return user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name
-
-
-def _fusion_writes(i: Instruction, fused: Computation) -> float:
+def _fusion_writes(module: Module, i: Instruction) -> float:
     """Of the result its size, but of a part that is updated in place the update."""
-    (root,) = (r for r in fused.values() if r.root)
-    results = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    saved = 0.0
-    for result in results:
-        while result.opcode == "bitcast" and result.operands[0] in fused:
-            result = fused[result.operands[0]]
-        if result.opcode == "dynamic-update-slice":
-            saved += hlo.nbytes(result.shape) - hlo.nbytes(fused[result.operands[1]].shape)
+    saved = _updated_in_place(module, module.computations[i.called["calls"]], None)
     return max(hlo.nbytes(i.shape, hbm_only=True) - saved, 0.0)
+
+
+def _updated_in_place(module: Module, fused: Computation, name: str | None) -> float:
+    """Bytes of a result (the root where no name is given) that stay as they were."""
+    result = fused[name] if name is not None else next(r for r in fused.values() if r.root)
+    if result.opcode == "tuple":
+        return sum(_updated_in_place(module, fused, part) for part in result.operands)
+    if result.opcode == "bitcast" and result.operands[0] in fused:
+        return _updated_in_place(module, fused, result.operands[0])
+    if result.opcode == "fusion":
+        return _updated_in_place(module, module.computations[result.called["calls"]], None)
+    if result.opcode == "dynamic-update-slice":
+        return hlo.nbytes(result.shape) - hlo.nbytes(fused[result.operands[1]].shape)
+    return 0.0
 
 
 def _talks_to_host(i: Instruction) -> bool:
