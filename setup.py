@@ -51,7 +51,8 @@ setuptools.setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "test": ["ipykernel", "mypy", "nbclient", "pytest", "ruff"],
+        "test": ["ipykernel", "mypy", "nbclient", "pytest", "ruff", 'libtpu==0.0.52; python_version < "3.12"'],
+        "compile": ["libtpu"],  # The TPU compiler, for --mode=compile on a machine without a TPU.
         "torch": ["torch==2.13.0"],  # Parity tests only.
         "gpu": ['jax[cuda12]==0.10.2; python_version < "3.12"', 'jax[cuda12]>=0.11.1; python_version >= "3.12"'],
         "tpu": ['jax[tpu]==0.10.2; python_version < "3.12"', 'jax[tpu]>=0.11.1; python_version >= "3.12"'],

@@ -95,6 +95,7 @@ def programs(plan: Plan) -> list[Program]:
     score = jax.jit(
         functools.partial(steps.pair_logps, policy, reduction=config.objective.logp_reduction),
         out_shardings=everywhere,
+        compiler_options=sharding.compiler_options(mesh),
     )
     args = (base, state.theta, placed(scored, pairs.packed_shardings(mesh, sharding.batch_sharding(mesh))))
     return [*found, Program("evaluate: score", score, args)]
@@ -109,7 +110,8 @@ def _sampling(plan: Plan, name: str, base, phi, sampling: rollout.Sampling, k: i
     options = {"policy": plan.policy, "branches": k, "max_tokens": S, "temperature": sampling.temperature}
     # Any ids do: a program's shape does not depend on them.
     options |= {"top_p": sampling.top_p, "stop_ids": (0,), "pad_id": 0}
-    fn = jax.jit(functools.partial(rollout.draw, **options))
+    compiler_options = sharding.compiler_options(mesh)
+    fn = jax.jit(functools.partial(rollout.draw, **options), compiler_options=compiler_options)
     args = (base, phi, *placed(lines, sharding.batch_sharding(mesh)), placed(key, sharding.replicated(mesh)))
     return Program(name, fn, args, trips=S - 1)
 

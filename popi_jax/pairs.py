@@ -13,7 +13,6 @@ import numpy as np
 
 from popi_jax import packing, sharding, steps
 from popi_jax.data.schema import Query
-from popi_jax.model.policy import Policy
 from popi_jax.scoring import PackedBatch
 from popi_jax.system import System
 
@@ -26,9 +25,13 @@ class Item:
     context: str | None
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "reduction"))
-def _pair_logps(base, theta, rows, *, policy: Policy, reduction: str) -> jax.Array:
-    return steps.pair_logps(policy, base, theta, rows, reduction)
+@functools.cache
+def _jitted(mesh: jax.sharding.Mesh) -> Any:
+    return jax.jit(
+        steps.pair_logps,
+        static_argnames=("policy", "reduction"),
+        compiler_options=sharding.compiler_options(mesh),
+    )
 
 
 def pair_row(system: System, item: Item | None) -> packing.Row:
@@ -109,18 +112,15 @@ def pair_logps(system: System, theta, items: Sequence[Item], rows: int) -> np.nd
     shape = packing.BinShape(n_bins, length, shards)
     scored = max(packing.most_scored(encoded, part, shape) for part in parts)
     most = max(map(len, members))
+    score = _jitted(system.mesh)
     logps = np.zeros((len(unique), 2), np.float32)
     for part, chosen in zip(parts, members, strict=True):
         place = {item: r for r, item in enumerate(chosen)}
         own = [[place[item] for item in part_bin] for part_bin in part]
         some = [encoded[i] for i in chosen] + [packing.Row([], [[], []])] * (most - len(chosen))
         packed = packing.pack_bins(some, own, shape, scored=scored, pad_id=system.tokenizer.pad_id)
-        out = _pair_logps(
-            system.base,
-            theta,
-            jax.device_put(packed, placed),
-            policy=system.policy,
-            reduction=system.config.objective.logp_reduction,
-        )
+        rows_placed = jax.device_put(packed, placed)
+        reduction = system.config.objective.logp_reduction
+        out = score(policy=system.policy, base=system.base, theta=theta, rows=rows_placed, reduction=reduction)
         logps[chosen] = sharding.to_host(out)[: len(chosen)]
     return logps[np.searchsorted(unique, first_R)]

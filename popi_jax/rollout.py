@@ -6,7 +6,9 @@ Shapes: U users, K summaries each, S tokens of a summary at most; B prompts, N t
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -57,9 +59,10 @@ def draw(base, delta, prompt_BxT, prompt_length_B, key, *, policy: Policy, **opt
     return sampler.sample(policy.bind(base, delta), prompt_BxT, prompt_length_B, key, **options)
 
 
-_draw = jax.jit(
-    draw, static_argnames=("policy", "branches", "max_tokens", "temperature", "top_p", "stop_ids", "pad_id")
-)
+@functools.cache
+def _jitted(mesh: jax.sharding.Mesh) -> Any:
+    static = ("policy", "branches", "max_tokens", "temperature", "top_p", "stop_ids", "pad_id")
+    return jax.jit(draw, static_argnames=static, compiler_options=sharding.compiler_options(mesh))
 
 
 def draw_text(
@@ -82,7 +85,7 @@ def draw_text(
     tokenizer = system.tokenizer
     rows = padded_rows(system, sampling.rows)
     lines = packing.pad_rows(prefixes, tuple(system.config.limits.buckets), tokenizer.pad_id, rows)
-    samples = _draw(
+    samples = _jitted(system.mesh)(
         system.base,
         delta,
         *jax.device_put(lines, sharding.batch_sharding(system.mesh)),

@@ -129,8 +129,14 @@ def restore(system: System, workdir: pathlib.Path, step: int | None = None) -> t
 def make_steps(plan: Plan) -> dict[str, Callable]:
     """The steps, jitted once each. The state is donated: the new one takes its memory."""
     shardings = (state_shardings(plan), sharding.replicated(plan.mesh))
+    options = sharding.compiler_options(plan.mesh)
     return {
-        kind: jax.jit(functools.partial(fn, settings=plan.settings), donate_argnums=0, out_shardings=shardings)
+        kind: jax.jit(
+            functools.partial(fn, settings=plan.settings),
+            donate_argnums=0,
+            out_shardings=shardings,
+            compiler_options=options,
+        )
         for kind, fn in STEP_FUNCTIONS.items()
     }
 

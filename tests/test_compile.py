@@ -8,6 +8,7 @@ from configs import llama3_3b, llama3_8b, quickstart
 from popi_jax import batches, packing, rollout, sharding, train
 from popi_jax import compile as compile_lib
 from popi_jax import system as system_lib
+from popi_jax.cost import traffic
 from popi_jax.data import prepared
 from popi_jax.errors import UserError
 from popi_jax.model import hub
@@ -104,6 +105,26 @@ def test_published_shapes_need_no_weights(module, arg):
     count = sum(leaf.size for leaf in jax.tree.leaves(plan.policy.abstract_base()))
     assert count == {llama3_3b: 3_212_749_824, llama3_8b: 8_030_261_248}[module]  # As their model cards say.
     assert compile_lib.abstract_batch(plan)[1].rows.tokens_CxL.shape == (8, 16, 6144)
+
+
+def test_every_program_compiles_for_a_tpu_slice():
+    """The real compiler, without a TPU: no dynamic shape, nothing that Mosaic refuses, no word with the host."""
+    pytest.importorskip("libtpu")
+    found = compile_lib.report(small(), "v5e:2x2")
+    assert found["device"] == "TPU v5 lite" and found["devices"] == 4
+    for row in found["programs"]:
+        assert row["fits"] and row["traffic"]["host_transfers"] == [] and row["traffic"]["unknown_loops"] == 0
+        assert row["total_bytes"] < row["hbm_bytes"] and row["bound_s"] > 0
+    joint = next(row for row in found["programs"] if row["program"] == "joint step")
+    assert joint["traffic"]["collectives"]["all-gather"]["count"] > 1
+
+    def talks(x):
+        jax.debug.print("{}", x.sum())
+        return x
+
+    device = jax.sharding.SingleDeviceSharding(compile_lib.slice_devices("v5e:2x2")[0])
+    abstract = jax.ShapeDtypeStruct((8, 128), np.float32, sharding=device)
+    assert traffic.measure(jax.jit(talks).lower(abstract).compile().as_text()).host_transfers
 
 
 def test_mistakes_are_told():

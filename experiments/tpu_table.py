@@ -1,0 +1,90 @@
+"""Which slice for which model: compiles the Llama configs for TPU slices that need not be there, and writes a table.
+
+    pip install libtpu
+    JAX_PLATFORMS=cpu python experiments/tpu_table.py --output=DIR [--cases=llama3_3b:full@v5e:4x4,...]
+
+A case is CONFIG:ARG@SLICE; 8 users for every 8 devices, all else as the config says. DIR/CASE.json keeps each case,
+which is not compiled again; DIR/README.md shows them all. A case takes minutes on two cores.
+"""
+
+import importlib
+import json
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from popi_jax import cli, runfiles
+from popi_jax import compile as compile_lib
+from popi_jax.errors import UserError
+
+CASES = (
+    "llama3_3b:full@v5e:4x4",
+    "llama3_3b:lora@v5e:4x4",
+    "llama3_8b:lora@v5e:4x4",
+    "llama3_3b:full@v5e:8x8",
+    "llama3_8b:full@v5e:8x8",
+    "llama3_8b:full@v5p:2x2x2",
+    "llama3_3b:full@v5e:16x16",
+)
+HEAD = """# What the Llama configs take of TPU slices
+
+    JAX_PLATFORMS=cpu python experiments/tpu_table.py --output=experiments/results/tpu
+
+Compiled, not run: memory is the plan of the TPU compiler (libtpu) at the limits of the config, every signal, summary,
+prompt and response as long as may be (8,192, 2,048, 4,096 and 1,024 tokens), K = 8 and one user a step for every
+device. GiB are per device, arguments / temporaries / total. The bounds are a roofline's, from the chip's public peaks:
+products with what is computed again, bytes of HBM that the compiled instructions read and write (an estimate: what
+stays on the chip between two of them counts too), bytes sent. The largest decides; MFU is what it leaves to the model's
+own products.
+"""
+
+
+def run_case(case: str, folder: pathlib.Path) -> dict[str, Any]:
+    """The report of one case, from its file if there is one. Raises UserError for a case that is not one."""
+    path = folder / f"{case.replace(':', '_').replace('@', '_on_')}.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    name, _, topology = case.partition("@")
+    module, _, arg = name.partition(":")
+    try:
+        config = importlib.import_module(f"configs.{module}").get_config(arg)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--cases: {case!r}: {error}; give CONFIG:ARG@SLICE, such as {CASES[0]}") from error
+    config.train.users_per_step = config.eval.users_per_batch = len(compile_lib.slice_devices(topology))
+    print(f"== {case}", flush=True)
+    found = compile_lib.report(config, topology) | {"case": case}
+    runfiles.write_text(path, json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def markdown(reports: list[dict[str, Any]]) -> str:
+    """The table of all programs of these reports."""
+    GiB = 2**30
+    lines = ["| case | program | GiB per device | fits | bound, s: compute / HBM / links | by | MFU at it |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for found in reports:
+        for row in found["programs"]:
+            cells = [found["case"], row["program"]]
+            if not row["fits"]:
+                cells += [row["why_not"], "no", "", "", ""]
+            else:
+                sizes = (row[f"{name}_bytes"] / GiB for name in ("arguments", "temporaries", "total"))
+                cells += [" / ".join(f"{size:.2f}" for size in sizes), "yes"]
+                cells += [" / ".join(f"{value:.3g}" for value in row["bounds_s"].values())]
+                cells += [row["bound_by"], f"{100 * row['mfu_at_bound']:.0f}%"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _main(argv: list[str]) -> None:
+    folder = pathlib.Path(flags.FLAGS.output)
+    reports = [run_case(case, folder) for case in flags.FLAGS.cases or CASES]
+    runfiles.write_text(folder / "README.md", f"{HEAD}\n{markdown(reports)}")
+    print(markdown(reports))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("output", "experiments/results/tpu", "The folder of results.")
+    flags.DEFINE_list("cases", None, "CONFIG:ARG@SLICE, several with commas; all by default.")
+    cli.run(_main)
