@@ -38,6 +38,8 @@ def main(argv: list[str]) -> None:
     if _MODE.value == "compile":
         _compile(config)
         return
+    if _TOPOLOGY.value is not None:
+        raise UserError("--topology is for --mode=compile")
     workdir = _path(_WORKDIR)
     if _DISTRIBUTED.value is not None:
         _join(_DISTRIBUTED.value)
@@ -60,6 +62,8 @@ def main(argv: list[str]) -> None:
 def _compile(config) -> None:
     if _TOPOLOGY.value is None:
         raise UserError("--mode=compile needs --topology: a TPU slice, such as v5e:4x4, or here")
+    if _WORKDIR.value is not None:
+        raise UserError("--mode=compile leaves no run in --workdir; give --output=FILE.json for its report")
     from popi_jax import compile as compile_lib
 
     report = compile_lib.report(config, _TOPOLOGY.value)

@@ -131,6 +131,10 @@ def test_mistakes_are_told():
     config = small()
     with pytest.raises(UserError, match="--topology=v5e:nonsense: .*such as v5e:4x4"):
         compile_lib.report(config, "v5e:nonsense")
+    with pytest.raises(UserError, match="config.model.attention"):
+        config.model.attention = "splash"
+        compile_lib.report(config, compile_lib.HERE)
+    config.model.attention = "auto"
     config.model.path = "somebody/model"
     with pytest.raises(UserError, match="set config.model.shape to its config.json"):
         compile_lib.report(config, compile_lib.HERE)

@@ -1,5 +1,6 @@
 """README.md tells the truth: what it names is there, and its commands run (in the experiments' smallest form)."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -97,8 +98,12 @@ def folder(tmp_path_factory):
 
 
 # Without jit a run takes minutes.
+NO_TPU_COMPILER = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+MARKS = {"JAX_DISABLE_JIT": pytest.mark.slow, "--topology=": NO_TPU_COMPILER}
+
+
 @pytest.mark.parametrize(
-    "command", [pytest.param(c, marks=pytest.mark.slow) if "JAX_DISABLE_JIT" in c else c for c in PYTHON]
+    "command", [pytest.param(c, marks=[m for word, m in MARKS.items() if word in c]) for c in PYTHON]
 )
 def test_command_runs(command, folder):
     command = re.sub(r"(configs/\w+\.py)(?!:)", r"\1:runlocal", command)
