@@ -180,6 +180,9 @@ def test_a_tpus_text():
     assert moved.collectives == {"all-gather": traffic.Collective(5.0, 5 * 3 * piece)}
     # Each time: the slice is read and written, and read and written by the gather; the counter, and what compares it.
     assert moved.hbm_bytes == 5 * (2 * piece + 4 + 2 * piece + 12 + 9)
+    for groups in ("{{0,1},{2,3}}", "[2,2]<=[2,2]T(1,0)", "mesh['a'=2,'b'=2] {'b'}", "mesh['a'=4] {'a':(1)2}"):
+        pairs = TPU_TEXT.replace("replica_groups=[1,4]<=[4]", f"replica_groups={groups}")
+        assert traffic.measure(pairs).collectives["all-gather"].bytes == 5 * piece
     unknown = TPU_TEXT.replace("%five.1 = s32[]{:T(128)} constant(5)", "%five.1 = s32[]{:T(128)} parameter(1)")
     assert traffic.measure(unknown, unknown_trips=2).collectives["all-gather"].count == 2
     assert traffic.measure(unknown).unknown_loops == 1

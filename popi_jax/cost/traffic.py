@@ -4,6 +4,7 @@ Every instruction counts as often as it runs: a loop's body as many times as its
 """
 
 import dataclasses
+import math
 import re
 
 from popi_jax.cost import hlo
@@ -164,6 +165,11 @@ def _group_size(attributes: str, partitions: int) -> int:
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes)
     if iota:
         return int(iota.group(2))
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
+    if named:  # mesh['a'=4,'b'=2] {'b'}; a part of an axis is 'a':(1)2, of size 2.
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
+        used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named.group(2))
+        return math.prod(int(part or sizes[axis]) for axis, part in used)
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
     return len(listed.group(1).split(",")) if listed else partitions
 
