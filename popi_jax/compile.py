@@ -197,9 +197,9 @@ def report(config, topology: str) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         for program, counted in both:
             print(f"compiling {program.name} ...", flush=True)
-            rows.append({"program": program.name} | products(counted) | compile_program(program))
-            if chip is not None:
-                rows[-1] |= at_best(rows[-1], mesh.size, chip)
+            taken, moved = compile_program(program)
+            row = {"program": program.name} | products(counted) | taken
+            rows.append(row if chip is None else row | at_best(row, moved, mesh.size, chip))
     return {
         "schema": 1,
         "config": config.name,
@@ -225,21 +225,26 @@ def model_shape(config) -> pathlib.Path:
 
 def products(program: Program) -> dict[str, float]:
     """FLOPs of the program's products on all devices: the model's own, and with what is computed again."""
+
+    def count() -> float:
+        # A function of its own each time: JAX keeps the trace of one that it knows, and what is computed again in it.
+        traced = jax.make_jaxpr(lambda *args: program.fn.__wrapped__(*args))(*program.args)
+        return flops.count(traced, program.trips)
+
     with remat.nothing_twice():
-        own = flops.count(flops.trace(program.fn, program.args), program.trips)
-    executed = flops.count(flops.trace(program.fn, program.args), program.trips)
-    return {"model_flops_all_devices": own, "executed_flops_all_devices": executed}
+        own = count()
+    return {"model_flops_all_devices": own, "executed_flops_all_devices": count()}
 
 
-def compile_program(program: Program) -> dict[str, Any]:
-    """What one program takes of each device."""
+def compile_program(program: Program) -> tuple[dict[str, Any], traffic.Traffic | None]:
+    """What one program takes of each device, and what it moves, where the compiler can print it."""
     started = time.perf_counter()
     try:
         compiled = program.fn.lower(*program.args).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {"compile_s": time.perf_counter() - started, "fits": False, "why_not": _why_not(error)}
+        return {"compile_s": time.perf_counter() - started, "fits": False, "why_not": _why_not(error)}, None
     row: dict[str, Any] = {"compile_s": time.perf_counter() - started, "fits": True}
     memory = compiled.memory_analysis()
     # What is donated is an argument and a result in one place.
@@ -252,22 +257,23 @@ def compile_program(program: Program) -> dict[str, Any]:
     try:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:  # XLA cannot print some of its own asynchronous instructions.
-        return row | {"traffic": None, "why_no_traffic": first_line(error)}
+        return row | {"traffic": None, "why_no_traffic": first_line(error)}, None
     moved = traffic.measure(text, program.trips)
-    return row | {"traffic": dataclasses.asdict(moved)}
+    return row | {"traffic": dataclasses.asdict(moved)}, moved
 
 
-def at_best(row: dict[str, Any], devices: int, chip: chips.Chip) -> dict[str, Any]:
+def at_best(row: dict[str, Any], moved: traffic.Traffic | None, devices: int, chip: chips.Chip) -> dict[str, Any]:
     """The bounds on the program's time, and the share of the chip's peak that the tightest leaves to the model."""
     found: dict[str, Any] = {"hbm_bytes": chip.hbm_bytes}
     if not row["fits"]:
         return found
-    bounds = bound.Bound.of(row["executed_flops_all_devices"] / devices, row["traffic"], chip)
+    known = traffic.Traffic(0.0, {}, [], []) if moved is None else moved
+    bounds = bound.bound(row["executed_flops_all_devices"], known, chip, devices)
     return found | {
-        "bounds_s": dataclasses.asdict(bounds),
+        "bounds_s": {name: getattr(bounds, name) for name in ("compute_s", "memory_s", "interconnect_s")},
         "bound_s": bounds.seconds,
         "bound_by": bounds.binding,
-        "mfu_at_bound": row["model_flops_all_devices"] / devices / chip.flops / bounds.seconds,
+        "mfu_at_bound": bounds.mfu(row["model_flops_all_devices"]),
         "advice": bound.advice(bounds),
     }
 

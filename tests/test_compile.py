@@ -113,7 +113,9 @@ def test_every_program_compiles_for_a_tpu_slice():
     found = compile_lib.report(small(), "v5e:2x2")
     assert found["device"] == "TPU v5 lite" and found["devices"] == 4
     for row in found["programs"]:
-        assert row["fits"] and row["traffic"]["host_transfers"] == [] and row["traffic"]["unknown_loops"] == 0
+        assert row["fits"] and row["traffic"]["host_transfers"] == []
+        # Decoding ends when all summaries have, which no text tells.
+        assert len(row["traffic"]["unknown_loops"]) == row["program"].endswith("sample")
         assert row["total_bytes"] < row["hbm_bytes"] and row["bound_s"] > 0
     joint = next(row for row in found["programs"] if row["program"] == "joint step")
     assert joint["traffic"]["collectives"]["all-gather"]["count"] > 1
@@ -122,9 +124,11 @@ def test_every_program_compiles_for_a_tpu_slice():
         jax.debug.print("{}", x.sum())
         return x
 
-    device = jax.sharding.SingleDeviceSharding(compile_lib.slice_devices("v5e:2x2")[0])
-    abstract = jax.ShapeDtypeStruct((8, 128), np.float32, sharding=device)
-    assert traffic.measure(jax.jit(talks).lower(abstract).compile().as_text()).host_transfers
+    mesh = system_lib.make_mesh(small(), compile_lib.slice_devices("v5e:2x2"))
+    abstract = jax.ShapeDtypeStruct((8, 128), np.float32, sharding=sharding.replicated(mesh))
+    with jax.set_mesh(mesh):
+        text = jax.jit(talks).lower(abstract).compile().as_text()
+    assert traffic.measure(text, 1).host_transfers
 
 
 def test_mistakes_are_told():

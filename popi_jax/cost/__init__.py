@@ -1,1 +1,1 @@
-"""What a compiled program costs on a chip: FLOPs, memory traffic, collectives, and the bounds they set on its time."""
+"""What a compiled program costs on a chip: FLOPs, HBM traffic, collectives, and the bounds they set on its time."""

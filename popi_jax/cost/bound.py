@@ -1,50 +1,79 @@
-"""The roofline's lower bounds on a program's time. Overlap within a chip is taken for granted: the largest counts."""
+"""The roofline's lower bounds on a program's time, and what would move them.
+
+A bound and no estimate: it takes every resource at its peak and all of them at work at the same time.
+"""
 
 import dataclasses
-from typing import Any
 
 from popi_jax.cost.chips import Chip
+from popi_jax.cost.traffic import Traffic
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Seconds that each resource of a device needs at its peak."""
+    """Seconds of one call of a program that each resource of a device needs at its peak.
+
+    Attributes:
+        compute_s: for the products.
+        memory_s: for the traffic of HBM.
+        interconnect_s: for what the device sends to others.
+        peak_flops: FLOP/s of all devices together at their peak.
+    """
 
     compute_s: float
     memory_s: float
     interconnect_s: float
-
-    @classmethod
-    def of(cls, device_flops: float, moved: dict[str, Any] | None, chip: Chip) -> "Bound":
-        """The bounds of a program that does `device_flops` in products on each device.
-
-        `moved` is a traffic.Traffic as a dict; None where it is not known: the bound is then that of compute alone.
-        """
-        if moved is None:
-            return cls(device_flops / chip.flops, 0.0, 0.0)
-        sent = sum(own["bytes"] for own in moved["collectives"].values())
-        return cls(device_flops / chip.flops, moved["hbm_bytes"] / chip.hbm_bandwidth, sent / chip.link_bandwidth)
+    peak_flops: float
 
     @property
     def seconds(self) -> float:
-        """The largest: no run is faster."""
+        """The largest of the three: no call is faster, as far as the traffic is not overstated."""
         return max(self.compute_s, self.memory_s, self.interconnect_s)
 
     @property
     def binding(self) -> str:
-        """The resource that takes longest."""
-        named = {"compute": self.compute_s, "HBM": self.memory_s, "interconnect": self.interconnect_s}
-        return max(named, key=lambda name: named[name])
+        """The resource that needs longest: "compute", "HBM" or "interconnect"."""
+        needed = {"compute": self.compute_s, "HBM": self.memory_s, "interconnect": self.interconnect_s}
+        return max(needed, key=lambda resource: needed[resource])
+
+    def mfu(self, model_flops: float) -> float:
+        """Model FLOPs utilisation at the bound, a fraction: the highest that the program can reach.
+
+        Args:
+            model_flops: of one call on all devices, without what is computed a second time.
+        """
+        return model_flops / (self.seconds * self.peak_flops)
+
+
+def bound(flops: float, traffic: Traffic, chip: Chip, devices: int) -> Bound:
+    """The bounds of a program.
+
+    Args:
+        flops: that one call executes on all devices together, evenly split: flops.count of its jaxpr.
+        traffic: of one call, on one device.
+        chip: the peaks of one device.
+        devices: how many there are.
+    """
+    sent = sum(collective.bytes for collective in traffic.collectives.values())
+    return Bound(
+        compute_s=flops / (chip.flops * devices),
+        memory_s=traffic.hbm_bytes / chip.hbm_bandwidth,
+        interconnect_s=sent / chip.link_bandwidth,
+        peak_flops=chip.flops * devices,
+    )
 
 
 _ADVICE = {
-    "compute": "",
-    "HBM": "More rows per device and micro-batch read the weights less often.",
-    "interconnect": "More rows per device and micro-batch (fewer micro-batches, a smaller mesh) gather the weights less"
-    " often; adapters (lora.rank) send no gradients of weights.",
+    "compute": "The products bind: fewer of them (less rematerialisation, shorter rows, tighter packing) or more"
+    " devices are what makes it faster.",
+    "HBM": "HBM binds: more rows per device in each micro-batch, hence fewer micro-batches, read the weights less often"
+    " for the same work; a larger fsdp or tensor split leaves each device less to read.",
+    "interconnect": "The interconnect binds: more rows per device in each micro-batch, hence fewer micro-batches,"
+    " gather the weights and reduce their gradients less often for the same work; a smaller fsdp or tensor split, where"
+    " the memory allows it, sends less.",
 }
 
 
-def advice(bounds: Bound) -> str:
-    """What would change a bound that is not compute."""
-    return _ADVICE[bounds.binding]
+def advice(bound: Bound) -> str:
+    """One sentence on what would lower the bound."""
+    return _ADVICE[bound.binding]

@@ -1,46 +1,81 @@
 """Public peaks of TPU chips, per device as JAX counts them.
 
-Source: the vendor's system architecture pages (cloud.google.com/tpu/docs, one page per version): bf16 TFLOP/s, HBM
-capacity and bandwidth, and inter-chip interconnect bandwidth per chip.
+Source: the vendor's system architecture pages, one per version (cloud.google.com/tpu/docs): dense bf16 TFLOP/s, HBM
+capacity and bandwidth, and the inter-chip interconnect bandwidth of a chip, all links together and one direction. Where
+a page gives both directions together (TPU7x: 1200 GB/s), half of it stands here.
 """
 
 import dataclasses
 
 from popi_jax.errors import UserError
 
+# Names that topologies.get_topology_desc takes, as examples for a message. Devices: 8, 4, 16, 64, 256, 4, 8, 64, 16, 8.
+TOPOLOGIES = (
+    "v4:2x2x1",
+    "v5e:2x2",
+    "v5e:4x4",
+    "v5e:8x8",
+    "v5e:16x16",
+    "v5p:2x2x1",
+    "v5p:2x2x2",
+    "v5p:4x4x4",
+    "v6e:4x4",
+    "tpu7x:2x2x1",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peaks of one device.
+    """Peaks of one JAX device.
 
     Attributes:
-        flops: bf16 FLOP/s.
-        hbm_bytes: capacity.
-        hbm_bandwidth: bytes/s.
-        link_bandwidth: bytes/s over all of its links together.
+        name: jax.Device.device_kind.
+        flops: dense bf16 FLOP/s.
+        hbm_bytes: HBM capacity, bytes. What a program may use is a little less: the runtime keeps some.
+        hbm_bandwidth: HBM, bytes/s.
+        link_bandwidth: bytes/s that the device can send over all of its inter-chip links together.
     """
 
+    name: str
     flops: float
-    hbm_bytes: float
+    hbm_bytes: int
     hbm_bandwidth: float
     link_bandwidth: float
 
 
-def _chip(tflops: float, gib: float, gb_s: float, gbit_s: float, devices: int = 1) -> Chip:
-    return Chip(tflops * 1e12 / devices, gib * 2**30 / devices, gb_s * 1e9 / devices, gbit_s * 1e9 / 8 / devices)
+def _chip(name: str, tflops: float, gib: int, gb_s: float, gbit_s: float, devices: int = 1) -> Chip:
+    """A chip's figures as the pages print them, divided among its devices."""
+    return Chip(
+        name,
+        flops=tflops * 1e12 / devices,
+        hbm_bytes=gib * 2**30 // devices,
+        hbm_bandwidth=gb_s * 1e9 / devices,
+        link_bandwidth=gbit_s * 1e9 / 8 / devices,
+    )
 
 
-# By jax.Device.device_kind. A v4 chip is two devices in a topology that is described and not there.
-CHIPS = {
-    "TPU v4": _chip(275, 32, 1228, 2400, devices=2),
-    "TPU v5 lite": _chip(197, 16, 819, 1600),
-    "TPU v5": _chip(459, 95, 2765, 4800),
-    "TPU v6 lite": _chip(918, 32, 1640, 3584),
+# Topology descriptions show a chip of v4 or TPU7x as two devices.
+_CHIPS = {
+    chip.name: chip
+    for chip in (
+        _chip("TPU v4", 275, 32, 1228, 2400, devices=2),
+        _chip("TPU v5 lite", 197, 16, 819, 1600),
+        _chip("TPU v5", 459, 95, 2765, 4800),
+        _chip("TPU v6 lite", 918, 32, 1640, 3584),
+        _chip("TPU7x", 2307, 192, 7380, 4800, devices=2),
+    )
 }
 
 
 def chip(device_kind: str) -> Chip:
-    """The peaks of a kind of device; UserError for one that is not in the table."""
-    if device_kind not in CHIPS:
-        raise UserError(f"--topology: no peaks are known for {device_kind!r}, only for {', '.join(CHIPS)}")
-    return CHIPS[device_kind]
+    """The peaks of a kind of device.
+
+    Args:
+        device_kind: jax.Device.device_kind, such as "TPU v5 lite".
+
+    Raises:
+        UserError: no peaks are known for it; the message names those that are.
+    """
+    if device_kind not in _CHIPS:
+        raise UserError(f"no peaks are known for device kind {device_kind!r}; known are {', '.join(_CHIPS)}")
+    return _CHIPS[device_kind]

@@ -1,71 +1,70 @@
-"""FLOPs of a traced function's matrix products, loops included: what the compiler's own count leaves out."""
+"""FLOPs of a traced function's matrix products, loops included: the compiler's own count takes a loop's body once."""
 
 import math
 from typing import Any
 
-import jax
 from jax.extend import core
 
 
-def count(closed: core.ClosedJaxpr, while_trips: int = 1) -> float:
-    """FLOPs of all products on all devices: 2 for each multiplication with its addition. Nothing else is counted.
+def count(jaxpr: core.ClosedJaxpr, while_trips: int = 1) -> float:
+    """FLOPs of all matrix products, a multiplication and its addition as two; nothing else is counted.
+
+    Shapes in a jaxpr are those of whole arrays, so this is the work of all devices together; what a device repeats of
+    another's is not in it. Inside a shard_map shapes are one device's: they count once for each device of the mesh axes
+    that it is manual over. What jax.checkpoint computes again in the backward pass is in the jaxpr and counts. A Pallas
+    kernel counts as its cost estimate says, else as its products in one block times the blocks of its grid, those that
+    it skips included. Convolutions and ragged products are not counted: the models here have none.
 
     Args:
-        closed: from jax.make_jaxpr; its shapes are those of whole arrays.
-        while_trips: how often a loop runs whose end depends on the data.
+        jaxpr: from jax.make_jaxpr(f)(*args) or jax.jit(f).trace(*args).jaxpr.
+        while_trips: how often a `while` runs: its end depends on the data, which a scan's does not.
+
+    Raises:
+        ValueError: a kernel without a cost estimate whose grid is not known before it runs.
     """
-    return _count(closed.jaxpr, while_trips)
+    return _count(jaxpr.jaxpr, while_trips)
 
 
 def _count(jaxpr: core.Jaxpr, while_trips: int) -> float:
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        name, params = eqn.primitive.name, eqn.params
-        inner = [_count(sub, while_trips) for sub in _jaxprs(params)]
-        if name == "dot_general":
-            total += _product(eqn)
-        elif name == "scan":
-            total += params["length"] * sum(inner)
-        elif name == "while":
-            total += while_trips * sum(inner)
-        elif name == "cond":
-            total += max(inner)
-        elif name == "shard_map":  # Its body has one device's shapes.
-            total += math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"]) * sum(inner)
-        elif name == "pallas_call":
-            total += _kernel(eqn, sum(inner))
-        else:  # jit, checkpoint, custom rules: what they hold runs once.
-            total += sum(inner)
-    return total
+    return sum((_equation(eqn, while_trips) for eqn in jaxpr.eqns), 0.0)
 
 
-def _product(eqn: Any) -> float:
-    lhs, rhs = (var.aval.shape for var in eqn.invars)
+def _equation(eqn: core.JaxprEqn, while_trips: int) -> float:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        return _product(eqn)
+    if name == "pallas_call" and params["cost_estimate"] is not None:
+        return float(params["cost_estimate"].flops)
+    # Of a function with its own derivative only the primal is a jaxpr here: its rules are Python functions.
+    inner = [_count(sub, while_trips) for sub in core.jaxprs_in_params(params)]
+    if name == "cond":
+        return max(inner)
+    return _repeats(eqn, while_trips) * sum(inner)
+
+
+def _repeats(eqn: core.JaxprEqn, while_trips: int) -> int:
+    """How often an equation runs the jaxprs in it: once unless it is a loop, a shard_map or a kernel."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        return params["length"]
+    if name == "while":
+        return while_trips
+    if name == "shard_map":
+        return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+    if name == "pallas_call":
+        grid = params["grid_mapping"].grid
+        if not all(isinstance(size, int) for size in grid):
+            raise ValueError(f"a Pallas kernel with the dynamic grid {grid} has no cost estimate to count")
+        return math.prod(grid)
+    return 1
+
+
+def _product(eqn: core.JaxprEqn) -> float:
+    """2 * batch * M * N * K: the result's elements, each a sum of K products."""
+    lhs, out = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
     (contracted, _), _ = eqn.params["dimension_numbers"]
-    (out,) = eqn.outvars
-    return 2.0 * math.prod(out.aval.shape) * math.prod(lhs[axis] for axis in contracted)
+    return 2.0 * math.prod(out) * math.prod(lhs[axis] for axis in contracted)
 
 
-def _kernel(eqn: Any, body: float) -> float:
-    """A kernel's own estimate, else its body at every place of its grid: all blocks, those that are skipped too."""
-    estimate = eqn.params["cost_estimate"]
-    if estimate is not None:
-        return float(estimate.flops)
-    return body * math.prod(eqn.params["grid_mapping"].grid)
-
-
-def _jaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
-    """The programs that an equation holds. Of a custom derivative that is the primal: the rules are functions."""
-    found = []
-    for value in params.values():
-        for part in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(part, core.ClosedJaxpr):
-                found.append(part.jaxpr)
-            elif isinstance(part, core.Jaxpr):
-                found.append(part)
-    return found
-
-
-def trace(jitted: Any, args: tuple[Any, ...]) -> core.ClosedJaxpr:
-    """Traces what is jitted afresh: JAX keeps a function's trace, and with it what remat.nothing_twice() changes."""
-    return jax.make_jaxpr(lambda *args: jitted.__wrapped__(*args))(*args)
+def _shape(atom: Any) -> tuple[int, ...]:
+    return atom.aval.shape

@@ -1,28 +1,29 @@
-"""What a compiled program moves on one device: bytes of HBM, collectives, transfers to and from the host.
-
-Every instruction counts as often as it runs: a loop's body as many times as its condition allows.
-"""
+"""What a compiled program moves on one device: HBM traffic, collectives, transfers to and from the host."""
 
 import dataclasses
-import math
 import re
 
-from popi_jax.cost import hlo
-from popi_jax.cost.hlo import Computation, Instruction, Module
+from popi_jax.cost import collectives as lib
+from popi_jax.cost import executed, hlo
+from popi_jax.cost.hlo import Computation, Instruction, Module, Shape
 
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-# No bytes of their own: names for what is there, or markers.
+# They name, order or pass on what is there. What a loop, a branch or a call moves is counted inside it.
 _FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
-    "opt-barrier", "iota", "async-done", "async-update", "copy-done", "add-dependency", "domain",
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "opt-barrier",
+    "partition-id", "replica-id", "domain", "while", "conditional", "call", "async-start", "async-update",
 }  # fmt: skip
+# Custom calls of the TPU's compiler that give a name to memory and move nothing.
+_FREE_TARGETS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}
+_SLICES = ("dynamic-slice", "slice", "gather")
+_IN_PLACE = ("dynamic-update-slice", "scatter")
+_ALIASED = re.compile(r"\{([\d, ]*)\}: \(")
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """How often a kind of collective runs in one call of the program, and the bytes that a device sends for it."""
+    """Of one kind in one call of the program: how often it runs, and the bytes that one device sends for them all."""
 
-    count: float
+    count: int
     bytes: float
 
 
@@ -31,207 +32,174 @@ class Traffic:
     """Of one call of the program, on one device.
 
     Attributes:
-        hbm_bytes: operands read and results written by what runs at the top level of each computation: an upper bound,
-            for a result may stay on the chip for the next instruction.
-        collectives: by kind.
-        host_transfers: names of instructions that talk to the host.
-        unknown_loops: how many loops had no trip count that could be read, so that the caller's was taken.
+        hbm_bytes: read and written. Every instruction that runs reads its operands once and writes its results once, a
+            slice or an update in place only its part. An upper bound as far as a result may stay on the chip for who
+            reads it next, though what the compiler laid into VMEM is left out; what a product or a kernel reads again,
+            block by block, and what tiles pad are not in it.
+        collectives: by kind, such as "all-gather".
+        host_transfers: names of the instructions that wait for or send to the host.
+        unknown_loops: names of the loops whose number of turns was not in the text: they count `unknown_trips`.
     """
 
     hbm_bytes: float
     collectives: dict[str, Collective]
     host_transfers: list[str]
-    unknown_loops: int
+    unknown_loops: list[str]
 
 
-def measure(text: str, unknown_trips: int = 1) -> Traffic:
-    """Counts what the program of compiled.as_text() moves.
+def measure(text: str, unknown_trips: int) -> Traffic:
+    """Counts what a program moves.
 
     Args:
-        text: optimised HLO, of a CPU, GPU or TPU.
-        unknown_trips: for loops whose condition does not say how often they run.
+        text: optimised HLO, compiled.as_text().
+        unknown_trips: turns of a loop that ends when the data says so, such as decode's.
+
+    Raises:
+        ValueError: text that is not understood.
     """
-    walk = _Walk(hlo.parse(text), unknown_trips)
-    bytes_, collectives = walk.computation(walk.module.entry)
-    return Traffic(
-        bytes_, {kind: Collective(*own) for kind, own in sorted(collectives.items())}, walk.host, len(walk.unknown)
-    )
+    module = hlo.parse(text)
+    program = executed.walk(module, unknown_trips, lambda computation, i: _weight(module, computation, i))
+    hbm, moved, host = 0.0, dict[str, Collective](), []
+    for run in program.executions:
+        hbm += run.times * hbm_bytes(module, run.computation, run.instruction)
+        for kind, size in _collectives(module, run.computation, run.instruction):
+            before = moved.get(kind, Collective(0, 0.0))
+            moved[kind] = Collective(before.count + run.times, before.bytes + run.times * size)
+        if _is_host_transfer(run.instruction):
+            host.append(run.instruction.name)
+    return Traffic(hbm, dict(sorted(moved.items())), list(dict.fromkeys(host)), program.unknown_loops)
 
 
-Moved = tuple[float, dict[str, tuple[float, float]]]
+def _weight(module: Module, computation: Computation, i: Instruction) -> float:
+    sent = sum(size for _, size in _collectives(module, computation, i))
+    return hbm_bytes(module, computation, i) + sent
 
 
-class _Walk:
-    """Sums up over computations, each looked at once."""
-
-    def __init__(self, module: Module, unknown_trips: int):
-        self.module, self.unknown_trips = module, unknown_trips
-        self.host: list[str] = []
-        self.unknown: set[str] = set()
-        self._known: dict[str, Moved] = {}
-
-    def computation(self, name: str) -> Moved:
-        if name not in self._known:
-            own = self.module.computations[name]
-            self._known[name] = _total([self._instruction(i, own) for i in own.values()])
-        return self._known[name]
-
-    def _instruction(self, i: Instruction, own: Computation) -> Moved:
-        if _talks_to_host(i):
-            self.host.append(i.name)
-        if i.opcode in _FREE or i.opcode.endswith("-done"):
-            return 0.0, {}
-        if i.opcode == "while":
-            trips = self._trips(i)
-            bytes_, collectives = _total([self.computation(i.called[key]) for key in ("body", "condition")])
-            return trips * bytes_, {kind: (trips * n, trips * size) for kind, (n, size) in collectives.items()}
-        if i.opcode == "conditional":
-            return max((self.computation(name) for name in i.branches), key=lambda moved: moved[0])
-        if i.opcode in ("call", "async-start"):
-            return self.computation(i.called["to_apply" if i.opcode == "call" else "calls"])
-        kind = next((kind for kind in _KINDS if i.opcode in (kind, f"{kind}-start")), None)
-        if kind is not None:
-            sent = _sent(kind, i, own, self.module.partitions)
-            return self._touched(i, own), {kind: (1.0, sent)}
-        inside: dict[str, tuple[float, float]] = {}
-        if "calls" in i.called:  # A fusion: its collectives count, but of its bytes only those that leave it.
-            inside = self.computation(i.called["calls"])[1]
-        return self._touched(i, own), inside
-
-    def _touched(self, i: Instruction, own: Computation) -> float:
-        """Bytes of HBM that the instruction reads and writes."""
-        if i.opcode in ("dynamic-slice", "slice", "gather"):
-            return 2 * hlo.nbytes(i.shape, hbm_only=True)
-        if i.opcode == "dynamic-update-slice":
-            return 2 * _operand_bytes(own, i.operands[1])
-        if i.opcode.endswith("-start"):  # Its result repeats its operands.
-            return 2 * sum(_operand_bytes(own, name) for name in i.operands)
-        if i.opcode == "fusion":
-            return _fusion_reads(self.module, i, own) + _fusion_writes(self.module, i)
-        return sum(_operand_bytes(own, name) for name in i.operands) + hlo.nbytes(i.shape, hbm_only=True)
-
-    def _trips(self, loop: Instruction) -> int:
-        known = re.search(r"known_trip_count[^\d]*(\d+)", loop.attributes)
-        if known:
-            return int(known.group(1))
-        limits = _limits(self.module, self.module.computations[loop.called["condition"]])
-        if len(limits) != 1:
-            self.unknown.add(loop.name)
-            return self.unknown_trips
-        return limits[0]
-
-
-def _total(parts: list[Moved]) -> Moved:
-    collectives: dict[str, tuple[float, float]] = {}
-    for _, own in parts:
-        for kind, (n, size) in own.items():
-            before = collectives.get(kind, (0.0, 0.0))
-            collectives[kind] = (before[0] + n, before[1] + size)
-    return sum(bytes_ for bytes_, _ in parts), collectives
-
-
-def _limits(module: Module, condition: Computation) -> list[int]:
-    """What a condition compares its counter with, which counts up from 0 as a scan's does."""
+def _collectives(module: Module, computation: Computation, i: Instruction) -> list[tuple[str, float]]:
+    """Kind and bytes sent of what an instruction is, or carries out as a fusion."""
+    if i.opcode != "fusion":
+        kind = lib.kind(i)
+        return [(kind, lib.sent(module, computation, i))] if kind else []
     found = []
-    for i in condition.values():
-        inner = module.computations.get(i.called.get("calls", ""), {})
-        directions = [
-            re.search(r"direction=(\w+)", c.attributes) for c in (i, *inner.values()) if c.opcode == "compare"
-        ]
-        directions = [d for d in directions if d]
-        if not directions:
-            continue
-        scope = [*(condition[name] for name in i.operands if name in condition), *inner.values()]
-        limits = [int(c.operands[0]) for c in scope if c.opcode == "constant" and re.match(r"[su]\d+\[\]", c.shape)]
-        if len(limits) == 1 and directions[0] and directions[0].group(1) in ("LT", "LE"):
-            found.append(limits[0] + (directions[0].group(1) == "LE"))
+    for at, own in lib.fused(module, i):
+        kind, size = lib.kind(own) or "", lib.sent(module, at, own)
+        # An all-reduce is a reduce-scatter and an all-gather: half of it.
+        found.append(("reduce-scatter", size / 2) if lib.scatters(module, at, own) else (kind, size))
     return found
 
 
-def _sent(kind: str, i: Instruction, own: Computation, partitions: int) -> float:
-    """Bytes that one device sends, with the ring algorithms' counts."""
-    n = _group_size(i.attributes, partitions)
-    size = sum(_operand_bytes(own, name, hbm_only=False) for name in i.operands)
-    if kind == "all-gather":
-        return size * (n - 1)
-    if kind == "all-reduce":
-        return 2 * size * (n - 1) / n
-    if kind == "collective-permute":
-        return size
-    return size * (n - 1) / n
-
-
-def _group_size(attributes: str, partitions: int) -> int:
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes)
-    if iota:
-        return int(iota.group(2))
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
-    if named:  # mesh['a'=4,'b'=2] {'b'}; a part of an axis is 'a':(1)2, of size 2.
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
-        used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named.group(2))
-        return math.prod(int(part or sizes[axis]) for axis, part in used)
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
-    return len(listed.group(1).split(",")) if listed else partitions
-
-
-def _operand_bytes(own: Computation, name: str, hbm_only: bool = True) -> float:
-    return hlo.nbytes(own[name].shape, hbm_only=hbm_only) if name in own else 0.0
-
-
-def _fusion_reads(module: Module, i: Instruction, own: Computation) -> float:
-    """Of each operand its size, but of one that is only sliced, as a scan's stacked weights are, the slices."""
-    fused = module.computations[i.called["calls"]]
-    return sum(
-        min(_operand_bytes(own, i.operands[place]), _read(module, fused, parameter))
-        for place, parameter in _parameters(fused)
-    )
-
-
-def _parameters(fused: Computation) -> list[tuple[int, Instruction]]:
-    return [(int(p.operands[0]), p) for p in fused.values() if p.opcode == "parameter"]
-
-
-def _read(module: Module, fused: Computation, value: Instruction) -> float:
-    """Bytes of a value that its users in a fused computation read; fusions within it are looked into."""
-    total = 0.0
-    for user in (u for u in fused.values() if value.name in u.operands):
-        if user.opcode == "bitcast":
-            total += _read(module, fused, user)
-        elif user.opcode == "dynamic-update-slice" and value.name not in user.operands[1:]:
-            pass  # It is written in place.
-        elif user.opcode in ("dynamic-slice", "slice", "gather") and value.name == user.operands[0]:
-            total += hlo.nbytes(user.shape)
-        elif user.opcode == "fusion":
-            inner = module.computations[user.called["calls"]]
-            total += sum(_read(module, inner, p) for n, p in _parameters(inner) if user.operands[n] == value.name)
-        else:
-            return hlo.nbytes(value.shape)
-    return min(total, hlo.nbytes(value.shape))
-
-
-def _fusion_writes(module: Module, i: Instruction) -> float:
-    """Of the result its size, but of a part that is updated in place the update."""
-    saved = _updated_in_place(module, module.computations[i.called["calls"]], None)
-    return max(hlo.nbytes(i.shape, hbm_only=True) - saved, 0.0)
-
-
-def _updated_in_place(module: Module, fused: Computation, name: str | None) -> float:
-    """Bytes of a result (the root where no name is given) that stay as they were."""
-    result = fused[name] if name is not None else next(r for r in fused.values() if r.root)
-    if result.opcode == "tuple":
-        return sum(_updated_in_place(module, fused, part) for part in result.operands)
-    if result.opcode == "bitcast" and result.operands[0] in fused:
-        return _updated_in_place(module, fused, result.operands[0])
-    if result.opcode == "fusion":
-        return _updated_in_place(module, module.computations[result.called["calls"]], None)
-    if result.opcode == "dynamic-update-slice":
-        return hlo.nbytes(result.shape) - hlo.nbytes(fused[result.operands[1]].shape)
-    return 0.0
-
-
-def _talks_to_host(i: Instruction) -> bool:
+def _is_host_transfer(i: Instruction) -> bool:
     if i.opcode in ("send", "recv"):
-        return "is_host_transfer=true" in i.attributes
-    if i.opcode in ("infeed", "outfeed"):
-        return True
-    return i.opcode == "custom-call" and "callback" in i.attributes.split("backend_config")[0]
+        return i.attributes.get("is_host_transfer") == "true"
+    return i.opcode in ("infeed", "outfeed") or (i.opcode == "custom-call" and "callback" in i.target)
+
+
+def hbm_bytes(module: Module, computation: Computation, i: Instruction) -> float:
+    """Bytes of HBM that one run of an instruction reads and writes; see Traffic."""
+    operands = [operand.shape for operand in computation.operands(i)]
+    if i.opcode in _FREE or i.opcode.endswith("-done") or i.target in _FREE_TARGETS:
+        return 0.0
+    if i.opcode == "fusion":
+        return _fusion(module, computation, i)
+    if i.opcode.removesuffix("-start") in _SLICES:
+        made = lib.result(i)
+        indices = sum(_in_hbm(operand) for operand in operands[1:])
+        return _part_of(operands[0], made.bytes) + indices + _in_hbm(made)
+    if i.opcode in _IN_PLACE:
+        changed = _changed(computation, i)
+        return sum(_in_hbm(operand) for operand in operands[1:]) + _part_of(operands[0], changed)
+    if i.opcode == "send":
+        return _in_hbm(operands[0])
+    if i.opcode == "recv":
+        return _in_hbm(lib.tuple_parts(i.shape)[0])
+    return sum(_in_hbm(operand) for operand in operands) + _in_hbm(lib.result(i))
+
+
+def _in_hbm(shape: Shape) -> float:
+    return sum(leaf.bytes for leaf in hlo.leaves(shape) if leaf.memory_space == hlo.HBM)
+
+
+def _part_of(shape: Shape, size: float) -> float:
+    """`size` bytes of an array, as far as it is in HBM: never more than it has."""
+    return min(_in_hbm(shape), size)
+
+
+def _changed(computation: Computation, i: Instruction) -> float:
+    """Bytes of its first operand that an update in place writes; a scatter combines with what is there: it reads too.
+
+    A scatter's operands are n arrays, the indices, and n arrays of updates.
+    """
+    operands = computation.operands(i)
+    if i.opcode == "scatter":
+        return 2 * sum(update.shape.bytes for update in operands[len(operands) // 2 + 1 :])
+    return operands[1].shape.bytes
+
+
+def _fusion(module: Module, computation: Computation, i: Instruction) -> float:
+    inner = module.computations[i.computation("calls")]
+    parts, written = lib.tuple_parts(i.shape), _written(module, inner)
+    results = list(range(len(parts)))
+    if lib.holds(module, i):
+        # The buffers of a collective on its way are handed on from fusion to fusion: they count where it starts.
+        aliased = {
+            index.split(",")[0] for index in _ALIASED.findall(i.attributes.get("output_to_operand_aliasing", ""))
+        }
+        results = [n for n in results if str(n) not in aliased and "" not in aliased]
+    operands = enumerate(computation.operands(i))
+    read = sum(_part_of(operand.shape, _read(module, inner, inner.parameters[n])) for n, operand in operands)
+    return read + sum(_part_of(parts[n], written[n]) for n in results)
+
+
+def _read(module: Module, computation: Computation, i: Instruction) -> float:
+    """Bytes of a fusion's parameter, or of a view of it, that are read within the fusion."""
+    whole = i.shape.bytes
+    if i.root:
+        return whole
+    total = 0.0
+    for user in computation.users[i.name]:
+        is_first = user.operands[0] == i.name and i.name not in user.operands[1:]
+        if user.opcode in _SLICES and is_first:
+            total += user.shape.bytes
+        elif user.opcode in _IN_PLACE and is_first and user in _results(computation):
+            continue  # Its part counts as written.
+        elif user.opcode == "tuple" and user.root and i.opcode == "parameter":
+            continue  # Handed on as it is.
+        elif user.target == "AsyncCollectiveDone" or (lib.kind(user) and lib.carried(module, user)):
+            continue  # It counts where the collective starts.
+        elif user.opcode == "bitcast":
+            total += _read(module, computation, user)
+        elif user.opcode == "fusion":
+            inner = module.computations[user.computation("calls")]
+            uses = [n for n, name in enumerate(user.operands) if name == i.name]
+            total += sum(_read(module, inner, inner.parameters[n]) for n in uses)
+        else:
+            return whole
+    return min(whole, total)
+
+
+def _results(computation: Computation) -> list[Instruction]:
+    """What makes each result of a fusion, behind views."""
+    root = computation.root
+    results = computation.operands(root) if root.opcode == "tuple" else [root]
+    return [_viewed(computation, one) for one in results]
+
+
+def _viewed(computation: Computation, i: Instruction) -> Instruction:
+    while i.opcode == "bitcast":
+        i = computation.operands(i)[0]
+    return i
+
+
+def _written(module: Module, computation: Computation) -> list[float]:
+    """Bytes of each result of a fusion that it writes."""
+    written: list[float] = []
+    for one in _results(computation):
+        if one.opcode in _IN_PLACE:
+            written.append(_changed(computation, one))
+        elif one.opcode == "parameter" and not computation.parameters[int(one.literal)].root:
+            written.append(0.0)
+        elif one.opcode == "fusion":
+            written += _written(module, module.computations[one.computation("calls")])
+        else:
+            written += [part.bytes for part in lib.tuple_parts(one.shape)]
+    return written
