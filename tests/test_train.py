@@ -330,7 +330,7 @@ def test_popi_has_the_configs_schedule_unless_its_name_says_another():
 
 
 @pytest.mark.slow  # Of no use beside other work.
-@pytest.mark.parametrize("name", ["quickstart", "psoups_smollm2", "users"])
+@pytest.mark.parametrize("name", ["quickstart", "psoups_smollm2", "users", "llama3_3b", "llama3_8b"])
 def test_runlocal_takes_less_than_a_minute(name, tmp_path):
     started = time.monotonic()
     out = run(tmp_path, config=f"--config={ROOT}/configs/{name}.py:runlocal")
