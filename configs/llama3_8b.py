@@ -1,7 +1,9 @@
 """As llama3_3b.py, with Llama-3.1-8B-Instruct for both models.
 
-python -m popi_jax.main --config=configs/llama3_8b.py:lora --config.data.path=users.jsonl --workdir=runs/llama3_8b
-python -m popi_jax.main --config=configs/llama3_8b.py:lora --mode=compile --topology=v5e:4x4
+    python -m popi_jax.main --config=configs/llama3_8b.py:lora --config.data.path=users.jsonl --workdir=runs/llama3_8b
+    python -m popi_jax.main --config=configs/llama3_8b.py:lora --mode=compile --topology=v5e:4x4
+
+The arguments are the same, too.
 """
 
 import ml_collections

@@ -3,8 +3,9 @@
     make smollm2
     python -m popi_jax.main --config=configs/psoups_smollm2.py --config.data.path=student_phd.json --workdir=runs/psoups
 
-Training takes about two hours on two cores in float32; experiments/results/psoups_smollm2 has the results. The argument
-`eight_signals` shows eight signals of each user instead of four, to evaluate the trained pair with.
+Training takes an hour and a half to two hours on two cores in float32, by what runs beside it;
+experiments/results/psoups_smollm2 has the results. The argument `eight_signals` shows eight signals of each user
+instead of four, to evaluate the trained pair with.
 """
 
 import ml_collections

@@ -29,7 +29,8 @@ CASES = (
 )
 HEAD = """# What the Llama configs take of TPU slices
 
-    JAX_PLATFORMS=cpu python experiments/tpu_table.py --output=experiments/results/tpu
+    JAX_PLATFORMS=cpu python experiments/tpu_table.py --output=experiments/results/tpu \\
+        --cases={cases}
 
 Compiled, not run: memory is the plan of the TPU compiler (libtpu) at the limits of the config, every signal, summary,
 prompt and response as long as may be (8,192, 2,048, 4,096 and 1,024 tokens), K = 8 and one user a step for every
@@ -80,7 +81,9 @@ def markdown(reports: list[dict[str, Any]]) -> str:
 def _main(argv: list[str]) -> None:
     folder = pathlib.Path(flags.FLAGS.output)
     reports = [run_case(case, folder) for case in flags.FLAGS.cases or CASES]
-    runfiles.write_text(folder / "README.md", f"{HEAD}\n{markdown(reports)}")
+    runfiles.write_text(
+        folder / "README.md", HEAD.format(cases=",".join(r["case"] for r in reports)) + "\n" + markdown(reports)
+    )
     print(markdown(reports))
 
 

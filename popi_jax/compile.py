@@ -59,7 +59,7 @@ def slice_devices(topology: str) -> list[jax.Device]:
     except Exception as error:  # libtpu's errors have no base in common.
         raise UserError(
             f"--topology={topology}: {first_line(error)}; install libtpu (pip install libtpu) and give a slice that it"
-            f" knows, such as v5e:4x4, v5p:2x2x2 or v6e:4x4, or {HERE!r} for this machine"
+            f" knows, such as {', '.join(chips.TOPOLOGIES)}, or {HERE!r} for this machine"
         ) from error
 
 
@@ -307,7 +307,7 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"  traffic      {_traffic(row)}")
         if "bound_s" in row:
             lines.append(
-                f"  at least     {row['bound_s']:.3g} s, by {row['bound_by']}; at that bound"
+                f"  roofline     {row['bound_s']:.3g} s, by {row['bound_by']}; at that bound"
                 f" {100 * row['mfu_at_bound']:.0f}% of peak. {row['advice']}"
             )
     return "\n".join(lines)
