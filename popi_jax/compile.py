@@ -54,6 +54,8 @@ def slice_devices(topology: str) -> list[jax.Device]:
     if topology == HERE:
         return jax.devices()
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # Else libtpu waits for the metadata server of a cloud machine.
+    # Else one process at a time, as for the chips themselves, which the compiler does not touch.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # libtpu's errors have no base in common.

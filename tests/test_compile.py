@@ -1,5 +1,8 @@
 """--mode=compile: its abstract programs are those of a run, and its figures those that can be had by hand."""
 
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -129,6 +132,15 @@ def test_every_program_compiles_for_a_tpu_slice():
     with jax.set_mesh(mesh):
         text = jax.jit(talks).lower(abstract).compile().as_text()
     assert traffic.measure(text, 1).host_transfers
+
+
+def test_two_processes_compile_side_by_side():
+    """libtpu's lock is for the chips; the compiler holds none."""
+    pytest.importorskip("libtpu")
+    command = "from popi_jax import compile; print(len(compile.slice_devices('v5e:2x2')))"
+    compile_lib.slice_devices("v5e:2x2")
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout == "4\n", done.stderr
 
 
 def test_mistakes_are_told():
