@@ -135,7 +135,7 @@ def test_every_program_compiles_for_a_tpu_slice():
 
 
 def test_two_processes_compile_side_by_side():
-    """libtpu's lock is for the chips; the compiler holds none."""
+    """The lock of libtpu is for the chips; the compiler holds none."""
     pytest.importorskip("libtpu")
     command = "from popi_jax import compile; print(len(compile.slice_devices('v5e:2x2')))"
     compile_lib.slice_devices("v5e:2x2")
