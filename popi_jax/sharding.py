@@ -17,6 +17,7 @@ AXES = ("data", "fsdp", "tensor")
 # Logical axis -> mesh axes. Rows are split over data and fsdp; weights over fsdp (gathered when used) and tensor.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "few": ("data",),  # Rows that are sent to the pieces of a weight: see weight_stays.
     "length": (),
     "activation": (),  # An activation's model width: whole on every device, unlike a weight's.
     "embed": ("fsdp",),
@@ -176,6 +177,29 @@ def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh, "activation"))
+
+
+def weight_stays(rows: int, into: int, out: int) -> bool:
+    """Whether `rows` rows are sent to the pieces of a weight [into, out] for their product, and not the pieces to them.
+
+    What fsdp splits is gathered for a batch of training. The rows of one decoded token are far fewer numbers than the
+    weight: every device then multiplies all of them with its own piece, which is read once and sent nowhere.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["fsdp"] > 1 and rows * (into + out) < into * out
+
+
+def send_rows(x_RxE: jax.Array, axis: str) -> jax.Array:
+    """Rows to where the pieces of a weight lie whose input axis this is."""
+    return constrain(x_RxE, ("few", axis))
+
+
+def rows_back(y_RxO: jax.Array, axis: str) -> jax.Array:
+    """The product of rows that were sent, back to the devices of the rows; `axis` is the weight's output axis."""
+    if "fsdp" not in RULES[axis]:
+        return constrain(y_RxO, ("batch", axis))
+    # Else the weight is made whole to have the rows in their place at once.
+    return constrain(constrain(y_RxO, ("few", axis)), ("batch", "activation"))
 
 
 def gather(weight: jax.Array, axes: Sequence[str]) -> jax.Array:

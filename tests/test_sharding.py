@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 from popi_jax import sharding
+from popi_jax.cost import traffic
 from popi_jax.errors import UserError
 from popi_jax.model import weights
 from popi_jax.model.config import LORA_TARGETS, LoraConfig, ModelConfig
@@ -122,6 +123,39 @@ def test_sharded_decode_equals_one_device():
     base = jax.device_put(base, param_shardings(policy, mesh)[0])
     got = decode(base, jax.device_put(batch, sharding.batch_sharding(mesh)))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoded_token_sends_its_rows_and_no_weight():
+    """Weights that fsdp splits are used where they lie; for a batch of many tokens they are gathered as ever."""
+    policy = Policy(dataclasses.replace(CONFIG, d_model=64, d_ff=256, vocab_size=512))
+    base, _ = trees(policy)
+    batch = rows(8, 64)
+
+    @jax.jit
+    def prefill(base, batch):
+        return policy.bind(base, None).prefill(*batch, 1, 2)[1]
+
+    @jax.jit
+    def decode(base, cache):
+        decoder = policy.bind(base, None)
+        hidden_BxNxD, _ = decoder.decode(jnp.full((8, 1), 3), jnp.full((8, 1), 64), cache, jnp.asarray(0))
+        return decoder.logits(hidden_BxNxD)
+
+    want = decode(base, prefill(base, batch))
+    mesh = sharding.make_mesh(1, 8, 1)
+    base = jax.device_put(base, param_shardings(policy, mesh)[0])
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        cache = prefill(base, batch)
+        got = decode(base, cache)
+        texts = [
+            fn.lower(*args).compile().as_text() for fn, args in ((prefill, (base, batch)), (decode, (base, cache)))
+        ]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    read, decoded = (traffic.measure(text, 1).collectives for text in texts)
+    layers = sum(x.nbytes for x in jax.tree.leaves(base["layers"]))
+    assert read["all-gather"].bytes > 0.8 * layers
+    assert 0 < sum(sent.bytes for sent in decoded.values()) < 0.5 * layers
 
 
 def test_initial_weights_do_not_depend_on_the_mesh():

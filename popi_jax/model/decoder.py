@@ -146,14 +146,21 @@ class Linear(nnx.Module):
         # As a matrix: with two row dimensions the compiler transposes the whole gradient for the weight's product.
         x_RxE = x.reshape(math.prod(rows), -1)
         # In the compute type before it is gathered: half the bytes to send.
-        kernel = sharding.gather(self.kernel[...].astype(x.dtype), self.axes)
-        into = x_RxE.shape[1]
+        kernel = self.kernel[...].astype(x.dtype)
+        R, into = x_RxE.shape
+        stays = sharding.weight_stays(R, into, kernel.size // into)
+        if stays:
+            x_RxE = sharding.send_rows(x_RxE, self.axes[0])
+        else:
+            kernel = sharding.gather(kernel, self.axes)
         y_RxO = _matmul(x_RxE, kernel.reshape(into, -1))
         if self.bias is not None:
             y_RxO += self.bias[...].reshape(1, -1).astype(x.dtype)
         if self.a is not None and self.b is not None:
             a_Exr = self.a[...].reshape(into, -1)
             y_RxO += self.lora_scale * _matmul(_matmul(x_RxE, a_Exr), self.b[...].reshape(a_Exr.shape[1], -1))
+        if stays:
+            y_RxO = sharding.rows_back(y_RxO, self.axes[self.input_dims])
         return y_RxO.reshape(*rows, *kernel.shape[self.input_dims :])
 
 
@@ -294,7 +301,12 @@ class Decoder(nnx.Module):
                 spec, kernel = "rd,vd->rv", self.embed["embedding"][...]
             else:
                 spec, kernel = "rd,dv->rv", self.head["kernel"][...]
+            stays = sharding.weight_stays(len(hidden_RxD), self.config.d_model, self.config.vocab_size)
+            if stays:
+                hidden_RxD = sharding.send_rows(hidden_RxD, "embed")
             logits_RxV = product(spec, hidden_RxD, kernel.astype(hidden.dtype))
+            if stays:
+                logits_RxV = sharding.rows_back(logits_RxV, "vocab")
             return logits_RxV.reshape(*hidden.shape[:-1], -1)
 
     def _embed(self, tokens_BxL: jax.Array) -> jax.Array:
