@@ -5,13 +5,16 @@
 
 Each method and seed is a run of its own in DIR/METHOD_seedN. A run that has finished is not repeated, one that was cut
 off goes on. DIR/results.json holds all rows; DIR/report.html shows them with popi's curves and samples;
---nodata_texts leaves the data set's own texts out of both, for data that may not be passed on. With --trained nothing
+--nodata_texts leaves the data set's own texts out of both, for data that may not be passed on, and fills
+DIR/without_texts with what may be: copied into another DIR, those runs are finished there too. With --trained nothing
 is trained: the runs of another table are evaluated as this config says, on other data or with more signals, say.
 """
 
+import dataclasses
+import json
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ml_collections
@@ -33,6 +36,7 @@ SCHEDULES = {
 }
 # The fields of samples.jsonl that are the data set's; a response may repeat what it answers.
 DATA_TEXTS = ("persona", "signals", "prompt", "chosen", "rejected", "response")
+WRITTEN = ("zero_shot_summary", "popi", *SCHEDULES)  # Their contexts are the model's own texts.
 TRAINED = ("base", "population", "raw_signals", "zero_shot_summary", "oracle", "popi", *SCHEDULES)
 BAYES = ("bayes_signals", "bayes_persona")
 
@@ -123,11 +127,49 @@ def compare(config: ml_collections.ConfigDict, table: pathlib.Path, rows: Sequen
                 row |= {"estimated_information_nats": told.mean, "estimated_information_ci95": [told.low, told.high]}
 
 
-def _number_personas(rows: Sequence[dict[str, Any]]) -> None:
+def _numbered(kind: str, texts: Iterable[str]) -> dict[str, str]:
+    """A name with a number for each text, from 1 and in their order, which is that of the names too."""
+    places = {text: place for place, text in enumerate(dict.fromkeys(texts), start=1)}
+    width = len(str(len(places)))
+    return {text: f"{kind} {place:0{width}}" for text, place in places.items()}
+
+
+def _number_personas(row: dict[str, Any]) -> None:
     """Replaces the personas' texts, which are the data set's, by their place in alphabetical order, from 1."""
-    for row in rows:
-        accuracies = row.get("accuracy_by_persona", {})
-        row["accuracy_by_persona"] = {f"persona {i}": accuracies[k] for i, k in enumerate(sorted(accuracies), start=1)}
+    accuracies = row.get("accuracy_by_persona", {})
+    row["accuracy_by_persona"] = dict(
+        zip(_numbered("persona", sorted(accuracies)).values(), accuracies.values(), strict=True)
+    )
+
+
+def _write_without_texts(table: pathlib.Path, name: str, row: dict[str, Any]) -> None:
+    """Writes what this tool needs of a finished run, to take it up in another folder, without the data set's texts.
+
+    Users, groups and personas become numbers, the same ones in every run of a table, so that rows still pair up.
+    """
+    run, folder = table / name, table / "without_texts" / name
+    records = evaluate.read_records(run / "eval_records.jsonl")
+    users = _numbered("user", [record.user for record in records])
+    groups = _numbered("group", [record.group for record in records])
+    personas = _numbered("persona", sorted({record.persona for record in records}))
+    numbered = [
+        dataclasses.replace(
+            record,
+            user=users[record.user],
+            group=groups[record.group],
+            persona=personas[record.persona],
+            context=record.context if row["method"] in WRITTEN else None,
+        )
+        for record in records
+    ]
+    evaluate.write_records(folder / "eval_records.jsonl", numbered)
+    for kept in ("config.json", "environment.json", "decomposition.npz"):
+        if (run / kept).exists():
+            shutil.copy(run / kept, folder / kept)
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    for own in results["rows"]:
+        _number_personas(own)
+    runfiles.write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
 def make_table(
@@ -145,7 +187,8 @@ def make_table(
         table: the folder.
         methods: the rows.
         seeds: of each method's runs.
-        data_texts: False leaves DATA_TEXTS out of samples and results.
+        data_texts: False leaves DATA_TEXTS out of samples and results, and writes each run into without_texts/ in the
+            form that this tool takes up again.
         trained: the folder of another table, whose runs are evaluated instead of training any.
     """
     unknown = [method for method in methods if method not in TRAINED + BAYES]
@@ -164,7 +207,10 @@ def make_table(
             rows += [row for row in bayes_rows(config, seed) if row["method"] in methods]
     compare(config, table, rows)
     if not data_texts:
-        _number_personas(rows)
+        for row in rows:
+            _number_personas(row)
+            if row["method"] not in BAYES:
+                _write_without_texts(table, f"{row['method']}_seed{row['seed']}", row)
     runfiles.write_results(table, config, rows)
     shown = table / f"popi_seed{seeds[0]}"
     for name in ("metrics.jsonl", "environment.json", "config.json"):

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -369,7 +370,32 @@ def test_results_table_and_its_resumption(tmp_path, capsys):
     ] * len(shown)
     page = (tmp_path / "report.html").read_text()
     assert shown[0]["summary"] in page and html.escape(shown[0]["prompt"]) not in page
+    _taken_up_without_texts(tmp_path, config)
     _evaluated_with_fewer_signals(tmp_path, rows)
+
+
+def _taken_up_without_texts(table, config):
+    """What may be passed on of the runs makes the same table elsewhere, and holds no text of the data set."""
+    methods = ["base", "population", "popi"]
+    results_table.make_table(config, table, methods, [0], data_texts=False)
+    elsewhere = table / "elsewhere"
+    shutil.copytree(table / "without_texts", elsewhere)
+    results_table.make_table(config, elsewhere, methods, [0], data_texts=False)
+    first, again = (json.loads((folder / "results.json").read_text()) for folder in (table, elsewhere))
+    assert first == again and "popi_minus_this_ci95" in again["rows"][0]
+    assert not (elsewhere / "popi_seed0" / "checkpoints").exists()
+    full = evaluate.read_records(table / "popi_seed0" / "eval_records.jsonl")
+    kept = evaluate.read_records(elsewhere / "popi_seed0" / "eval_records.jsonl")
+    assert [(r.row, r.h, r.context) for r in kept] == [(r.row, r.h, r.context) for r in full]
+    for kind in ("user", "group", "persona"):
+        pairs = {(getattr(a, kind), getattr(b, kind)) for a, b in zip(full, kept, strict=True)}
+        numbers = range(1, len(pairs) + 1)
+        assert {name for _, name in pairs} == {f"{kind} {i:0{len(str(len(pairs)))}}" for i in numbers}
+    for told in ("population_seed0", "popi_seed0"):
+        row = json.loads((elsewhere / told / "results.json").read_text())["rows"][0]
+        assert all(name.startswith("persona ") for name in row["accuracy_by_persona"])
+    population = evaluate.read_records(elsewhere / "population_seed0" / "eval_records.jsonl")
+    assert {record.context for record in population} == {None}
 
 
 def _evaluated_with_fewer_signals(trained, rows):
