@@ -14,8 +14,11 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.path = "stylebook"
     c.model.compute_dtype = "float32"
     # Of the base model's weights, which are not trained: "bfloat16" is half the memory, and exact for checkpoints that
-    # are stored so. What is trained is float32.
+    # are stored so.
     c.model.frozen_dtype = "float32"
+    # Of the weights that are trained: "bfloat16" is half the memory, too; each update is rounded up or down by chance,
+    # for a small one would be lost by rounding to the nearest.
+    c.model.trained_dtype = "float32"
     c.model.remat = False  # Rematerialise each layer in the backward pass.
     c.model.attention = "auto"  # auto (by the devices), xla, splash (TPUs) or cudnn (NVIDIA GPUs, bfloat16).
     c.model.tokenizer = ""  # Another tokenizer than the checkpoint's own.

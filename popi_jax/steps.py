@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from popi_jax import objective, scoring
+from popi_jax import objective, rounding, scoring
 from popi_jax.model.policy import Policy
 from popi_jax.scoring import PackedBatch, PrefixBatch
 
@@ -91,8 +91,8 @@ def init_state(key: jax.Array, base: Params, settings: Settings) -> TrainState:
         step=jnp.int32(0),
         phi=phi,
         theta=theta,
-        opt_phi=settings.tx_phi.init(phi),
-        opt_theta=settings.tx_theta.init(theta),
+        opt_phi=settings.tx_phi.init(_float32(phi)),
+        opt_theta=settings.tx_theta.init(_float32(theta)),
         # What a generator without an opinion earns: from 0, the first advantages would all be far too low.
         baseline=-objective.preference_loss(settings.loss)(jnp.float32(0.0), settings.beta),
     )
@@ -270,8 +270,8 @@ def _accumulate(one: Callable, batch: Any) -> Any:
     if len(jax.tree.leaves(batch)[0]) == 1:
         reduced, own = one(first)
         return reduced, jax.tree.map(lambda x: x[None], own)
-    # No maximum is below 0.
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first)[0])
+    # Of bfloat16 gradients, too, the sum is float32. No maximum is below 0.
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(one, first)[0])
 
     def add(carry, micro):
         (sums, maxima), ((more_sums, more_maxima), own) = carry, one(micro)
@@ -285,7 +285,7 @@ def _update_phi(state: TrainState, grads: Params, terms: Terms, settings: Settin
     updates, opt_phi = settings.tx_phi.update(grads, state.opt_phi, state.phi)
     state = dataclasses.replace(
         state,
-        phi=optax.apply_updates(state.phi, updates),
+        phi=rounding.add(state.phi, updates, rounding.step_key(state.step, "phi")),
         opt_phi=opt_phi,
         baseline=objective.update_baseline(state.baseline, terms["reward_less_kl"], settings.baseline_decay),
     )
@@ -294,8 +294,14 @@ def _update_phi(state: TrainState, grads: Params, terms: Terms, settings: Settin
 
 def _update_theta(state: TrainState, grads: Params, settings: Settings):
     updates, opt_theta = settings.tx_theta.update(grads, state.opt_theta, state.theta)
-    state = dataclasses.replace(state, theta=optax.apply_updates(state.theta, updates), opt_theta=opt_theta)
+    theta = rounding.add(state.theta, updates, rounding.step_key(state.step, "theta"))
+    state = dataclasses.replace(state, theta=theta, opt_theta=opt_theta)
     return state, {"grad_norm_generator": optax.tree.norm(grads), "update_norm_generator": optax.tree.norm(updates)}
+
+
+def _float32(params: Params) -> Params:
+    """As which the optimizer sees them: its moments are float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
 
 def _divide(grads: Params, count: jax.Array) -> Params:

@@ -86,6 +86,7 @@ def model_options(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) ->
         "compute_dtype": config.model.compute_dtype,
         "remat": config.model.remat,
         "frozen_dtype": config.model.frozen_dtype,
+        "trained_dtype": config.model.trained_dtype,
         "attention": kernels.resolve(config.model.attention, platform, config.model.compute_dtype),
     }
 
@@ -173,8 +174,8 @@ def stream_key(seed: int, stream: str, step: int) -> jax.Array:
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError, naming the key and the remedy, for values that no run could use."""
-    _one_of("config.model.compute_dtype", config.model.compute_dtype, ("float32", "bfloat16"))
-    _one_of("config.model.frozen_dtype", config.model.frozen_dtype, ("float32", "bfloat16"))
+    for name in ("compute_dtype", "frozen_dtype", "trained_dtype"):
+        _one_of(f"config.model.{name}", config.model[name], ("float32", "bfloat16"))
     _one_of("config.method", config.method, METHODS)
     _one_of("config.schedule.name", config.schedule.name, SCHEDULES)
     _one_of("config.objective.loss", config.objective.loss, tuple(objective.LOSSES))

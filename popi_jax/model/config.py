@@ -89,8 +89,8 @@ class ModelConfig:
         compute_dtype: "float32" or "bfloat16", the type of activations; weights keep the type that they come in.
         remat: recompute each layer in the backward pass instead of keeping its activations.
         attention: "xla", "splash" or "cudnn", see kernels.bind; the devices decide, not the checkpoint.
-        frozen_dtype: "float32" or "bfloat16", the type that the base model's weights are kept in; what is trained is
-            float32.
+        frozen_dtype: "float32" or "bfloat16", the type that the base model's weights are kept in.
+        trained_dtype: the same of what is trained, an adapter or a whole copy.
     """
 
     vocab_size: int
@@ -111,13 +111,14 @@ class ModelConfig:
     remat: bool = False
     attention: str = "xla"
     frozen_dtype: str = "float32"
+    trained_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
             raise UserError(f"model: {self.n_heads} heads cannot share {self.n_kv_heads} kv heads evenly")
         if self.head_dim % 2:
             raise UserError(f"model: head_dim={self.head_dim} must be even, rope turns pairs of features")
-        for name in ("compute_dtype", "frozen_dtype"):
+        for name in ("compute_dtype", "frozen_dtype", "trained_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16"):
                 raise UserError(f"model.{name}={getattr(self, name)!r}: choose float32 or bfloat16")
         if self.attention not in ("xla", "splash", "cudnn"):
@@ -130,7 +131,7 @@ class ModelConfig:
         Args:
             hub: the file's object.
             source: the file's name, for messages.
-            options: what is no property of a checkpoint: compute_dtype, remat, attention, frozen_dtype.
+            options: what is no property of a checkpoint: compute_dtype, remat, attention, frozen_dtype, trained_dtype.
 
         Raises:
             UserError: a field is missing, or the checkpoint needs something that this decoder does not do.

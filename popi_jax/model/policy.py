@@ -35,11 +35,12 @@ class Policy:
     def init_delta(self, base: Tree, key: jax.Array) -> Tree:
         """A delta that leaves the base's function as it is: a fresh adapter, or a copy of base that may be donated.
 
-        Either is float32, whatever base is.
+        Either is of config.trained_dtype, whatever base is.
         """
+        dtype = jnp.dtype(self.config.trained_dtype)
         if self.lora is None:
-            return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), base)
-        return weights.init_tree(self._declared_delta(), key)
+            return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), base)
+        return jax.tree.map(lambda x: x.astype(dtype), weights.init_tree(self._declared_delta(), key))
 
     def bind(self, base: Tree, delta: Tree | None) -> Decoder:
         """The decoder that delta makes of base; the frozen reference where delta is None.
@@ -63,8 +64,8 @@ class Policy:
         return weights.abstract_tree(self._declared_base(), self.config.frozen_dtype)
 
     def abstract_delta(self) -> Tree:
-        """Shapes and types of the delta."""
-        return weights.abstract_tree(self._declared_delta())
+        """Shapes and types of the delta: config.trained_dtype."""
+        return weights.abstract_tree(self._declared_delta(), self.config.trained_dtype)
 
     def logical_axes_base(self) -> Tree:
         """Logical axis names of the base weights, for sharding.param_shardings."""
