@@ -1,8 +1,12 @@
 """Hub folders: what is loaded is what is stored, export and import are exact, bad folders get one clear line."""
 
+import dataclasses
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -246,3 +250,46 @@ def test_neither_a_folder_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch):
 
 def test_stylebook_is_the_folder_in_the_package():
     assert hub.resolve("stylebook") == pathlib.Path(hub.__file__).parent.parent / "assets" / "stylebook"
+
+
+PEAK = """
+import pathlib, sys, threading, time
+import jax
+from popi_jax import sharding
+from popi_jax.model import hub
+
+def held():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+
+def watch():
+    while True:
+        peaks.append(held())
+        time.sleep(0.002)
+
+mesh = sharding.make_mesh(1, -1, 1)
+hub.load("stylebook", mesh)  # What JAX itself takes is taken before.
+peaks = [held()]
+threading.Thread(target=watch, daemon=True).start()
+loaded = hub.load(sys.argv[1], mesh)
+size = sum(shard.data.nbytes for x in jax.tree.leaves(loaded.params) for shard in x.addressable_shards)
+print((max(peaks) - peaks[0]) / size)
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="the process's memory is read from /proc")
+@pytest.mark.parametrize("devices", [1, 8])
+def test_loading_takes_little_more_memory_than_what_it_holds(tmp_path: pathlib.Path, devices: int):
+    config = hub.read_config(FIXTURES / "llama3" / "config.json")
+    config = dataclasses.replace(config, n_layers=12, d_model=512, d_ff=2048, vocab_size=8000)
+    params = Policy(config).init_base(jax.random.key(0))
+    assert sum(x.nbytes for x in jax.tree.leaves(params)) > 150e6
+    hub.save(tmp_path, config, params, FIXTURES / "llama3", shard_bytes=2**26)
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "NPROC": "16"}
+    flags["MALLOC_MMAP_THRESHOLD_"] = "1000000"  # What is freed goes back to the system, to be seen to be free.
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path)],
+        capture_output=True, text=True, check=False, env=os.environ | flags,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 1.0 < float(done.stdout) < 1.3
