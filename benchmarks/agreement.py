@@ -49,23 +49,22 @@ def compare_tokens(ours: list[list[int]], peer: list[list[int]]) -> dict[str, An
 def compare_gradients(ours: dict[str, np.ndarray], peer: dict[str, np.ndarray]) -> dict[str, Any]:
     """Relative differences of the whole gradient, of its norm, and of the tensor where it is largest."""
     if ours.keys() != peer.keys():
-        return {
-            "gradient": float("inf"),
-            "worst_tensor": float("inf"),
-            "names_differ": sorted(ours.keys() ^ peer.keys())[:4],
-        }
-    apart, norm, own = {}, {}, 0.0
+        apart = sorted(ours.keys() ^ peer.keys())[:4]
+        return {"gradient": float("inf"), "worst_tensor": float("inf"), "names_differ": apart}
+    distance: dict[str, float] = {}
+    norm: dict[str, float] = {}
+    own = 0.0
     for name, value in ours.items():
         own += float(np.vdot(value, value))
         norm[name] = float(np.linalg.norm(peer[name]))
-        apart[name] = float(np.linalg.norm(value - peer[name]))
+        distance[name] = float(np.linalg.norm(value - peer[name]))
     total = float(np.linalg.norm(list(norm.values())))
-    worst = max(apart, key=lambda name: apart[name] / max(norm[name], 1e-30))
+    worst = max(distance, key=lambda name: distance[name] / max(norm[name], 1e-30))
     return {
-        "gradient": float(np.linalg.norm(list(apart.values()))) / total,
+        "gradient": float(np.linalg.norm(list(distance.values()))) / total,
         "gradient_norm_ours": own**0.5,
         "gradient_norm_peer": total,
-        "worst_tensor": apart[worst] / max(norm[worst], 1e-30),
+        "worst_tensor": distance[worst] / max(norm[worst], 1e-30),
         "worst_tensor_name": worst,
         "tensors": len(ours),
     }

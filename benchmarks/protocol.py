@@ -1,4 +1,4 @@
-"""How the driver and a worker talk: JSON lines over pipes. Standard library only, for the peers' environment has no JAX.
+"""How the driver and a worker talk: JSON lines over pipes. Standard library only: the peers' environment has no JAX.
 
 A worker loads, warms up and says "ready"; for each "run" it takes one measurement and says "done"; at the end of its
 input it says "end" with its peak memory. Two workers that take turns are measured under the same conditions.

@@ -1,4 +1,4 @@
-"""From measurements to rows, a table and a plot. Ratios are of one run's turns: ours and theirs, one after the other."""
+"""From measurements to rows, a table and a plot. Ratios are of one run's turns: ours and theirs, in alternation."""
 
 import pathlib
 import statistics
