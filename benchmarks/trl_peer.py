@@ -184,7 +184,7 @@ def check_dpo(job: Job) -> None:
     loss.backward()
     grads = {name.replace(".default", ""): value.grad.contiguous() for name, value in own.items()}
     safetensors.torch.save_file(grads, folder / f"{job.case}_peer.safetensors")
-    _write_check(job, {"loss": float(loss)})
+    _write_check(job, {"loss": float(loss.detach())})
 
 
 def generate(job: Job, model: Any, **options: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The benchmark: its statistics by hand, its smallest form end to end without torch, and, with torch, that both agree."""
+"""The benchmark: its statistics by hand, its smallest form without torch, and, with torch, that both sides agree."""
 
 import ast
 import json
