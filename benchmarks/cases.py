@@ -16,7 +16,7 @@ PEERS: dict[str, tuple[str, ...]] = {
 CASES = (*PEERS, "scaling_signals", "scaling_k")
 # Why a peer that one would expect is not there.
 ABSENT = {
-    "tunix": "not measured: google-tunix needs packages that the index does not have, or a network, see README.md",
+    "tunix": "not measured: it has no worker here yet (google-tunix 0.1.7 needs another environment than TRL)",
 }
 
 

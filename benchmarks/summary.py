@@ -56,16 +56,18 @@ def best_roofline(turns: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def roofline_fractions(ours: Mapping[str, Any], peak: Mapping[str, float]) -> dict[str, float]:
     """The share of the measured roofline that a case reaches, for those whose work is known."""
     before, seconds = ours["before"], ours["seconds_spread"]["median"]
-    if "flops" in before:  # A generator step: products, padding included.
-        return {"step": before["flops"] / seconds / peak["flops"]}
+    if "flops" in before:  # A generator step: all products, and the share of them that is on tokens, not on padding.
+        reached = before["flops"] / seconds / peak["flops"]
+        return {"step": reached, "step on tokens": reached * before["filled"]}
     if "prefill_flops" not in before:
         return {}
     steps = statistics.median(turn["decode_steps"] for turn in ours["turns"])
-    fractions = {"prefill": before["prefill_flops"] / before["prefill_s"] / peak["flops"]}
+    reached = before["prefill_flops"] / before["prefill_s"] / peak["flops"]
+    fractions = {"prefill": reached, "prefill on tokens": reached * before["filled"]}
     if steps > 0 and seconds > before["prefill_s"]:
         step_s = (seconds - before["prefill_s"]) / steps
-        fractions["decode_copy"] = before["decode_bytes"] / step_s / peak["copy_bytes"]
-        fractions["decode_flops"] = before["decode_flops"] / step_s / peak["flops"]
+        fractions["decode, copy rate"] = before["decode_bytes"] / step_s / peak["copy_bytes"]
+        fractions["decode, products"] = before["decode_flops"] / step_s / peak["flops"]
     return fractions
 
 

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import agreement, cases, machine, protocol, rows, summary
+from benchmarks import agreement, cases, machine, protocol, rows, run, summary
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".venv-peers"
@@ -46,12 +46,17 @@ def test_a_ratio_is_of_turns_side_by_side():
 def test_shares_of_the_roofline_by_hand():
     peak = summary.best_roofline([turn(1, flops=90.0, copy_bytes=10.0), turn(1, flops=100.0, copy_bytes=8.0)])
     assert peak == {"flops": 100.0, "copy_bytes": 10.0}
-    step = {"before": {"flops": 120.0}, "seconds_spread": {"median": 2.0}}
-    assert summary.roofline_fractions(step, peak) == {"step": 0.6}
+    step = {"before": {"flops": 120.0, "filled": 0.5}, "seconds_spread": {"median": 2.0}}
+    assert summary.roofline_fractions(step, peak) == {"step": 0.6, "step on tokens": 0.3}
     # Of 7 seconds the prefill takes 2, and five steps one each.
-    before = {"prefill_flops": 100.0, "prefill_s": 2.0, "decode_flops": 20.0, "decode_bytes": 5.0}
+    before = {"prefill_flops": 100.0, "prefill_s": 2.0, "decode_flops": 20.0, "decode_bytes": 5.0, "filled": 0.8}
     sampled = {"before": before, "seconds_spread": {"median": 7.0}, "turns": [turn(7.0, decode_steps=5)]}
-    assert summary.roofline_fractions(sampled, peak) == {"prefill": 0.5, "decode_copy": 0.5, "decode_flops": 0.2}
+    assert summary.roofline_fractions(sampled, peak) == {
+        "prefill": 0.5,
+        "prefill on tokens": 0.4,
+        "decode, copy rate": 0.5,
+        "decode, products": 0.2,
+    }
 
 
 def test_the_table_by_hand():
@@ -133,6 +138,37 @@ def test_a_worker_that_dies_is_told_with_its_last_line(tmp_path):
     worker.start()
     with pytest.raises(protocol.WorkerError, match="exit code 1: no such model"):
         worker.read()
+
+
+WORKER = """
+import pathlib, sys, time
+from benchmarks.protocol import Channel
+log = pathlib.Path(sys.argv[1])
+channel = Channel()
+print("chatter that is no part of the protocol")
+channel.ready(name=sys.argv[2])
+while channel.wait():
+    with log.open("a") as file:
+        file.write(sys.argv[2])
+    channel.done(1.0, name=sys.argv[2])
+channel.end()
+"""
+
+
+def test_workers_take_turns(tmp_path):
+    workers = [
+        protocol.Worker(
+            [sys.executable, "-c", WORKER, str(tmp_path / "order"), name], tmp_path / name, {"PYTHONPATH": str(ROOT)}
+        )
+        for name in "ab"
+    ]
+    found = run.take_turns(workers, 3)
+    assert (tmp_path / "order").read_text() == "ababab"
+    for name, (ready, turns, end) in zip("ab", found, strict=True):
+        assert ready == {"event": "ready", "name": name}
+        assert turns == [{"event": "done", "seconds": 1.0, "name": name}] * 3
+        assert end["peak_bytes"] > 2**20
+        assert "chatter" in (tmp_path / name).read_text()
 
 
 def test_the_smallest_form_runs_without_peers(tmp_path):
