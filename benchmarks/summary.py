@@ -186,6 +186,8 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
         if rows:
             axes.loglog(x, y, "o-", label="measured")
             axes.loglog(x, [y[0] * value / x[0] for value in x], "--", color="gray", label="linear")
+            axes.set_xticks(x, [f"{value:.0f}" for value in x])
+            axes.minorticks_off()
             axes.legend()
         axes.set_xlabel({"signal_tokens": "tokens of signals", "k": "K, summaries per user"}[key])
         axes.set_ylabel("seconds per iteration")
