@@ -3,6 +3,7 @@
 They are P-Soups' where its file is given, else random words of the same lengths; no text leaves the work folder.
 """
 
+import bisect
 import dataclasses
 import json
 import pathlib
@@ -81,17 +82,26 @@ def synthetic(tokenizer: Tokenizer, sizes: Sizes, count: int, seed: int = 0) -> 
 
 
 def long_signals(tokenizer: Tokenizer, encoder: Encoder, tokens: int, users: int) -> list[Example]:
-    """Users whose signals' prompts take at most so many tokens, and nearly as many."""
+    """Users whose signals' prompts take as many tokens as whole words allow, at most `tokens`."""
     rng = np.random.default_rng(tokens)
     query = Query(words(rng, tokenizer, 16), words(rng, tokenizer, 32), words(rng, tokenizer, 32))
+    prompts = encoder.prompts
 
     def example(i: int) -> Example:
-        text: list[str] = []
-        made = Example(f"long#{i}", "train", (Signal("profile", text="time"),), (query,))
-        while (missing := tokens - 4 - len(encoder.signals(made))) > 0:
-            text += [str(word) for word in rng.choice(WORDS, max(1, missing // 4))]
-            made = dataclasses.replace(made, signals=(Signal("profile", text=" ".join(text)),))
-        return made
+        drawn = [str(word) for word in rng.choice(WORDS, tokens)]
+
+        def signals(count: int) -> tuple[Signal, ...]:
+            return (Signal("profile", text=" ".join(drawn[:count])),)
+
+        def length(count: int) -> int:
+            # Not the encoder's own: it refuses what is too long.
+            fields = tuple(prompts.pair_fields)
+            messages = templates.inference_messages(signals(count), prompts.inference_instruction, fields)
+            return len(tokenizer.render(messages))
+
+        # More words take more tokens, so the most that fit are found by bisection.
+        most = bisect.bisect_right(range(1, tokens), tokens, key=length)
+        return Example(f"long#{i}", "train", signals(max(most, 1)), (query,))
 
     return [example(i) for i in range(users)]
 

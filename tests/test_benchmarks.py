@@ -87,9 +87,9 @@ def test_scaling_is_shown_against_the_size_before():
 
 
 def test_sizes_that_are_left_out_are_told():
-    runs, left_out = cases.expand(["sampling", "scaling_signals", "scaling_k"], cases.SMALLEST, 64)
-    assert runs == ["sampling", "scaling_signals:64", "scaling_k:2", "scaling_k:4"]
-    assert left_out == ["scaling_signals at 128 tokens: --largest_signals is 64"]
+    runs, left_out = cases.expand(["sampling", "scaling_signals", "scaling_k"], cases.SMALLEST, 128)
+    assert runs == ["sampling", "scaling_signals:128", "scaling_k:2", "scaling_k:4"]
+    assert left_out == ["scaling_signals at 256 tokens: --largest_signals is 128"]
 
 
 def test_gradients_are_compared_as_vectors():
