@@ -5,6 +5,10 @@ PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/quickstart.py
 WORKDIR ?= runs/quickstart
+# Of bench: where the peers are installed, and flags such as ARGS=--smallest or ARGS=--data=student_phd.json.
+PEERS ?= .venv-peers
+ARGS ?=
+SMOLLM2 := checkpoints/SmolLM2-135M-Instruct
 
 BIN := $(VENV)/bin
 REQUIREMENTS := setup.py $(wildcard constraints/*.txt)
@@ -13,7 +17,7 @@ CONSTRAINT = file=constraints/py$$($(BIN)/python -c 'import sys; print("%d%d" % 
 	if [ -f $$file ]; then echo "-c $$file"; fi
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test nightly smollm2 lint format types clean
+.PHONY: help setup quickstart test nightly smollm2 bench lint format types clean
 
 help:  ## Lists these commands.
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,8 +59,19 @@ format: $(VENV)/.setup-test  ## Formats the code in place.
 	$(BIN)/ruff format .
 
 smollm2: $(VENV)/.setup  ## Fetches SmolLM2-135M-Instruct and leaves it as a hub folder in checkpoints/.
-	$(BIN)/python -m popi_jax.model.gguf --output=checkpoints/SmolLM2-135M-Instruct
+	$(BIN)/python -m popi_jax.model.gguf --output=$(SMOLLM2)
 
-clean:  ## Removes .venv and what the tools leave behind; runs/ and checkpoints/ stay.
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+$(SMOLLM2)/config.json:
+	$(MAKE) smollm2
+
+$(PEERS)/.setup: benchmarks/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet -r benchmarks/peers.txt
+	@touch $@
+
+bench: $(VENV)/.setup $(PEERS)/.setup $(SMOLLM2)/config.json  ## Measures popi_jax beside TRL and transformers (ARGS=--smallest to try it out).
+	$(BIN)/python -m benchmarks.run --peers=$(PEERS) $(ARGS)
+
+clean:  ## Removes .venv, the peers' too, and what the tools leave behind; runs/ and checkpoints/ stay.
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,142 @@
+"""What is measured: the cases, and how large they are. Standard library only: workers of both environments read it."""
+
+import dataclasses
+from collections.abc import Sequence
+
+DPO = ("dpo_signals", "dpo_summaries", "dpo_signals_lora", "dpo_summaries_lora")
+# What a case is compared with. trl_checkpointing is what TRL does unless told otherwise: less memory, more time.
+DPO_PEERS = ("trl", "trl_precomputed", "trl_checkpointing")
+PEERS: dict[str, tuple[str, ...]] = {
+    "roofline": ("torch",),
+    **dict.fromkeys(DPO, DPO_PEERS),
+    "sampling": ("transformers",),
+    "evaluation": ("trl",),
+    "popi_iteration": ("trl", "trl_precomputed"),
+}
+CASES = (*PEERS, "scaling_signals", "scaling_k")
+# Why a peer that one would expect is not there.
+ABSENT = {
+    "tunix": "not measured: it has no worker here yet (google-tunix 0.1.7 needs another environment than TRL)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How large the cases are; lengths in tokens.
+
+    Attributes:
+        repeats: measurements of each side; `long_repeats` of cases that take minutes each.
+        pairs: in a DPO step.
+        pair_tokens: of a prompt with the raw signals and its longer response.
+        question, response: of synthetic texts, on average.
+        signals: of each user: `sampling_signals` and `popi_signals` are what the prompt with them takes.
+        micro_pairs: of the peer, in a micro-batch of the POPI iteration: 16 at once would not fit a small machine.
+        scaling_signals, scaling_k: what ours is measured at.
+        matmul, copy_mb: of the roofline: width of the square matrices, size of the array.
+        limits: of config.limits.
+    """
+
+    repeats: int = 5
+    long_repeats: int = 3
+    pairs: int = 4
+    pair_tokens: int = 690
+    signals_per_user: int = 4
+    question: int = 20
+    response: int = 46
+    sampling_users: int = 8
+    sampling_signals: int = 348
+    k: int = 4
+    summary: int = 48
+    evaluation_pairs: int = 100
+    evaluation_batch: int = 8
+    popi_users: int = 4
+    popi_signals: int = 302
+    micro_pairs: int = 4
+    scaling_signals: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
+    scaling_k: tuple[int, ...] = (2, 4, 8, 16)
+    matmul: int = 4096
+    copy_mb: int = 512
+    lora_rank: int = 16
+    lora_targets: tuple[str, ...] = ("q", "v")
+    beta: float = 0.1
+    kl_coef: float = 2e-3
+    learning_rate: float = 1e-6
+    limit_signals: int = 384
+    limit_prompt: int = 768
+    limit_response: int = 384
+    limit_bin: int = 384
+    buckets: tuple[int, ...] = (48, 96, 384, 512, 640, 768, 1024)
+
+
+SMALLEST = Sizes(
+    repeats=1,
+    long_repeats=1,
+    pairs=2,
+    pair_tokens=150,
+    signals_per_user=2,
+    question=6,
+    response=8,
+    sampling_users=2,
+    sampling_signals=60,
+    k=2,
+    summary=6,
+    evaluation_pairs=4,
+    evaluation_batch=2,
+    popi_users=2,
+    popi_signals=60,
+    micro_pairs=2,
+    scaling_signals=(128, 256),
+    scaling_k=(2, 4),
+    matmul=256,
+    copy_mb=4,
+    lora_rank=2,
+    limit_signals=160,
+    limit_prompt=320,
+    limit_response=64,
+    limit_bin=256,
+    buckets=(64, 128, 256, 384),
+)
+
+
+def expand(cases: Sequence[str], sizes: Sizes, largest_signals: int) -> tuple[list[str], list[str]]:
+    """The runs of these cases, "scaling_signals" as one for each size; and what is left out, in words."""
+    runs, left_out = [], []
+    for case in cases:
+        if case == "scaling_signals":
+            for size in sizes.scaling_signals:
+                if size > largest_signals:
+                    left_out.append(f"scaling_signals at {size} tokens: --largest_signals is {largest_signals}")
+                else:
+                    runs.append(f"{case}:{size}")
+        elif case == "scaling_k":
+            runs += [f"{case}:{k}" for k in sizes.scaling_k]
+        else:
+            runs.append(case)
+    return runs, left_out
+
+
+def repeats(case: str, sizes: Sizes) -> int:
+    """How many measurements a case gets."""
+    long = case in ("evaluation", "popi_iteration") or case.startswith("scaling")
+    return min(sizes.repeats, sizes.long_repeats) if long else sizes.repeats
+
+
+def is_lora(case: str) -> bool:
+    """Whether a DPO case trains adapters."""
+    return case.endswith("_lora")
+
+
+def context_kind(case: str) -> str:
+    """What the generator is told in a DPO case: "signals" or "summaries"."""
+    return case.removesuffix("_lora").removeprefix("dpo_")
+
+
+def items(case: str, sizes: Sizes) -> tuple[float, str]:
+    """How many of what one measurement works through, for rates; of sampling each measurement says itself."""
+    if case in DPO:
+        return sizes.pairs, "pairs"
+    if case == "evaluation":
+        return sizes.evaluation_pairs, "pairs"
+    if case == "sampling":
+        return 0, "tokens"
+    return 1, "iterations"

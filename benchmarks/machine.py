@@ -1,0 +1,60 @@
+"""What a run was measured on; nothing that tells one machine of a kind from another."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+PATHS = ("--data=", "--peers=", "--model=", "--output=", "--work=")  # Flags of which the last part alone is told.
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe(arguments: Sequence[str]) -> dict[str, Any]:
+    """The machine, the versions of our side, the commit and the command, whose arguments are given."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        # Near 0 on an idle machine; times of a busy one say little.
+        "load_before": [round(x, 2) for x in os.getloadavg()],
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git": _git_commit(),
+        "command": " ".join(["python -m benchmarks.run", *map(_without_folder, arguments)]),
+        "dtype": "float32",
+    }
+
+
+def _without_folder(argument: str) -> str:
+    for flag in PATHS:
+        if argument.startswith(flag):
+            return flag + pathlib.PurePath(argument.removeprefix(flag)).name
+    return argument
+
+
+def _cpu_model() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _git_commit() -> str | None:
+    """The commit, "+" where files were changed since; None outside a checkout."""
+    git = ["git", "-C", str(pathlib.Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        changed = subprocess.run([*git, "diff", "HEAD", "--quiet"], timeout=10, check=False).returncode != 0
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+" if changed else "")

@@ -1,0 +1,233 @@
+"""The rows that both sides work on: written once to a file that both read, texts for the peers and examples for us.
+
+They are P-Soups' where its file is given, else random words of the same lengths; no text leaves the work folder.
+"""
+
+import bisect
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from benchmarks.cases import Sizes
+from configs import psoups_smollm2
+from popi_jax.data import psoups, templates
+from popi_jax.data.encoding import Encoder
+from popi_jax.data.schema import Example, Query, Signal
+from popi_jax.errors import UserError
+from popi_jax.model import hub
+from popi_jax.model.tokenizer import Tokenizer
+
+MARK = "\ue000summary\ue000"  # Stands for the summary where a peer is to fill it in.
+WORDS = (
+    "time people water light story answer little reason simple number world morning often because every paper music "
+    "garden window letter small bright under across mountain river always clear quiet science method between children "
+    "winter market perhaps careful history evening question station island yellow common thought measure second whole"
+).split()
+
+
+def make_config(model: str, sizes: Sizes) -> ml_collections.ConfigDict:
+    """The experiment that is measured: configs/psoups_smollm2.py with the sizes' lengths."""
+    c = psoups_smollm2.get_config()
+    c.name = "benchmark"
+    c.model.path = model
+    c.lora.rank = 0
+    c.lora.targets = sizes.lora_targets
+    c.data.signals_per_user = sizes.signals_per_user
+    c.limits.signals, c.limits.prompt = sizes.limit_signals, sizes.limit_prompt
+    c.limits.response, c.limits.bin = sizes.limit_response, sizes.limit_bin
+    c.limits.buckets = sizes.buckets
+    c.limits.summary = sizes.summary
+    # Summaries that end by themselves: a start and a stop of ours would be a detail for the peers to repeat.
+    c.prompts.summary_start = c.prompts.summary_stop = ""
+    c.sampling.k, c.sampling.k_generator, c.sampling.temperature = sizes.k, 0, 1.0
+    c.objective.kl_coef, c.objective.beta = sizes.kl_coef, sizes.beta
+    c.schedule.name, c.schedule.steps = "joint", 1000
+    c.optim.schedule, c.optim.warmup_steps = "constant", 0
+    c.optim.lr_inference = c.optim.lr_generator = sizes.learning_rate
+    c.train.users_per_step = sizes.pairs
+    c.eval.users_per_batch = sizes.evaluation_batch
+    return c
+
+
+def words(rng: np.random.Generator, tokenizer: Tokenizer, tokens: int) -> str:
+    """Random words that take about so many tokens."""
+    text: list[str] = []
+    # In a few strides: what a word takes depends on the tokenizer.
+    while (missing := tokens - len(tokenizer.encode(" ".join(text)))) > 0:
+        text += [str(word) for word in rng.choice(WORDS, max(1, missing // 4))]
+    return " ".join(text)
+
+
+def synthetic(tokenizer: Tokenizer, sizes: Sizes, count: int, seed: int = 0) -> list[Example]:
+    """Users with signals and one query each, of random words; lengths vary by half about the sizes' averages."""
+    rng = np.random.default_rng(seed)
+
+    def text(average: int) -> str:
+        return words(rng, tokenizer, max(2, round(average * rng.uniform(0.5, 1.5))))
+
+    def example(i: int) -> Example:
+        signals = tuple(
+            Signal("pair", text(sizes.question), text(sizes.response), text(sizes.response))
+            for _ in range(sizes.signals_per_user)
+        )
+        query = Query(text(sizes.question), text(sizes.response), text(sizes.response), provenance=f"synthetic#{i}")
+        return Example(f"synthetic#{i}", "train", signals, (query,), persona=words(rng, tokenizer, 14))
+
+    return [example(i) for i in range(count)]
+
+
+def long_signals(tokenizer: Tokenizer, encoder: Encoder, tokens: int, users: int) -> list[Example]:
+    """Users whose signals' prompts take as many tokens as whole words allow, at most `tokens`."""
+    rng = np.random.default_rng(tokens)
+    query = Query(words(rng, tokenizer, 16), words(rng, tokenizer, 32), words(rng, tokenizer, 32))
+    prompts = encoder.prompts
+
+    def example(i: int) -> Example:
+        drawn = [str(word) for word in rng.choice(WORDS, tokens)]
+
+        def signals(count: int) -> tuple[Signal, ...]:
+            return (Signal("profile", text=" ".join(drawn[:count])),)
+
+        def length(count: int) -> int:
+            # Not the encoder's own: it refuses what is too long.
+            fields = tuple(prompts.pair_fields)
+            messages = templates.inference_messages(signals(count), prompts.inference_instruction, fields)
+            return len(tokenizer.render(messages))
+
+        # More words take more tokens, so the most that fit are found by bisection.
+        most = bisect.bisect_right(range(1, tokens), tokens, key=length)
+        return Example(f"long#{i}", "train", signals(max(most, 1)), (query,))
+
+    return [example(i) for i in range(users)]
+
+
+def nearest(examples: Sequence[Example], length: Callable[[Example], int], target: int, count: int) -> list[Example]:
+    """The examples whose lengths are nearest to the target, in their own order: an average close to it."""
+    order = sorted(range(len(examples)), key=lambda i: (abs(length(examples[i]) - target), i))
+    return [examples[i] for i in sorted(order[:count])]
+
+
+def build(model: str, sizes: Sizes, data: pathlib.Path | None) -> dict[str, Any]:
+    """All rows of all cases; JSON."""
+    config = make_config(model, sizes)
+    folder = hub.resolve(model)
+    tokenizer = Tokenizer.load(folder)
+    encoder = Encoder(tokenizer, config.prompts, config.limits)
+    if data is None:
+        examples = synthetic(tokenizer, sizes, 4 * sizes.evaluation_pairs)
+    else:
+        splits = psoups.read_psoups(data, signals_per_user=sizes.signals_per_user, train_draws=2)
+        examples = splits["train"] + splits["test"]
+    examples = [example for example in examples if fits(encoder, example)]
+    most = max(sizes.pairs, sizes.evaluation_pairs, sizes.sampling_users, sizes.popi_users)
+    if len(examples) < most:
+        raise UserError(f"--data={data}: {len(examples)} rows within the benchmark's limits; {most} are needed")
+
+    def pair_tokens(example: Example) -> int:
+        prompt, *responses = encoder.pair(example.queries[0], encoder.raw_signals(example))
+        return len(prompt) + max(map(len, responses))
+
+    def signal_tokens(example: Example) -> int:
+        return len(encoder.signals(example))
+
+    pairs = nearest(examples, pair_tokens, sizes.pair_tokens, sizes.pairs)
+    evaluated = nearest(examples, pair_tokens, sizes.pair_tokens, sizes.evaluation_pairs)
+    sampled = nearest(examples, signal_tokens, sizes.sampling_signals, sizes.sampling_users)
+    users = nearest(examples, signal_tokens, sizes.popi_signals, sizes.popi_users)
+    return {
+        "model": str(folder.resolve()),
+        "data": "synthetic" if data is None else "P-Soups",
+        "stop_ids": list(tokenizer.stop_ids),
+        "pad_id": tokenizer.pad_id,
+        "mark": MARK,
+        "dpo_signals": [peer_pair(encoder, e, encoder.raw_signals(e)) for e in pairs],
+        "dpo_summaries": [peer_pair(encoder, e, e.persona) for e in pairs],
+        "evaluation": [peer_pair(encoder, e, encoder.raw_signals(e)) for e in evaluated],
+        "sampling": [peer_user(encoder, e) for e in sampled],
+        "popi": [peer_user(encoder, e) for e in users],
+        "examples": {
+            "dpo": [dataclasses.asdict(e) for e in pairs],
+            "evaluation": [dataclasses.asdict(e) for e in evaluated],
+            "sampling": [dataclasses.asdict(e) for e in sampled],
+            "popi": [dataclasses.asdict(e) for e in users],
+        },
+        "lengths": {
+            "pair_tokens": _mean(map(pair_tokens, pairs)),
+            "summary_pair_tokens": _mean(
+                len(p["prompt_ids"]) for p in (peer_pair(encoder, e, e.persona) for e in pairs)
+            ),
+            "evaluation_pair_tokens": _mean(map(pair_tokens, evaluated)),
+            "sampling_prompt_tokens": _mean(map(signal_tokens, sampled)),
+            "popi_prompt_tokens": _mean(map(signal_tokens, users)),
+        },
+    }
+
+
+def fits(encoder: Encoder, example: Example) -> bool:
+    """Whether all signals of the example are within the limits: the peers are shown all."""
+    try:
+        encoder.signals(example)
+        encoder.check(example.queries[0], encoder.raw_signals(example))
+    except UserError:
+        return False
+    return not any(encoder.overflow.of(example.user, f"limits.{limit}") for limit in ("signals", "prompt"))
+
+
+def _mean(values: Any) -> float:
+    return round(float(np.mean(list(values))), 1)
+
+
+def peer_pair(encoder: Encoder, example: Example, context: str) -> dict[str, Any]:
+    """A preference pair for a peer: what it renders and tokenises itself, and the ids that must come of it."""
+    query = example.queries[0]
+    prompt, chosen, rejected = encoder.pair(query, context)
+    (message,) = templates.generator_messages(query.prompt, context, encoder.prompts.generator_instruction)
+    return {
+        "message": message["content"],
+        "chosen": query.chosen,
+        "rejected": query.rejected,
+        "prompt_ids": prompt,
+        "chosen_ids": chosen,
+        "rejected_ids": rejected,
+    }
+
+
+def peer_user(encoder: Encoder, example: Example) -> dict[str, Any]:
+    """A user for a peer: the prompt of the inference model, and the query with a place for the summary."""
+    query, prompts = example.queries[0], encoder.prompts
+    (signals,) = templates.inference_messages(
+        example.signals, prompts.inference_instruction, tuple(prompts.pair_fields)
+    )
+    (informed,) = templates.generator_messages(query.prompt, MARK, prompts.generator_instruction)
+    (bare,) = templates.generator_messages(query.prompt, None, prompts.generator_instruction)
+    return {
+        "message": signals["content"],
+        "prompt_ids": encoder.signals(example),
+        "query_message": informed["content"],
+        "bare_message": bare["content"],
+        "chosen": query.chosen,
+        "rejected": query.rejected,
+    }
+
+
+def read_examples(rows: dict[str, Any], name: str) -> list[Example]:
+    """The examples of one case, as `build` had them."""
+    return [
+        Example(
+            signals=tuple(Signal(**signal) for signal in fields["signals"]),
+            queries=tuple(Query(**query) for query in fields["queries"]),
+            **{key: fields[key] for key in ("user", "split", "persona")},
+        )
+        for fields in rows["examples"][name]
+    ]
+
+
+def write(path: pathlib.Path, rows: dict[str, Any]) -> None:
+    """Writes the rows where the workers read them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,224 @@
+"""Runs popi_jax and its peers side by side on the same rows, in turns, and says how they compare.
+
+    python -m benchmarks.run [--cases=dpo_signals,sampling,...] [--data=student_phd.json] [--smallest]
+
+`make bench` also makes the peers' environment. Every side of every case is a process of its own, which loads and warms
+up first; then they take turns: ours, theirs, ours, theirs. Ratios are of one run's turns. OUTPUT gets bench.json,
+table.md and speed.png. Times of a machine that does anything else say little: `load_before` is in the results.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+import tempfile
+from typing import Any
+
+from absl import flags
+
+from benchmarks import agreement, cases, machine, rows, summary
+from benchmarks.protocol import Worker, WorkerError
+from popi_jax import cli, runfiles
+from popi_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NO_PEERS = "skipped: {} is missing; make bench makes it"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """One run: how large, where its files lie, and with which peers."""
+
+    sizes: cases.Sizes
+    work: pathlib.Path
+    peers: pathlib.Path
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether the peers' environment is there."""
+        return (self.peers / "bin" / "python").exists()
+
+    def ours(self, case: str, *more: str) -> Worker:
+        """Our worker for this case."""
+        command = [sys.executable, "-m", "benchmarks.ours", f"--work={self.work}", f"--case={case}", *more]
+        # On the CPU, as the peers; and without the settings of tests, which make many devices of one.
+        environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "NPROC": "", "PYTHONPATH": str(ROOT)}
+        return Worker(command, self._log(case, "ours", more), environment)
+
+    def theirs(self, case: str, peer: str, *more: str) -> Worker:
+        """The peer's worker for this case."""
+        command = [str(self.peers.absolute() / "bin" / "python"), "-m", "benchmarks.trl_peer"]
+        command += [f"--work={self.work}", f"--case={case}", f"--variant={peer}", *more]
+        environment = {
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": str(machine.cores()),
+            "NPROC": "",
+            "HF_HOME": str(self.work / "hf"),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "TQDM_DISABLE": "1",
+        }
+        return Worker(command, self._log(case, peer, more), environment)
+
+    def _log(self, case: str, side: str, more: tuple[str, ...]) -> pathlib.Path:
+        name = "_".join((case.replace(":", "_"), side, *(flag.strip("-") for flag in more)))
+        return self.work / "logs" / f"{name}.log"
+
+
+def take_turns(workers: list[Worker], repeats: int) -> list[tuple[dict, list[dict], dict]]:
+    """Starts the workers one after the other, lets them take turns, and ends them.
+
+    Returns:
+        Of each worker its "ready", its measurements and its last word.
+
+    Raises:
+        WorkerError: one of them died.
+    """
+    with contextlib.ExitStack() as stack:
+        ready = []
+        for worker in workers:
+            stack.callback(worker.stop)
+            worker.start()
+            ready.append(worker.read())  # The next one loads when this one is at rest.
+        turns: list[list[dict]] = [[] for _ in workers]
+        for _ in range(repeats):
+            for worker, own in zip(workers, turns, strict=True):
+                own.append(worker.run())
+        return [(first, own, worker.finish()) for first, own, worker in zip(ready, turns, workers, strict=True)]
+
+
+def measure(bench: Bench, case: str, peer: str | None, note: str = "") -> dict[str, Any]:
+    """One row: a case against a peer, or alone."""
+    kind, repeats = case.partition(":")[0], cases.repeats(case, bench.sizes)
+    items, unit = cases.items(kind, bench.sizes)
+    row: dict[str, Any] = {"case": case, "peer": peer or "", "unit": unit, "roofline": {}}
+    workers = [bench.ours(case)] + ([bench.theirs(case, peer)] if peer else [])
+    try:
+        found = take_turns(workers, repeats)
+    except WorkerError as error:
+        return row | {"note": f"failed: {error}"}
+    row["ours"] = summary.side(*found[0], items)
+    if peer is None:
+        return row | {"note": note}
+    row["theirs"] = summary.side(*found[1], items)
+    row["peer_versions"] = found[1][2]["versions"]
+    return row | summary.compare(row["ours"], row["theirs"])
+
+
+def check(bench: Bench, case: str, peer: str) -> dict[str, Any]:
+    """Whether both sides compute the same on the same rows; see agreement.py."""
+    try:
+        for worker in (bench.ours(case, "--check"), bench.theirs(case, peer, "--check")):
+            take_turns([worker], 0)
+    except WorkerError as error:
+        return {"agrees": False, "failed": str(error)}
+    return agreement.compare(bench.work / "check", case)
+
+
+def run_case(bench: Bench, case: str, versus: list[str]) -> list[dict[str, Any]]:
+    """All rows of one case: one for each peer, or ours alone."""
+    peers = [peer for peer in cases.PEERS.get(case, ()) if not versus or peer in versus or case == "roofline"]
+    if not peers:
+        return [measure(bench, case, None)]
+    if not bench.has_peers:
+        return [measure(bench, case, None, NO_PEERS.format(bench.peers.name))]
+    found = []
+    for peer in peers:
+        print(f"== {case}, {peer}", flush=True)
+        found.append(measure(bench, case, peer))
+    if case in (*cases.DPO, "sampling", "evaluation"):
+        found[0]["agreement"] = check(bench, case, peers[0])
+    return found
+
+
+def run(bench: Bench, wanted: list[str], versus: list[str], largest_signals: int, output: pathlib.Path) -> None:
+    """Runs the cases; writes what is there after each, so that an end before its time loses little."""
+    model = bench_rows(bench)
+    runs, left_out = cases.expand(wanted, bench.sizes, largest_signals)
+    left_out += [f"{name}: {why}" for name, why in cases.ABSENT.items()]
+    results: dict[str, Any] = {
+        "schema": 1,
+        "machine": machine.describe(sys.argv[1:]),
+        "model": pathlib.Path(model["model"]).name,
+        "data": model["data"],
+        "lengths": model["lengths"],
+        "sizes": dataclasses.asdict(bench.sizes),
+        "roofline": {},
+        "rows": [],
+        "left_out": left_out,
+    }
+    for case in ["roofline", *runs]:
+        if not cases.PEERS.get(case) or not bench.has_peers:
+            print(f"== {case}", flush=True)
+        for row in run_case(bench, case, versus):
+            results["rows"].append(row)
+            if case == "roofline" and "ours" in row:
+                sides = {"ours": row["ours"], row["peer"] or "ours": row.get("theirs", row["ours"])}
+                results["roofline"] = {n: summary.best_roofline(s["turns"]) for n, s in sides.items()}
+            elif "ours" in row and results["roofline"]:
+                row["roofline"] = summary.roofline_fractions(row["ours"], results["roofline"]["ours"])
+            if "note" in row and row["note"]:
+                print(f"   {row['note']}", flush=True)
+        write(output, results)
+    print("\n" + summary.table(results))
+    print(output / "bench.json")
+
+
+def bench_rows(bench: Bench) -> dict[str, Any]:
+    """The rows that `main` wrote."""
+    return json.loads((bench.work / "rows.json").read_text(encoding="utf-8"))
+
+
+def write(output: pathlib.Path, results: dict[str, Any]) -> None:
+    """The files of a run."""
+    runfiles.write_text(output / "bench.json", json.dumps(results, indent=1) + "\n")
+    runfiles.write_text(output / "table.md", summary.table(results))
+    summary.plot(results, output / "speed.png")
+
+
+def _define_flags() -> None:
+    flags.DEFINE_list("cases", list(cases.CASES[1:]), "Which, of " + ", ".join(cases.CASES[1:]) + ".")
+    flags.DEFINE_list("versus", [], "Which peers; all by default.")
+    flags.DEFINE_string("peers", ".venv-peers", "The peers' environment; without it ours is measured alone.")
+    flags.DEFINE_string("model", "checkpoints/SmolLM2-135M-Instruct", "A hub folder; make smollm2 makes this one.")
+    flags.DEFINE_string("data", None, "P-Soups' json file; random words of the same lengths by default.")
+    flags.DEFINE_integer("repeats", None, "Turns of each side; the sizes' own by default.")
+    flags.DEFINE_integer("largest_signals", 8192, "Leaves larger sizes out of scaling_signals.")
+    flags.DEFINE_bool("smallest", False, "The tiny model of the package, one turn: seconds, and of no meaning.")
+    flags.DEFINE_string("output", None, "A folder; benchmarks/results by default, runs/bench for --smallest.")
+    flags.DEFINE_string("work", None, "Keeps rows and logs here, data texts included; else they are removed.")
+
+
+def main(argv: list[str]) -> None:
+    """Reads the flags and runs."""
+    values = flags.FLAGS
+    if len(argv) > 1:
+        raise UserError(f"argument {argv[1]!r} is not a flag; write --name=value")
+    unknown = [case for case in values.cases if case not in cases.CASES]
+    if unknown:
+        raise UserError(f"--cases: {unknown[0]!r} is unknown; choose from {', '.join(cases.CASES[1:])}")
+    known = sorted({peer for peers in cases.PEERS.values() for peer in peers})
+    unknown = [peer for peer in values.versus if peer not in known]
+    if unknown:
+        raise UserError(f"--versus: {unknown[0]!r} is unknown; choose from {', '.join(known)}")
+    if values.repeats is not None and values.repeats < 1:
+        raise UserError(f"--repeats is {values.repeats}; it must be at least 1")
+    sizes = cases.SMALLEST if values.smallest else cases.Sizes()
+    if values.repeats is not None:
+        sizes = dataclasses.replace(sizes, repeats=values.repeats, long_repeats=values.repeats)
+    model = "stylebook" if values.smallest else values.model
+    default = "runs/bench" if values.smallest else "benchmarks/results"
+    output = pathlib.Path(values.output or default)
+    data = None if values.data is None else pathlib.Path(values.data)
+    with contextlib.ExitStack() as stack:
+        work = pathlib.Path(values.work or stack.enter_context(tempfile.TemporaryDirectory())).absolute()
+        given = rows.build(model, sizes, data) | {"sizes": dataclasses.asdict(sizes), "threads": machine.cores()}
+        rows.write(work / "rows.json", given)
+        wanted = [case for case in values.cases if case != "roofline"]
+        run(Bench(sizes, work, pathlib.Path(values.peers)), wanted, values.versus, values.largest_signals, output)
+
+
+if __name__ == "__main__":
+    _define_flags()
+    cli.run(main)

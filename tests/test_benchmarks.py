@@ -1,0 +1,209 @@
+"""The benchmark: its statistics by hand, its smallest form without torch, and, with torch, that both sides agree."""
+
+import ast
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import agreement, cases, machine, protocol, rows, run, summary
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PEERS = ROOT / ".venv-peers"
+
+
+def run_bench(folder: pathlib.Path, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "benchmarks.run", "--smallest", f"--output={folder / 'out'}", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+
+
+def turn(seconds: float, **values) -> dict:
+    return {"event": "done", "seconds": seconds, **values}
+
+
+def test_a_side_s_rates_by_hand():
+    ready = {"event": "ready", "warmup_s": 9.0}
+    one = summary.side(ready, [turn(2.0), turn(4.0), turn(1.0)], {"peak_bytes": 2**30}, items=4)
+    assert one["rates"] == [2.0, 1.0, 4.0]
+    assert one["rate_spread"] == {"median": 2.0, "low": 1.0, "high": 4.0}
+    assert one["seconds_spread"] == {"median": 2.0, "low": 1.0, "high": 4.0}
+    assert one["before"] == {"warmup_s": 9.0}
+    # Samples say themselves how many tokens they have.
+    drawn = summary.side(ready, [turn(2.0, items=10), turn(1.0, items=8)], {"peak_bytes": 1}, items=0)
+    assert drawn["rates"] == [5.0, 8.0]
+
+
+def test_a_ratio_is_of_turns_side_by_side():
+    ours = {"rates": [4.0, 2.0, 9.0], "peak_bytes": 1}
+    theirs = {"rates": [2.0, 2.0, 3.0], "peak_bytes": 4}
+    assert summary.compare(ours, theirs) == {"speed": {"median": 2.0, "low": 1.0, "high": 3.0}, "memory": 0.25}
+
+
+def test_shares_of_the_roofline_by_hand():
+    peak = summary.best_roofline([turn(1, flops=90.0, copy_bytes=10.0), turn(1, flops=100.0, copy_bytes=8.0)])
+    assert peak == {"flops": 100.0, "copy_bytes": 10.0}
+    step = {"before": {"flops": 120.0, "filled": 0.5}, "seconds_spread": {"median": 2.0}}
+    assert summary.roofline_fractions(step, peak) == {"step": 0.6, "step on tokens": 0.3}
+    # Of 7 seconds the prefill takes 2, and five steps one each.
+    before = {"prefill_flops": 100.0, "prefill_s": 2.0, "decode_flops": 20.0, "decode_bytes": 5.0, "filled": 0.8}
+    sampled = {"before": before, "seconds_spread": {"median": 7.0}, "turns": [turn(7.0, decode_steps=5)]}
+    assert summary.roofline_fractions(sampled, peak) == {
+        "prefill": 0.5,
+        "prefill on tokens": 0.4,
+        "decode, copy rate": 0.5,
+        "decode, products": 0.2,
+    }
+
+
+def test_the_table_by_hand():
+    ours = summary.side({"compile_s": 3.0}, [turn(1.0)], {"peak_bytes": 2**30}, 4)
+    theirs = summary.side({}, [turn(2.0)], {"peak_bytes": 2**31}, 4)
+    row = {"case": "dpo_signals", "peer": "trl", "unit": "pairs", "roofline": {"step": 0.6}, "ours": ours}
+    alone = row | {"note": "skipped: .venv-peers is missing"}
+    compared = row | {"theirs": theirs, "agreement": {"agrees": False}} | summary.compare(ours, theirs)
+    assert summary.cells(compared) == (
+        "dpo_signals", "trl", "4 pairs/s", "2 pairs/s", "2.00 [2.00, 2.00]", "1.00", "2.00", "0.50", "3.0", "step 60%",
+        "NO",
+    )  # fmt: skip
+    assert summary.cells(alone)[3] == "skipped: .venv-peers is missing"
+    assert len(summary.cells(alone)) == len(summary.HEADERS) == len(summary.cells(compared))
+    failed = {"case": "sampling", "peer": "transformers", "note": "failed: exit code 1: no memory"}
+    assert len(summary.cells(failed)) == len(summary.HEADERS)
+
+
+def test_scaling_is_shown_against_the_size_before():
+    def row(case: str, seconds: float) -> dict:
+        known = {"signal_tokens": 64.0, "k": 4, "compile_s": 1.0}
+        return {"case": case, "ours": summary.side(known, [turn(seconds)], {"peak_bytes": 0}, 1)}
+
+    table = summary.scaling_cells(
+        [row("scaling_signals:256", 2.0), row("scaling_signals:512", 3.0), row("scaling_k:2", 1)]
+    )
+    assert [line[5] for line in table] == ["", "1.50", ""]
+
+
+def test_sizes_that_are_left_out_are_told():
+    runs, left_out = cases.expand(["sampling", "scaling_signals", "scaling_k"], cases.SMALLEST, 128)
+    assert runs == ["sampling", "scaling_signals:128", "scaling_k:2", "scaling_k:4"]
+    assert left_out == ["scaling_signals at 256 tokens: --largest_signals is 128"]
+
+
+def test_gradients_are_compared_as_vectors():
+    peer = {"a": np.array([3.0, 0.0]), "b": np.array([4.0])}
+    found = agreement.compare_gradients({"a": np.array([3.0, 0.3]), "b": np.array([4.0])}, peer)
+    assert found["gradient"] == pytest.approx(0.3 / 5)
+    assert (found["worst_tensor"], found["worst_tensor_name"]) == (pytest.approx(0.1), "a")
+    assert found["gradient_norm_peer"] == 5
+    assert agreement.compare_gradients({"a": peer["a"]}, peer)["gradient"] == float("inf")
+
+
+def test_tokens_are_compared_one_by_one():
+    found = agreement.compare_tokens([[1, 2], [3, 4, 5]], [[1, 2], [3, 9, 5]])
+    assert found == {"identical_rows": 1, "rows": 2, "first_difference_at": 1, "agrees": False}
+    assert agreement.compare_tokens([[1]], [[1]])["agrees"]
+
+
+def test_the_command_is_told_without_folders():
+    told = machine.describe(["--data=/home/someone/student_phd.json", "--repeats=3"])
+    assert told["command"] == "python -m benchmarks.run --data=student_phd.json --repeats=3"
+
+
+def test_rows_are_the_same_for_both_sides():
+    built = rows.build("stylebook", cases.SMALLEST, None)
+    for name in ("dpo_signals", "dpo_summaries", "evaluation"):
+        for pair in built[name]:
+            assert pair["prompt_ids"] and pair["chosen_ids"] and pair["rejected_ids"]
+    assert len(built["evaluation"]) == len(built["examples"]["evaluation"]) == cases.SMALLEST.evaluation_pairs
+    (first, *_) = rows.read_examples(json.loads(json.dumps(built)), "dpo")
+    assert first.queries[0].chosen == built["dpo_signals"][0]["chosen"]
+    assert all(user["query_message"].count(rows.MARK) == 1 for user in built["popi"])
+
+
+def test_the_peers_side_needs_neither_jax_nor_us():
+    shared = ("cases", "protocol", "roofline")
+    for name in (*shared, "trl_peer", "trl_popi"):
+        tree = ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text())
+        # Inside functions imports are lazy: roofline's own of JAX.
+        for node in tree.body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
+            assert not any(str(n).startswith(("jax", "popi_jax")) for n in names), name
+
+
+def test_a_worker_that_dies_is_told_with_its_last_line(tmp_path):
+    worker = protocol.Worker([sys.executable, "-c", "raise SystemExit('no such model')"], tmp_path / "log")
+    worker.start()
+    with pytest.raises(protocol.WorkerError, match="exit code 1: no such model"):
+        worker.read()
+
+
+WORKER = """
+import pathlib, sys, time
+from benchmarks.protocol import Channel
+log = pathlib.Path(sys.argv[1])
+channel = Channel()
+print("chatter that is no part of the protocol")
+channel.ready(name=sys.argv[2])
+while channel.wait():
+    with log.open("a") as file:
+        file.write(sys.argv[2])
+    channel.done(1.0, name=sys.argv[2])
+channel.end()
+"""
+
+
+def test_workers_take_turns(tmp_path):
+    workers = [
+        protocol.Worker(
+            [sys.executable, "-c", WORKER, str(tmp_path / "order"), name], tmp_path / name, {"PYTHONPATH": str(ROOT)}
+        )
+        for name in "ab"
+    ]
+    found = run.take_turns(workers, 3)
+    assert (tmp_path / "order").read_text() == "ababab"
+    for name, (ready, turns, end) in zip("ab", found, strict=True):
+        assert ready == {"event": "ready", "name": name}
+        assert turns == [{"event": "done", "seconds": 1.0, "name": name}] * 3
+        assert end["peak_bytes"] > 2**20
+        assert "chatter" in (tmp_path / name).read_text()
+
+
+def test_the_smallest_form_runs_without_peers(tmp_path):
+    done = run_bench(tmp_path, "--cases=dpo_summaries_lora,sampling", f"--peers={tmp_path / 'nothing'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "skipped: nothing is missing; make bench makes it" in done.stdout
+    results = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert [row["case"] for row in results["rows"]] == ["roofline", "dpo_summaries_lora", "sampling"]
+    for row in results["rows"][1:]:
+        assert row["ours"]["rates"][0] > 0 and row["ours"]["peak_bytes"] > 0
+        assert all(value > 0 for value in row["roofline"].values()) and row["roofline"]
+    assert results["machine"]["dtype"] == "float32" and results["data"] == "synthetic"
+    assert (tmp_path / "out" / "speed.png").stat().st_size > 0
+    assert str(ROOT) not in (tmp_path / "out" / "bench.json").read_text()
+
+
+@pytest.mark.parametrize("flags", [("--cases=speed",), ("--versus=nobody",), ("--repeats=0",)])
+def test_mistakes_are_one_line(tmp_path, flags):
+    done = run_bench(tmp_path, *flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+@pytest.mark.skipif(not PEERS.exists(), reason=".venv-peers is missing; make bench makes it")
+def test_both_sides_compute_the_same(tmp_path):
+    """TRL's own losses and gradients, transformers' greedy tokens, TRL's log-probabilities; on the tiny model."""
+    wanted = (*cases.DPO, "sampling", "evaluation")
+    flags = (f"--cases={','.join(wanted)}", "--versus=trl,transformers", f"--peers={PEERS}", f"--work={tmp_path / 'w'}")
+    done = run_bench(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {row["case"]: row for row in json.loads((tmp_path / "out" / "bench.json").read_text())["rows"]}
+    for case in wanted:
+        assert found[case]["agreement"]["agrees"], found[case]
+        assert "speed" in found[case]
+    assert all(found[case]["theirs"]["before"]["tokens_identical"] for case in cases.DPO)
+    assert os.listdir(tmp_path / "w")
