@@ -16,7 +16,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Of the base model's weights, which are not trained: "bfloat16" is half the memory, and exact for checkpoints that
     # are stored so. What is trained is float32.
     c.model.frozen_dtype = "float32"
-    c.model.remat = False  # Rematerialise each layer in the backward pass.
+    # What the backward pass computes again instead of keeping it: none, attention, dots (all but products with weights)
+    # or full (every layer). In this order less memory, and more time.
+    c.model.remat = "none"
     c.model.attention = "auto"  # auto (by the devices), xla, splash (TPUs) or cudnn (NVIDIA GPUs, bfloat16).
     c.model.tokenizer = ""  # Another tokenizer than the checkpoint's own.
     # A config.json in the hub's form: the shape that --mode=compile takes where model.path is no folder.
