@@ -19,7 +19,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Of the weights that are trained: "bfloat16" is half the memory, too; each update is rounded up or down by chance,
     # for a small one would be lost by rounding to the nearest.
     c.model.trained_dtype = "float32"
-    c.model.remat = False  # Rematerialise each layer in the backward pass.
+    # What the backward pass computes again instead of keeping it: none, attention, dots (all but products with weights)
+    # or full (every layer). In this order less memory, and more time.
+    c.model.remat = "none"
     c.model.attention = "auto"  # auto (by the devices), xla, splash (TPUs) or cudnn (NVIDIA GPUs, bfloat16).
     c.model.tokenizer = ""  # Another tokenizer than the checkpoint's own.
     # A config.json in the hub's form: the shape that --mode=compile takes where model.path is no folder.

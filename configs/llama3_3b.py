@@ -30,7 +30,7 @@ def get_config(arg: str = "full") -> ml_collections.ConfigDict:
     c.model.shape = str(SHAPES / "llama-3.2-3b.json")
     c.model.compute_dtype = "bfloat16"
     c.model.frozen_dtype = "bfloat16"  # As the checkpoint is stored.
-    c.model.remat = True
+    c.model.remat = "full"
     if arg == "lora":
         c.lora.rank = 64
         c.lora.alpha = 64.0

@@ -105,7 +105,8 @@ def restore(
         folder: what Writer wrote to.
         abstract: the tree that the state must have, of jax.ShapeDtypeStruct with shardings: of any mesh.
         step: this checkpoint and no other; a damaged one is then an error.
-        expect: entries that the checkpoint's meta must hold, e.g. the model's fingerprint. Dicts may nest.
+        expect: entries that the checkpoint's meta must hold, among others, e.g. the model's fingerprint. Dicts may
+            nest.
 
     Returns:
         None if there is no checkpoint at all.
@@ -228,13 +229,20 @@ def _load(path: epath.Path, abstract: Any, record: dict[str, Any]) -> Any:
 
 def _check_same(name: str, record: dict[str, Any], abstract: Any, expect: Mapping[str, Any]) -> None:
     there, here = record["meta"], json.loads(json.dumps(dict(expect)))  # JSON has no tuples: compare like with like.
-    differences = _differences({key: there.get(key) for key in here}, here)
+    differences = _differences(_asked(there, here), here)
     differences = differences or _differences(record["tree"], _spec(abstract))
     if differences:
         raise UserError(
             f"{name} is a checkpoint of another model or config: {_some(differences)}; "
             "use the config that it was made with, or another --workdir"
         )
+
+
+def _asked(there: Any, here: Any) -> Any:
+    """What `there` holds of the keys of `here`."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        return {key: _asked(there[key], here[key]) for key in here.keys() & there.keys()}
+    return there
 
 
 def _differences(there: Any, here: Any, name: str = "") -> list[str]:

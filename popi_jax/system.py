@@ -14,7 +14,7 @@ from popi_jax import objective, packing, sharding, steps
 from popi_jax.data import templates
 from popi_jax.data.encoding import Encoder
 from popi_jax.errors import UserError
-from popi_jax.model import hub, kernels
+from popi_jax.model import hub, kernels, remat
 from popi_jax.model.config import LoraConfig, ModelConfig
 from popi_jax.model.policy import Policy
 from popi_jax.model.tokenizer import Tokenizer
@@ -185,6 +185,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     _one_of("config.objective.reference_context", config.objective.reference_context, ("prompt", "summary", "signals"))
     _one_of("config.optim.schedule", config.optim.schedule, ("cosine", "constant"))
     _one_of("config.model.attention", config.model.attention, kernels.CHOICES)
+    _one_of("config.model.remat", config.model.remat, tuple(remat.CHOICES))
     _one_of("config.data.dataset", config.data.dataset, ("stylebook", "psoups", "users"))
     _one_of("config.limits.on_overflow", config.limits.on_overflow, ("error", "drop"))
     for key in (

@@ -119,7 +119,10 @@ def abstract_state(plan: Plan) -> steps.TrainState:
 
 def restore(system: System, workdir: pathlib.Path, step: int | None = None) -> tuple[steps.TrainState, dict] | None:
     """The newest (or given) checkpoint of the workdir with its record; None if there is none."""
-    expect = {"model": system.fingerprint, "tokenizer": system.tokenizer.fingerprint}
+    # Full or LoRA, and its rank, by their keys: told from the weights' shapes alone, the difference would read as
+    # dozens of weights that are missing.
+    lora = json.loads(system.config.lora.to_json_best_effort())
+    expect = {"model": system.fingerprint, "tokenizer": system.tokenizer.fingerprint, "config": {"lora": lora}}
     # Orbax sees plain dicts: their paths outlive the class.
     fields = vars(abstract_state(system))
     restored = checkpoint.restore(workdir / "checkpoints", fields, step=step, expect=expect)

@@ -49,7 +49,7 @@ def test_abstract_batches_are_what_a_step_reads(tmp_path):
 
 def test_the_report_on_this_machine():
     config = small()
-    config.model.remat = True
+    config.model.remat = "full"
     found = compile_lib.report(config, compile_lib.HERE)
     rows = {row["program"]: row for row in found["programs"]}
     assert list(rows) == ["sample", "joint step", "evaluate: sample", "evaluate: score"]
@@ -102,7 +102,7 @@ def test_sampling_shapes_are_those_that_are_drawn():
 @pytest.mark.parametrize("arg", ["full", "lora"])
 def test_published_shapes_need_no_weights(module, arg):
     config = module.get_config(arg)
-    model = hub.read_config(compile_lib.model_shape(config), compute_dtype="bfloat16", remat=True, attention="splash")
+    model = hub.read_config(compile_lib.model_shape(config), compute_dtype="bfloat16", remat="full", attention="splash")
     mesh = jax.sharding.AbstractMesh((1, 16, 1), sharding.AXES)
     plan = system_lib.make_plan(config, mesh, model)
     count = sum(leaf.size for leaf in jax.tree.leaves(plan.policy.abstract_base()))

@@ -1,4 +1,4 @@
-"""The decoder against a plain float64 reference, and what its masks, cache and rematerialisation promise."""
+"""The decoder against a plain float64 reference, and what its masks and cache promise."""
 
 import dataclasses
 import functools
@@ -343,36 +343,6 @@ def assert_trees_close(got, want, relative):
         other = functools.reduce(lambda tree, key: tree[key.key], path, got)
         atol = relative * np.abs(leaf).max()
         np.testing.assert_allclose(other, leaf, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
-
-
-def test_remat_changes_the_program_and_not_the_result():
-    _, base = perturbed("llama3")
-    batch = rows(2, 6)
-
-    def loss(remat, params):
-        policy = Policy(dataclasses.replace(CONFIGS["llama3"], remat=remat))
-        return jnp.sum(policy.bind(params, None)(*batch) ** 2)
-
-    grad_fns = {remat: jax.value_and_grad(functools.partial(loss, remat)) for remat in (False, True)}
-    programs = {remat: str(jax.make_jaxpr(fn)(base)) for remat, fn in grad_fns.items()}
-    assert "prevent_cse" not in programs[False]
-    assert "prevent_cse" in programs[True]  # A parameter of the rematerialising primitive, whatever its name.
-    (plain, plain_grads), (kept, kept_grads) = (jax.jit(grad_fns[remat])(base) for remat in (False, True))
-    np.testing.assert_allclose(kept, plain, rtol=1e-6)
-    assert_trees_close(kept_grads, plain_grads, 1e-5)
-
-
-def test_remat_keeps_less_from_the_forward_pass():
-    _, base = perturbed("llama2")
-    batch = rows(4, 32)
-    sizes = {}
-    for remat in (False, True):
-        policy = Policy(dataclasses.replace(LLAMA, remat=remat))
-        kept = jax.eval_shape(
-            lambda params, policy=policy: jax.vjp(lambda p: policy.bind(p, None)(*batch), params)[1], base
-        )
-        sizes[remat] = sum(leaf.size for leaf in jax.tree.leaves(kept))
-    assert sizes[True] < sizes[False] / 3
 
 
 def test_layers_are_scanned_not_unrolled():

@@ -85,13 +85,13 @@ def test_every_tensor_lies_where_the_tree_says():
 @pytest.mark.parametrize("frozen_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loaded_tree_is_the_declared_one(family: str, frozen_dtype: str):
-    checkpoint = hub.load(FIXTURES / family, compute_dtype="bfloat16", remat=True, frozen_dtype=frozen_dtype)
+    checkpoint = hub.load(FIXTURES / family, compute_dtype="bfloat16", remat="full", frozen_dtype=frozen_dtype)
     declared = Policy(checkpoint.config).abstract_base()
     assert {leaf.dtype for leaf in jax.tree.leaves(declared)} == {jnp.dtype(frozen_dtype)}
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), checkpoint.params) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), declared
     )
-    assert (checkpoint.config.compute_dtype, checkpoint.config.remat) == ("bfloat16", True)
+    assert (checkpoint.config.compute_dtype, checkpoint.config.remat) == ("bfloat16", "full")
     trained = jax.eval_shape(Policy(checkpoint.config).init_delta, checkpoint.params, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {jnp.dtype("float32")}
 

@@ -140,7 +140,9 @@ def test_cudnns_mask_is_the_plain_attentions(case):
 
 def test_the_decoder_runs_the_attention_of_its_config():
     """Lowered for a TPU, which needs none: a kernel of Mosaic's there is splash attention."""
-    config = ModelConfig(vocab_size=9, d_model=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=64, d_ff=8, remat=True)
+    config = ModelConfig(
+        vocab_size=9, d_model=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=64, d_ff=8, remat="full"
+    )
     ids_BxL = jax.ShapeDtypeStruct((2, 200), jnp.int32)
 
     def kernels_in(name: str) -> int:

@@ -28,7 +28,9 @@ def test_a_finished_run_is_one_of_the_same_config(tmp_path):
     finished(tmp_path, config())
     assert runfiles.finished_row(tmp_path, config())["accuracy"] == 0.5
     assert runfiles.finished_row(tmp_path, config(mesh__fsdp=2, train__checkpoint_every=7)) is not None
-    assert runfiles.finished_row(tmp_path, config(model__remat=True)) is not None  # The same function, in less memory.
+    assert (
+        runfiles.finished_row(tmp_path, config(model__remat="full")) is not None
+    )  # The same function, in less memory.
     assert runfiles.finished_row(tmp_path, config(eval__temperature=0.1)) is None
     assert runfiles.finished_row(tmp_path, config(optim__lr_generator=1.0)) is None
 

@@ -24,7 +24,6 @@ CONFIG = ModelConfig(
     qk_norm=False,
     max_length=256,
     compute_dtype="float32",
-    remat=False,
 )
 LORA = LoraConfig(rank=3, alpha=6.0, targets=("q", "v", "o", "down"))
 

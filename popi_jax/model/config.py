@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from popi_jax.errors import UserError
+from popi_jax.model import remat
 
 # What an absent field means, as the hub's own readers of these three families take it.
 _HUB_DEFAULTS: dict[str, Any] = {
@@ -87,7 +88,7 @@ class ModelConfig:
         head_dim: width of one head; n_heads * head_dim need not equal d_model (Qwen 3).
         max_length: the longest context, in tokens, that the weights were made for.
         compute_dtype: "float32" or "bfloat16", the type of activations; weights keep the type that they come in.
-        remat: recompute each layer in the backward pass instead of keeping its activations.
+        remat: what of each layer the backward pass computes again instead of keeping it: a name of remat.CHOICES.
         attention: "xla", "splash" or "cudnn", see kernels.bind; the devices decide, not the checkpoint.
         frozen_dtype: "float32" or "bfloat16", the type that the base model's weights are kept in.
         trained_dtype: the same of what is trained, an adapter or a whole copy.
@@ -108,7 +109,7 @@ class ModelConfig:
     qk_norm: bool = False
     max_length: int = 2048
     compute_dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
     attention: str = "xla"
     frozen_dtype: str = "float32"
     trained_dtype: str = "float32"
@@ -121,6 +122,8 @@ class ModelConfig:
         for name in ("compute_dtype", "frozen_dtype", "trained_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16"):
                 raise UserError(f"model.{name}={getattr(self, name)!r}: choose float32 or bfloat16")
+        if self.remat not in remat.CHOICES:
+            raise UserError(f"model.remat={self.remat!r}: choose one of {', '.join(remat.CHOICES)}")
         if self.attention not in ("xla", "splash", "cudnn"):
             raise UserError(f"model.attention={self.attention!r}: choose xla, splash or cudnn")
 

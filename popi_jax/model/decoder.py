@@ -19,7 +19,7 @@ from popi_jax.model import attention, kernels
 from popi_jax.model import lora as lora_lib
 from popi_jax.model.config import LoraConfig, ModelConfig
 from popi_jax.model.product import product
-from popi_jax.model.remat import remat
+from popi_jax.model.remat import keepable, part_of_layer
 from popi_jax.model.weights import Tree, Weight, fan_in, init_tree, merge_trees
 
 
@@ -123,7 +123,7 @@ class Norm(nnx.Module):
 
 
 def _matmul(x_RxE: jax.Array, kernel_ExO: jax.Array) -> jax.Array:
-    return product("re,eo->ro", x_RxE, kernel_ExO.astype(x_RxE.dtype)).astype(x_RxE.dtype)
+    return keepable(product("re,eo->ro", x_RxE, kernel_ExO.astype(x_RxE.dtype)).astype(x_RxE.dtype))
 
 
 class Linear(nnx.Module):
@@ -317,7 +317,7 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """Returns hidden_BxLxD and, if kept, the keys and values of all layers."""
         rope = _rope(self.config, positions_BxL)
-        attend = kernels.bind(self.config.attention)
+        attend = part_of_layer(self.config.remat, "attention", kernels.bind(self.config.attention))
 
         def body(x_BxLxD: jax.Array, layer: Layer) -> tuple[jax.Array, Any]:
             x_BxLxD = sharding.constrain(x_BxLxD, ("batch", "length", "activation"))
@@ -326,7 +326,6 @@ class Decoder(nnx.Module):
                 attended_BxLxHxDh = attend(q_BxLxHxDh, k_BxLxKvxDh, v_BxLxKvxDh, segments_BxL)
             return layer.finish(x_BxLxD, attended_BxLxHxDh), (k_BxLxKvxDh, v_BxLxKvxDh) if keep else None
 
-        if self.config.remat:
-            body = remat(body, looped=True)
+        body = part_of_layer(self.config.remat, "layer", body)
         x_BxLxD, kept = jax.lax.scan(body, self._embed(tokens_BxL), self.layers)
         return self.final_norm(x_BxLxD), kept

@@ -1,0 +1,99 @@
+"""What the backward pass computes again, by name: the same function, in less memory."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import quickstart
+from popi_jax import system as system_lib
+from popi_jax.cost import flops
+from popi_jax.errors import UserError
+from popi_jax.model import remat
+from popi_jax.model.config import LORA_TARGETS, LoraConfig, ModelConfig
+from popi_jax.model.policy import Policy
+
+# So long that attention's scores outweigh the rest, as they do where rematerialisation matters.
+B, L = 4, 128
+CONFIG = ModelConfig(vocab_size=9, d_model=16, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=32)
+NAMES = list(remat.CHOICES)
+
+
+def batch():
+    tokens_BxL = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (B, L)).astype(np.int32)
+    return tokens_BxL, np.tile(np.arange(L, dtype=np.int32), (B, 1)), np.zeros((B, L), np.int32)
+
+
+@functools.cache
+def compiled(name):
+    """Value and gradient of a scalar of the decoder, with respect to the base and an adapter, compiled; and both."""
+    policy = Policy(dataclasses.replace(CONFIG, remat=name), LoraConfig(2, 4.0, LORA_TARGETS))
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        return rng.normal(0.0, 0.3, leaf.shape).astype(np.float32)
+
+    weights = jax.tree.map(draw, (policy.abstract_base(), policy.abstract_delta()))
+
+    def loss(weights):
+        return jnp.mean(jnp.sin(policy.bind(*weights)(*batch())))
+
+    return jax.jit(jax.value_and_grad(loss)).lower(weights).compile(), weights
+
+
+def planned(name):
+    """Bytes of temporaries that the compiler plans."""
+    return compiled(name)[0].memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_the_same_function(name):
+    (fn, weights), (plain, _) = compiled(name), compiled("none")
+    value, grads = fn(weights)
+    want, want_grads = plain(weights)
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    # The same sums, but the compiler may fuse them in another order.
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=0, atol=1e-6 * np.abs(w).max()), grads, want_grads)
+
+
+def test_each_keeps_less_than_the_one_before():
+    none, attention, dots, full = (planned(name) for name in ("none", "attention", "dots", "full"))
+    layer_inputs = CONFIG.n_layers * B * L * CONFIG.d_model * 4
+    scores = CONFIG.n_layers * B * CONFIG.n_heads * L * L * 4
+    assert attention < none - 0.9 * scores  # At least one array of scores in each layer.
+    assert layer_inputs < full < 0.8 * dots
+    assert dots < 0.9 * attention
+
+
+def test_what_is_computed_again_by_hand():
+    def products(name):
+        policy = Policy(dataclasses.replace(CONFIG, remat=name))
+
+        def loss(base):
+            return jnp.sum(policy.bind(base, None)(*batch()))
+
+        return flops.count(jax.make_jaxpr(jax.grad(loss))(policy.abstract_base()))
+
+    n, D, F, H, Kv, Dh = 4, 16, 32, 4, 2, 8
+    scores = 2 * n * B * H * L * L * Dh  # As many as the average of the values takes.
+    weights = (
+        2 * n * B * L * (2 * D * H * Dh + 2 * D * Kv * Dh + 2 * D * F)
+    )  # `down` ends a layer: nothing asks for it.
+    again = {name: products(name) - products("none") for name in NAMES}
+    assert again == {"none": 0, "attention": scores, "dots": 2 * scores, "full": 2 * scores + weights}
+    with remat.nothing_twice():
+        assert products("full") == products("none")
+
+
+def test_an_unknown_name_is_one_line():
+    with pytest.raises(UserError, match="model.remat='layers': choose one of none, attention, dots, full"):
+        dataclasses.replace(CONFIG, remat="layers")
+    config = quickstart.get_config("runlocal")
+    config.model.remat = "True"  # What the flag --config.model.remat=True gives.
+    with pytest.raises(UserError, match="config.model.remat is 'True'; choose one of none, attention, dots, full"):
+        system_lib.check(config)
+    with pytest.raises(TypeError, match="remat"):
+        config.model.remat = True
