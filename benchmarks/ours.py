@@ -77,7 +77,7 @@ class Steps:
         self.fn = train.make_steps(system)[kind]
         self.references = References(system, job.scratch, system.config.eval.users_per_batch)
         self.written = batches.WrittenSummaries(job.scratch / "written.jsonl")
-        self.step, self.losses = 0, []
+        self.step = 0
 
     def batch(self) -> Any:
         """This step's batch and counts."""
@@ -90,7 +90,6 @@ class Steps:
         self.state, scalars = self.fn(self.state, self.system.base, batch)
         values = {name: float(value) for name, value in jax.device_get(scalars | counts).items()}
         self.step += 1
-        self.losses.append(values["nats"])
         return {"tokens": values["tokens"], "nats": values["nats"]} | {"sample_s": values.get("sample_s")}
 
 
@@ -133,7 +132,7 @@ def sampling(job: Job) -> tuple[Measure, dict[str, Any]]:
 
     line, counted = draw(1), system.policy.config
     drawn_prefix = (line.prefix_BxT, line.prefix_length_B)
-    static = {"policy": system.policy, "branches": job.sizes.k, "temperature": 1.0, "top_p": 1.0}
+    static: dict[str, Any] = {"policy": system.policy, "branches": job.sizes.k, "temperature": 1.0, "top_p": 1.0}
     static |= {"stop_ids": tuple(job.rows["stop_ids"]), "pad_id": job.rows["pad_id"], "max_tokens": job.sizes.summary}
     fn = jax.jit(lambda *args: rollout.draw(*args, **static))
 
@@ -224,7 +223,8 @@ def main() -> None:
     channel = Channel()
     started = time.perf_counter()
     given = json.loads((flags.work / "rows.json").read_text(encoding="utf-8"))
-    sizes = cases.Sizes(**{k: tuple(v) if isinstance(v, list) else v for k, v in given["sizes"].items()})
+    given_sizes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given["sizes"].items()}
+    sizes = cases.Sizes(**given_sizes)
     job = Job(flags.case, sizes, flags.work, flags.work / "ours" / flags.case.replace(":", "_"), given)
     job.scratch.mkdir(parents=True, exist_ok=True)
     if flags.check:

@@ -68,7 +68,8 @@ def _with_noise(adapter: Any) -> Any:
 
 def _hub_tensors(system: System, tree: Any) -> dict[str, np.ndarray]:
     """A tree of base weights as hub tensors."""
-    config, tensors = system.policy.config, {}
+    config = system.policy.config
+    tensors: dict[str, np.ndarray] = {}
     for leaf in hub.leaves(config):
         value = tree
         for key in leaf.path:
@@ -82,7 +83,8 @@ def _hub_tensors(system: System, tree: Any) -> dict[str, np.ndarray]:
 
 def _adapter_tensors(system: System, tree: Any) -> dict[str, np.ndarray]:
     """A tree of adapters in PEFT's names and shapes."""
-    tensors, rank = {}, system.config.lora.rank
+    rank = system.config.lora.rank
+    tensors: dict[str, np.ndarray] = {}
     for target, adapter in tree["layers"].items():
         for i in range(system.policy.config.n_layers):
             name = f"base_model.model.model.layers.{i}.{ADAPTED[target]}"

@@ -45,12 +45,12 @@ def pad_rows(prompts: Sequence[Ids], buckets: Sequence[int], pad_id: int, rows: 
 
 
 def coarse(count: int) -> int:
-    """Rounds up to a number of two significant bits: 4, 6, 8, 12, 16, 24, ...
+    """Rounds up to a number of two significant bits: 1, 2, 3, 4, 6, 8, 12, 16, 24, ...
 
     A step of another shape is compiled anew, which takes as long as many steps: better some empty bins.
     """
     unit = 1 << max(0, (count - 1).bit_length() - 2)
-    return round_up(max(count, 4), unit)
+    return round_up(count, unit)
 
 
 @dataclasses.dataclass(frozen=True)

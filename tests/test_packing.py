@@ -96,8 +96,8 @@ def test_bins_score_as_lines_of_one_row_do(length: int, groups: int) -> None:
 
 def test_coarse_counts_are_few_and_waste_less_than_half():
     counts = [packing.coarse(n) for n in range(1, 257)]
-    assert all(n <= size <= max(4, 1.5 * n) for n, size in enumerate(counts, start=1))
-    assert sorted(set(counts)) == [4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
+    assert all(n <= size < 1.5 * n for n, size in enumerate(counts, start=1))
+    assert sorted(set(counts)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
 
 
 @pytest.mark.parametrize(
