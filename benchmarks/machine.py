@@ -4,9 +4,10 @@ import importlib.metadata
 import os
 import pathlib
 import platform
-import subprocess
 from collections.abc import Sequence
 from typing import Any
+
+from popi_jax import metrics
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 PATHS = ("--data=", "--peers=", "--model=", "--output=", "--work=")  # Flags of which the last part alone is told.
@@ -28,7 +29,7 @@ def describe(arguments: Sequence[str]) -> dict[str, Any]:
         "load_before": [round(x, 2) for x in os.getloadavg()],
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "git": _git_commit(),
+        "git": metrics.git_commit(),
         "command": " ".join(["python -m benchmarks.run", *map(_without_folder, arguments)]),
         "dtype": "float32",
     }
@@ -47,14 +48,3 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _git_commit() -> str | None:
-    """The commit, "+" where files were changed since; None outside a checkout."""
-    git = ["git", "-C", str(pathlib.Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
-        changed = subprocess.run([*git, "diff", "HEAD", "--quiet"], timeout=10, check=False).returncode != 0
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head.stdout.strip() + ("+" if changed else "")

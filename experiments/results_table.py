@@ -137,9 +137,8 @@ def _numbered(kind: str, texts: Iterable[str]) -> dict[str, str]:
 def _number_personas(row: dict[str, Any]) -> None:
     """Replaces the personas' texts, which are the data set's, by their place in alphabetical order, from 1."""
     accuracies = row.get("accuracy_by_persona", {})
-    row["accuracy_by_persona"] = dict(
-        zip(_numbered("persona", sorted(accuracies)).values(), accuracies.values(), strict=True)
-    )
+    names = _numbered("persona", sorted(accuracies))
+    row["accuracy_by_persona"] = {names[text]: accuracies[text] for text in names}
 
 
 def _write_without_texts(table: pathlib.Path, name: str, row: dict[str, Any]) -> None:

@@ -214,7 +214,7 @@ def write_environment(workdir: pathlib.Path) -> None:
     device = jax.devices()[0]
     environment = {
         "popi_jax": popi_jax.__version__,
-        "git": _git_commit(),
+        "git": git_commit(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -258,7 +258,7 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of the code that runs, "+" if files were changed since; None outside a git checkout."""
     git = ["git", "-C", str(pathlib.Path(__file__).parent)]
     try:

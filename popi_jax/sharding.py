@@ -14,7 +14,7 @@ from popi_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. Rows are split over data and fsdp; weights over fsdp (gathered when used) and tensor.
+# Logical axis -> mesh axes. Rows are split over data and fsdp; weights over tensor, and fsdp (gather, weight_stays).
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "few": ("data",),  # Rows that are sent to the pieces of a weight: see weight_stays.

@@ -108,7 +108,7 @@ def test_tokens_are_compared_one_by_one():
 
 
 def test_the_command_is_told_without_folders():
-    told = machine.describe(["--data=/home/someone/student_phd.json", "--repeats=3"])
+    told = machine.describe(["--data=data/of/mine/student_phd.json", "--repeats=3"])
     assert told["command"] == "python -m benchmarks.run --data=student_phd.json --repeats=3"
 
 
