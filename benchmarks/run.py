@@ -42,8 +42,10 @@ class Bench:
     def ours(self, case: str, *more: str) -> Worker:
         """Our worker for this case."""
         command = [sys.executable, "-m", "benchmarks.ours", f"--work={self.work}", f"--case={case}", *more]
-        # On the CPU, as the peers; and without the settings of tests, which make many devices of one.
-        environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "NPROC": "", "PYTHONPATH": str(ROOT)}
+        # On the CPU, as the peers; without the settings of tests, which make many devices of one, and without compiled
+        # programs of another time, which would hide what compiling takes.
+        environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "NPROC": "", "JAX_COMPILATION_CACHE_DIR": ""}
+        environment |= {"PYTHONPATH": str(ROOT)}
         return Worker(command, self._log(case, "ours", more), environment)
 
     def theirs(self, case: str, peer: str, *more: str) -> Worker:

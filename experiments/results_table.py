@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from popi_jax import cli, decomposition, evaluate, personalize, report, runfiles, stats, train
+from popi_jax import cli, compilation_cache, decomposition, evaluate, personalize, report, runfiles, stats, train
 from popi_jax.data import prepared, stylebook_exact
 from popi_jax.errors import UserError
 
@@ -247,6 +247,7 @@ def _main(argv: list[str]) -> None:
         raise UserError(f"--seeds: {wrong[0]!r} is not a seed; give numbers such as --seeds=0,1,2")
     seeds = [int(seed) for seed in values.seeds] if values.seeds else list(values.config.table.seeds)
     trained = pathlib.Path(values.trained) if values.trained else None
+    compilation_cache.enable()
     make_table(values.config, pathlib.Path(values.workdir), methods, seeds, values.data_texts, trained)
 
 

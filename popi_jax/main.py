@@ -7,7 +7,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from popi_jax import cli, runfiles
+from popi_jax import cli, compilation_cache, runfiles
 from popi_jax.errors import UserError, first_line
 
 MODES = ("train", "evaluate", "summarize", "generate", "export", "compile")
@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
     workdir = _path(_WORKDIR)
     if _DISTRIBUTED.value is not None:
         _join(_DISTRIBUTED.value)
+    compilation_cache.enable()
     # Imported late, so that a mistake in the flags is told at once.
     from popi_jax import personalize, train
 
@@ -66,6 +67,7 @@ def _compile(config) -> None:
         raise UserError("--mode=compile leaves no run in --workdir; give --output=FILE.json for its report")
     from popi_jax import compile as compile_lib
 
+    jax.config.update("jax_enable_compilation_cache", False)  # It reports how long compilation takes.
     report = compile_lib.report(config, _TOPOLOGY.value)
     print(compile_lib.table(report))
     if _OUTPUT.value is not None:
