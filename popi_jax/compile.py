@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from popi_jax import packing, pairs, rollout, scoring, sharding, steps, train
+from popi_jax import packing, pairs, rollout, sampler, scoring, sharding, steps, train
 from popi_jax import system as system_lib
 from popi_jax.cost import bound, chips, flops, traffic
 from popi_jax.errors import UserError, first_line
@@ -36,7 +36,7 @@ class Program:
         name: what the report calls it.
         fn: jitted.
         args: of fn.
-        trips: how often a loop runs whose end depends on the data: the decode loop, at most.
+        trips: how often a loop runs whose end depends on the data: a decode loop, at most.
     """
 
     name: str
@@ -115,7 +115,7 @@ def _sampling(plan: Plan, name: str, base, phi, sampling: rollout.Sampling, k: i
     compiler_options = sharding.compiler_options(mesh)
     fn = jax.jit(functools.partial(rollout.draw, **options), compiler_options=compiler_options)
     args = (base, phi, *placed(lines, sharding.batch_sharding(mesh)), placed(key, sharding.replicated(mesh)))
-    return Program(name, fn, args, trips=S - 1)
+    return Program(name, fn, args, trips=min(S - 1, sampler.loop_tokens(S)))
 
 
 def abstract_batch(plan: Plan) -> tuple[steps.InferenceBatch, steps.GeneratorBatch, steps.GeneratorBatch | None]:

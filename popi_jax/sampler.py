@@ -10,6 +10,15 @@ import jax.numpy as jnp
 
 from popi_jax.model.decoder import Cache, Decoder
 
+# A token's attention reads every slot of the branches' cache that the compiled loop knows, filled or not. So a long
+# continuation is drawn in loops of so many tokens, each of which knows no more slots than it can fill.
+_LOOP = 512
+
+
+def loop_tokens(max_tokens: int) -> int:
+    """How many tokens each of the loops that draw `max_tokens` draws at most: four loops at most, to compile."""
+    return max(_LOOP, -(-max_tokens // 4))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -104,17 +113,20 @@ def sample(
             done_BxN=state.done_BxN | stopped_BxN,
         )
 
-    def unfinished(state: _DecodeState) -> jax.Array:
-        return (state.index < S) & ~jnp.all(state.done_BxN)
+    def draw_until(end: int, state: _DecodeState) -> _DecodeState:
+        def unfinished(state: _DecodeState) -> jax.Array:
+            return (state.index < end) & ~jnp.all(state.done_BxN)
 
-    def advance(state: _DecodeState) -> _DecodeState:
-        slot = state.index - 1
-        positions_BxN = jnp.broadcast_to(prompt_length_B[:, None] + slot, (B, N))
-        hidden_BxNxD, cache = decoder.decode(state.token_BxN, positions_BxN, state.cache, slot)
-        return draw(dataclasses.replace(state, cache=cache), decoder.logits(hidden_BxNxD))
+        def advance(state: _DecodeState) -> _DecodeState:
+            slot = state.index - 1
+            positions_BxN = jnp.broadcast_to(prompt_length_B[:, None] + slot, (B, N))
+            hidden_BxNxD, cache = decoder.decode(state.token_BxN, positions_BxN, state.cache, slot, end)
+            return draw(dataclasses.replace(state, cache=cache), decoder.logits(hidden_BxNxD))
+
+        return jax.lax.while_loop(unfinished, advance, state)
 
     empty_BxN = jnp.broadcast_to(prompt_length_B[:, None] == 0, (B, N))
-    start = _DecodeState(
+    state = _DecodeState(
         index=jnp.int32(0),
         token_BxN=jnp.full((B, N), pad_id, jnp.int32),
         tokens_BxNxS=jnp.full((B, N, S), pad_id, jnp.int32),
@@ -123,5 +135,8 @@ def sample(
         done_BxN=empty_BxN,
         cache=cache,
     )
-    end = jax.lax.while_loop(unfinished, advance, draw(start, logits_BxNxV))
-    return Samples(end.tokens_BxNxS, end.length_BxN, end.logp_BxNxS, end.done_BxN & ~empty_BxN)
+    state = draw(state, logits_BxNxV)
+    step = loop_tokens(S)
+    for end in [*range(step, S, step), S]:
+        state = draw_until(end, state)
+    return Samples(state.tokens_BxNxS, state.length_BxN, state.logp_BxNxS, state.done_BxN & ~empty_BxN)

@@ -47,6 +47,16 @@ def test_log_probs_are_the_trainers(temperature):
     np.testing.assert_allclose(out.logp_BxNxS, scores.logp_BxNxS, atol=1e-4)
 
 
+def test_several_loops_draw_what_one_does(monkeypatch):
+    prompt, length = prompts()
+    one = draw(prompt, length, jax.random.key(0), 4, 11, stop_ids=(3,))
+    monkeypatch.setattr(sampler, "_LOOP", 3)
+    several = draw.__wrapped__(prompt, length, jax.random.key(0), 4, 11, stop_ids=(3,))
+    np.testing.assert_array_equal(one.tokens_BxNxS, several.tokens_BxNxS)
+    np.testing.assert_allclose(one.logp_BxNxS, several.logp_BxNxS, atol=1e-5)
+    assert (several.length_BxN > 9).any() and several.finished_BxN.any()
+
+
 def test_greedy_is_the_argmax_of_the_full_forward():
     prompt, length = prompts(seed=4)
     out = draw(prompt, length, jax.random.key(0), 1, 10, 0.0, stop_ids=(999,))

@@ -252,7 +252,7 @@ class Decoder(nnx.Module):
         )
 
     def decode(
-        self, tokens_BxN: jax.Array, positions_BxN: jax.Array, cache: Cache, index: jax.Array
+        self, tokens_BxN: jax.Array, positions_BxN: jax.Array, cache: Cache, index: jax.Array, known: int | None = None
     ) -> tuple[jax.Array, Cache]:
         """Reads one token of each branch.
 
@@ -261,11 +261,16 @@ class Decoder(nnx.Module):
             positions_BxN: its rope position.
             cache: from prefill or the last call.
             index: scalar, how many tokens of each branch are in the cache already: the slot that these take.
+            known: static, how many slots of a branch are read, more than index; None: all of them.
 
         Returns:
             hidden_BxNxD after the final norm, and the cache with slot `index` filled.
         """
         rope = _rope(self.config, positions_BxN)
+
+        def layers_slots(own_nxBxNxSxKvxDh: jax.Array, i: jax.Array) -> jax.Array:
+            _, B, N, S, Kv, Dh = own_nxBxNxSxKvxDh.shape
+            return jax.lax.dynamic_slice(own_nxBxNxSxKvxDh, (i, 0, 0, 0, 0, 0), (1, B, N, known or S, Kv, Dh))[0]
 
         def body(carry: Any, xs: Any) -> tuple[Any, None]:
             x_BxNxD, own_k, own_v = carry
@@ -279,8 +284,8 @@ class Decoder(nnx.Module):
                 prefix_k_BxTxKvxDh,
                 prefix_v_BxTxKvxDh,
                 cache.prefix_valid_BxT,
-                jax.lax.dynamic_index_in_dim(own_k, i, keepdims=False),
-                jax.lax.dynamic_index_in_dim(own_v, i, keepdims=False),
+                layers_slots(own_k, i),
+                layers_slots(own_v, i),
                 index,
             )
             return (layer.finish(x_BxNxD, attended_BxNxHxDh), own_k, own_v), None
