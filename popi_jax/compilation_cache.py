@@ -20,7 +20,7 @@ def enable() -> None:
     JAX's own variables go before: JAX_COMPILATION_CACHE_DIR names another folder (on a pod a bucket, so that every
     host finds them), JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. To be called before anything is compiled.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     jax.config.update("jax_compilation_cache_dir", str(folder()))
     jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)

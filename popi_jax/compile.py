@@ -80,7 +80,7 @@ def programs(plan: Plan) -> list[Program]:
     writes = config.method in system_lib.SUMMARIZED
     phi = state.phi if config.method == "popi" else None
     if writes:
-        found.append(_sampling(plan, "sample", base, phi, rollout.in_training(config), config.sampling.k))
+        found.append(_summaries(plan, "sample", base, phi, rollout.in_training(config), config.sampling.k))
     batch_of = {
         "inference": (inference, generator),
         "generator": generator if learned is None else learned,
@@ -89,9 +89,8 @@ def programs(plan: Plan) -> list[Program]:
     step_fns = train.make_steps(plan)
     found += [Program(f"{kind} step", step_fns[kind], (state, base, batch_of[kind])) for kind in kinds]
     if writes:
-        found.append(
-            _sampling(plan, "evaluate: sample", base, phi, rollout.in_use(config), config.eval.summaries_per_user)
-        )
+        k = config.eval.summaries_per_user
+        found.append(_summaries(plan, "evaluate: sample", base, phi, rollout.in_use(config), k))
     rows = packing.round_up(config.eval.users_per_batch * config.eval.summaries_per_user, sharding.row_shards(mesh))
     scored = abstract_bins(plan, rows)
     score = jax.jit(
@@ -100,22 +99,34 @@ def programs(plan: Plan) -> list[Program]:
         compiler_options=sharding.compiler_options(mesh),
     )
     args = (base, state.theta, placed(scored, pairs.packed_shardings(mesh, sharding.batch_sharding(mesh))))
-    return [*found, Program("evaluate: score", score, args)]
+    found.append(Program("evaluate: score", score, args))
+    if config.eval.samples:
+        sampling = dataclasses.replace(rollout.in_use(config), rows=config.eval.samples)
+        lengths = config.limits.prompt, config.eval.response_tokens
+        found.append(_drawing(plan, "evaluate: respond", base, state.theta, sampling, 1, *lengths))
+    return found
 
 
-def _sampling(plan: Plan, name: str, base, phi, sampling: rollout.Sampling, k: int) -> Program:
+def _summaries(plan: Plan, name: str, base, phi, sampling: rollout.Sampling, k: int) -> Program:
+    limits = plan.config.limits
+    return _drawing(plan, name, base, phi, sampling, k, limits.signals, limits.summary)
+
+
+def _drawing(
+    plan: Plan, name: str, base, delta, sampling: rollout.Sampling, branches: int, longest: int, max_tokens: int
+) -> Program:
+    """`branches` texts after each prompt, the prompts all as long as the longest."""
     config, mesh = plan.config, plan.mesh
     B = packing.round_up(sampling.rows, sharding.row_shards(mesh))
-    T, S = packing.bucket(config.limits.signals, tuple(config.limits.buckets)), config.limits.summary
-    lines = _int32(B, T), _int32(B)
+    lines = _int32(B, packing.bucket(longest, tuple(config.limits.buckets))), _int32(B)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    options = {"policy": plan.policy, "branches": k, "max_tokens": S, "temperature": sampling.temperature}
+    options: dict[str, Any] = {"policy": plan.policy, "branches": branches, "max_tokens": max_tokens}
     # Any ids do: a program's shape does not depend on them.
-    options |= {"top_p": sampling.top_p, "stop_ids": (0,), "pad_id": 0}
+    options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "stop_ids": (0,), "pad_id": 0}
     compiler_options = sharding.compiler_options(mesh)
     fn = jax.jit(functools.partial(rollout.draw, **options), compiler_options=compiler_options)
-    args = (base, phi, *placed(lines, sharding.batch_sharding(mesh)), placed(key, sharding.replicated(mesh)))
-    return Program(name, fn, args, trips=min(S - 1, sampler.loop_tokens(S)))
+    args = (base, delta, *placed(lines, sharding.batch_sharding(mesh)), placed(key, sharding.replicated(mesh)))
+    return Program(name, fn, args, trips=min(max_tokens - 1, sampler.loop_tokens(max_tokens)))
 
 
 def abstract_batch(plan: Plan) -> tuple[steps.InferenceBatch, steps.GeneratorBatch, steps.GeneratorBatch | None]:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -189,17 +189,35 @@ def weight_stays(rows: int, into: int, out: int) -> bool:
     return not mesh.empty and mesh.shape["fsdp"] > 1 and rows * (into + out) < into * out
 
 
-def send_rows(x_RxE: jax.Array, axis: str) -> jax.Array:
-    """Rows to where the pieces of a weight lie whose input axis this is."""
-    return constrain(x_RxE, ("few", axis))
+def send_rows(multiply: Callable, into: str, out: str) -> Callable:
+    """`multiply`, for rows [R, E] and a weight [E, O] that stays where it lies, with a mesh set.
 
+    Args:
+        multiply: the product of two such matrices.
+        into: the weight's logical axis E.
+        out: its logical axis O.
 
-def rows_back(y_RxO: jax.Array, axis: str) -> jax.Array:
-    """The product of rows that were sent, back to the devices of the rows; `axis` is the weight's output axis."""
-    if "fsdp" not in RULES[axis]:
-        return constrain(y_RxO, ("batch", axis))
-    # Else the weight is made whole to have the rows in their place at once.
-    return constrain(constrain(y_RxO, ("few", axis)), ("batch", "activation"))
+    Returns:
+        The same function of whole arrays; its result lies by rows.
+    """
+    if "fsdp" in RULES[into]:
+        # By hand: the compiler would give every device all of the sum, of which it needs its own rows.
+        def add_up(x_RxE: jax.Array, kernel_ExO: jax.Array) -> jax.Array:
+            return jax.lax.psum_scatter(multiply(x_RxE, kernel_ExO), "fsdp", scatter_dimension=0, tiled=True)
+
+        few, batch, fsdp = RULES["few"], RULES["batch"], RULES[into]
+        in_specs = (PartitionSpec(few, fsdp), PartitionSpec(fsdp, RULES[out]))
+        # Unchecked: `multiply` may have a derivative of its own, which does not say over which axes it varies.
+        return jax.shard_map(add_up, in_specs=in_specs, out_specs=PartitionSpec(batch, RULES[out]), check_vma=False)
+    if "fsdp" not in RULES[out]:
+        return multiply
+
+    def place(x_RxE: jax.Array, kernel_ExO: jax.Array) -> jax.Array:
+        y_RxO = constrain(multiply(constrain(x_RxE, ("few", into)), kernel_ExO), ("few", out))
+        # In two moves: else the weight is made whole to have the rows in their place at once.
+        return constrain(y_RxO, ("batch", "activation"))
+
+    return place
 
 
 def gather(weight: jax.Array, axes: Sequence[str]) -> jax.Array:

@@ -52,7 +52,7 @@ def test_the_report_on_this_machine():
     config.model.remat = "full"
     found = compile_lib.report(config, compile_lib.HERE)
     rows = {row["program"]: row for row in found["programs"]}
-    assert list(rows) == ["sample", "joint step", "evaluate: sample", "evaluate: score"]
+    assert list(rows) == ["sample", "joint step", "evaluate: sample", "evaluate: score", "evaluate: respond"]
     assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
     assert all(row["fits"] and not row["traffic"]["host_transfers"] for row in rows.values())
     joint = rows["joint step"]
@@ -117,8 +117,8 @@ def test_every_program_compiles_for_a_tpu_slice():
     assert found["device"] == "TPU v5 lite" and found["devices"] == 4
     for row in found["programs"]:
         assert row["fits"] and row["traffic"]["host_transfers"] == []
-        # Decoding ends when all summaries have, which no text tells.
-        assert len(row["traffic"]["unknown_loops"]) == row["program"].endswith("sample")
+        # Decoding ends when all texts have, which nothing says before.
+        assert len(row["traffic"]["unknown_loops"]) == row["program"].endswith(("sample", "respond"))
         assert row["total_bytes"] < row["hbm_bytes"] and row["bound_s"] > 0
     joint = next(row for row in found["programs"] if row["program"] == "joint step")
     assert joint["traffic"]["collectives"]["all-gather"]["count"] > 1

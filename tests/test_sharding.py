@@ -156,6 +156,28 @@ def test_a_decoded_token_sends_its_rows_and_no_weight():
     layers = sum(x.nbytes for x in jax.tree.leaves(base["layers"]))
     assert read["all-gather"].bytes > 0.8 * layers
     assert 0 < sum(sent.bytes for sent in decoded.values()) < 0.5 * layers
+    # A sum over the pieces goes to the devices of its rows, not to all.
+    assert decoded["all-reduce"].bytes < 0.1 * decoded["reduce-scatter"].bytes
+
+
+def test_embeddings_are_looked_up_in_pieces(capfd):
+    """The compiler finds its way between pieces of the table and rows of the stream, and back, without making either
+    whole on every device; it warns where it does not.
+    """
+    policy = POLICIES["full"]
+    base, _ = trees(policy)
+
+    def total(base, batch):
+        return jnp.mean(jnp.square(policy.bind(base, None)(*batch)))
+
+    want = jax.jit(jax.value_and_grad(total))(base, rows())
+    mesh = sharding.make_mesh(2, 4, 1)
+    shardings = param_shardings(policy, mesh)[0]
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.value_and_grad(total), out_shardings=(None, shardings))
+        got = step(jax.device_put(base, shardings), jax.device_put(rows(), sharding.batch_sharding(mesh)))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), got, want)
+    assert "rematerialization" not in capfd.readouterr().err
 
 
 def test_initial_weights_do_not_depend_on_the_mesh():

@@ -6,7 +6,9 @@ input and O output width, r its adapter's rank.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -149,18 +151,21 @@ class Linear(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype)
         R, into = x_RxE.shape
         stays = sharding.weight_stays(R, into, kernel.size // into)
-        if stays:
-            x_RxE = sharding.send_rows(x_RxE, self.axes[0])
-        else:
+        if not stays:
             kernel = sharding.gather(kernel, self.axes)
-        y_RxO = _matmul(x_RxE, kernel.reshape(into, -1))
+
+        def times(x_RxE: jax.Array, kernel_ExO: jax.Array, into: str, out: str) -> jax.Array:
+            return (sharding.send_rows(_matmul, into, out) if stays else _matmul)(x_RxE, kernel_ExO)
+
+        from_axis, to_axis = self.axes[0], self.axes[self.input_dims]
+        y_RxO = times(x_RxE, kernel.reshape(into, -1), from_axis, to_axis)
         if self.bias is not None:
             y_RxO += self.bias[...].reshape(1, -1).astype(x.dtype)
         if self.a is not None and self.b is not None:
             a_Exr = self.a[...].reshape(into, -1)
-            y_RxO += self.lora_scale * _matmul(_matmul(x_RxE, a_Exr), self.b[...].reshape(a_Exr.shape[1], -1))
-        if stays:
-            y_RxO = sharding.rows_back(y_RxO, self.axes[self.input_dims])
+            b_rxO = self.b[...].reshape(a_Exr.shape[1], -1)
+            low_Rxr = times(x_RxE, a_Exr, from_axis, "lora_rank")
+            y_RxO += self.lora_scale * times(low_Rxr, b_rxO, "lora_rank", to_axis)
         return y_RxO.reshape(*rows, *kernel.shape[self.input_dims :])
 
 
@@ -302,20 +307,19 @@ class Decoder(nnx.Module):
         """Returns float32 logits [..., V] of hidden states [..., D]."""
         with jax.named_scope("logits"):
             hidden_RxD = hidden.reshape(-1, hidden.shape[-1])
-            if self.head is None:
-                spec, kernel = "rd,vd->rv", self.embed["embedding"][...]
-            else:
-                spec, kernel = "rd,dv->rv", self.head["kernel"][...]
-            stays = sharding.weight_stays(len(hidden_RxD), self.config.d_model, self.config.vocab_size)
-            if stays:
-                hidden_RxD = sharding.send_rows(hidden_RxD, "embed")
-            logits_RxV = product(spec, hidden_RxD, kernel.astype(hidden.dtype))
-            if stays:
-                logits_RxV = sharding.rows_back(logits_RxV, "vocab")
-            return logits_RxV.reshape(*hidden.shape[:-1], -1)
+            kernel_DxV = self.embed["embedding"][...].T if self.head is None else self.head["kernel"][...]
+            multiply: Callable[..., jax.Array] = functools.partial(product, "rd,dv->rv")
+            if sharding.weight_stays(len(hidden_RxD), *kernel_DxV.shape):
+                multiply = sharding.send_rows(multiply, "embed", "vocab")
+            return multiply(hidden_RxD, kernel_DxV.astype(hidden.dtype)).reshape(*hidden.shape[:-1], -1)
 
     def _embed(self, tokens_BxL: jax.Array) -> jax.Array:
-        return self.embed["embedding"][...][tokens_BxL].astype(self.config.compute_dtype)
+        # Every device looks up its part of the model width for the tokens of all that share the table, then each gets
+        # its own rows. Left to itself the compiler makes the stream's gradient whole on every device.
+        tokens_BxL = sharding.constrain(tokens_BxL, ("few", "length"))
+        x_BxLxD = self.embed["embedding"][...][tokens_BxL].astype(self.config.compute_dtype)
+        x_BxLxD = sharding.constrain(x_BxLxD, ("few", "length", "embed"))
+        return sharding.constrain(x_BxLxD, ("batch", "length", "activation"))
 
     def _forward(
         self, tokens_BxL: jax.Array, positions_BxL: jax.Array, segments_BxL: jax.Array, keep: bool
