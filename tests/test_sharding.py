@@ -157,7 +157,7 @@ def test_a_decoded_token_sends_its_rows_and_no_weight():
     assert read["all-gather"].bytes > 0.8 * layers
     assert 0 < sum(sent.bytes for sent in decoded.values()) < 0.5 * layers
     # A sum over the pieces goes to the devices of its rows, not to all.
-    assert decoded["all-reduce"].bytes < 0.1 * decoded["reduce-scatter"].bytes
+    assert "all-reduce" not in decoded or decoded["all-reduce"].bytes < 0.1 * decoded["reduce-scatter"].bytes
 
 
 def test_embeddings_are_looked_up_in_pieces(capfd):

@@ -316,7 +316,7 @@ class Decoder(nnx.Module):
     def _embed(self, tokens_BxL: jax.Array) -> jax.Array:
         # Every device looks up its part of the model width for the tokens of all that share the table, then each gets
         # its own rows. Left to itself the compiler makes the stream's gradient whole on every device.
-        tokens_BxL = sharding.constrain(tokens_BxL, ("few", "length"))
+        tokens_BxL = sharding.constrain(sharding.constrain(tokens_BxL, ("batch", "length")), ("few", "length"))
         x_BxLxD = self.embed["embedding"][...][tokens_BxL].astype(self.config.compute_dtype)
         x_BxLxD = sharding.constrain(x_BxLxD, ("few", "length", "embed"))
         return sharding.constrain(x_BxLxD, ("batch", "length", "activation"))
