@@ -2,7 +2,7 @@
 
     make quickstart
 
-Two cores of a server CPU, float32: seven and a half minutes for the whole table; see experiments/results/quickstart.
+Two cores of a server CPU, float32: ten minutes for the whole table; see experiments/results/quickstart.
 """
 
 import ml_collections

@@ -1,7 +1,8 @@
 """What a step reads: the summaries that it needs, drawn; the rows of both models, laid out on the mesh.
 
 Shapes: U users, K summaries each, S tokens of a summary at most, M queries per user; R = U * K * M rows (u, k, m); a
-step is given stacks of A micro-batches, see steps.py.
+step is given stacks of A micro-batches, see steps.py. Where signals are read and summaries drawn, the users are B lines
+of T tokens and the summaries N branches (sampler.py); rows packed are C bins of L tokens (packing.py); x is any axis.
 """
 
 import json
@@ -73,8 +74,8 @@ def make_batch(
     Returns:
         The batch of the step `kind`, and counts to log: tokens scored (each once), summaries cut by the limit.
     """
-    config, started = system.config, time.perf_counter()
-    learned = config.sampling.k_generator or config.sampling.k
+    config = system.config
+    k = system_lib.summaries_per_user(config, kind)
     key = system_lib.stream_key(config.seed, "sample", step)
     counts: dict[str, Any] = {}
     drawn = None
@@ -82,7 +83,8 @@ def make_batch(
         contexts, counts = written.contexts(system, state.phi, examples, key)
     elif config.method in system_lib.SUMMARIZED:
         phi = state.phi if config.method == "popi" else None
-        k = learned if kind == "generator" else config.sampling.k
+        jax.block_until_ready(phi)  # What the step before still does is not sampling.
+        started = time.perf_counter()
         drawn = rollout.draw_summaries(system, phi, examples, key, rollout.in_training(config), k=k)
         contexts = [list(texts) for texts in drawn.texts_UxK]
         counts = cut(drawn.finished_UxK) | {"sample_s": time.perf_counter() - started}
@@ -99,11 +101,12 @@ def make_batch(
     if kind == "inference":
         return (inference, generator), counts
     fewer = None
-    if learned < config.sampling.k:
+    learned = system_lib.summaries_per_user(config, "generator")
+    if learned < k:
         # Their share of all bins, which varies less than their own number: few shapes.
         bins = generator.rows.tokens_CxL.shape[1]
         few = [own[:learned] for own in contexts]
-        least = bins * learned // config.sampling.k
+        least = bins * learned // k
         fewer = generator_batch(system, examples, queries, few, references, least)
     return (inference, generator, fewer), counts
 

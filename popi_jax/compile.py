@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -75,19 +76,14 @@ def programs(plan: Plan) -> list[Program]:
     )
     state = train.abstract_state(plan)
     kinds = sorted({system_lib.step_kind(config, step) for step in range(system_lib.total_steps(config))})
-    inference, generator, learned = abstract_batch(plan)
     found = []
     writes = config.method in system_lib.SUMMARIZED
     phi = state.phi if config.method == "popi" else None
     if writes:
-        found.append(_summaries(plan, "sample", base, phi, rollout.in_training(config), config.sampling.k))
-    batch_of = {
-        "inference": (inference, generator),
-        "generator": generator if learned is None else learned,
-        "joint": (inference, generator, learned),
-    }
+        k = max(system_lib.summaries_per_user(config, kind) for kind in kinds)
+        found.append(_summaries(plan, "sample", base, phi, rollout.in_training(config), k))
     step_fns = train.make_steps(plan)
-    found += [Program(f"{kind} step", step_fns[kind], (state, base, batch_of[kind])) for kind in kinds]
+    found += [Program(f"{kind} step", step_fns[kind], (state, base, abstract_batch(plan, kind))) for kind in kinds]
     if writes:
         k = config.eval.summaries_per_user
         found.append(_summaries(plan, "evaluate: sample", base, phi, rollout.in_use(config), k))
@@ -129,27 +125,31 @@ def _drawing(
     return Program(name, fn, args, trips=min(max_tokens - 1, sampler.loop_tokens(max_tokens)))
 
 
-def abstract_batch(plan: Plan) -> tuple[steps.InferenceBatch, steps.GeneratorBatch, steps.GeneratorBatch | None]:
-    """The batch of a joint step, every signal, prompt, summary and response as long as its limit."""
+def abstract_batch(plan: Plan, kind: str) -> Any:
+    """The batch of a step, every signal, prompt, summary and response as long as its limit."""
     config, mesh = plan.config, plan.mesh
     U = packing.round_up(config.train.users_per_step, sharding.row_shards(mesh))
+    learned = system_lib.summaries_per_user(config, "generator")
+    if kind == "generator":
+        return abstract_rows(plan, U * learned * config.data.queries_per_user)
     A, K, S = config.train.accumulation_inference, config.sampling.k, config.limits.summary
     T = packing.bucket(config.limits.signals, tuple(config.limits.buckets))
     rows = scoring.PrefixBatch(_int32(A, U // A, T), _int32(A, U // A), _int32(A, U // A, K, S), _int32(A, U // A, K))
-    inference = steps.InferenceBatch(rows, _abstract(jnp.float32, A, U // A, K, S))
-    summaries = K if config.method == "popi" else 1
-    generator = abstract_rows(plan, U * summaries * config.data.queries_per_user)
-    fewer = config.sampling.k_generator or K
-    learned = None
-    if config.method == "popi" and fewer < K:
-        learned = abstract_rows(plan, U * fewer * config.data.queries_per_user)
-    return placed(inference, sharding.stack_sharding(mesh)), generator, learned
+    drawn = steps.InferenceBatch(rows, _abstract(jnp.float32, A, U // A, K, S))
+    inference = placed(drawn, sharding.stack_sharding(mesh))
+    generator = abstract_rows(plan, U * K * config.data.queries_per_user)
+    if kind == "inference":
+        return inference, generator
+    fewer = abstract_rows(plan, U * learned * config.data.queries_per_user) if learned < K else None
+    return inference, generator, fewer
 
 
 def abstract_rows(plan: Plan, R: int) -> steps.GeneratorBatch:
     """R generator rows at the limits, in their micro-batches."""
     mesh, A = plan.mesh, plan.config.train.accumulation_generator
-    bins = jax.tree.map(lambda x: jax.ShapeDtypeStruct((A, *x.shape), x.dtype), abstract_bins(plan, R // A))
+    bins = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((A, *x.shape), x.dtype), abstract_bins(plan, R // A, packing.coarse)
+    )
     ref = _abstract(jnp.float32, A, R // A, 2), _abstract(jnp.float32, A, R // A)
     return steps.GeneratorBatch(
         placed(bins, pairs.packed_shardings(mesh, sharding.stack_sharding(mesh))),
@@ -157,13 +157,13 @@ def abstract_rows(plan: Plan, R: int) -> steps.GeneratorBatch:
     )
 
 
-def abstract_bins(plan: Plan, R: int) -> scoring.PackedBatch:
-    """R rows of the longest prompt with the two longest responses, packed."""
+def abstract_bins(plan: Plan, R: int, rounded: Callable[[int], int] = int) -> scoring.PackedBatch:
+    """R rows of the longest prompt with the two longest responses, packed; `rounded` gives the number of bins."""
     limits, shards = plan.config.limits, sharding.row_shards(plan.mesh)
     longest = limits.prompt + 2 * limits.response
     length = max(limits.bin, packing.bucket(longest, tuple(limits.buckets)))
     per_bin = length // longest
-    C = packing.round_up(-(-R // per_bin), shards)
+    C = packing.round_up(rounded(-(-R // per_bin)), shards)
     W = packing.round_up(C // shards * per_bin * 2 * limits.response, -(-C // shards * length // 4))
     bins, scored = _int32(C, length), _int32(shards, W)
     return scoring.PackedBatch(bins, bins, bins, scored, scored, scored, _int32(R, 2), _int32(R))

@@ -91,7 +91,7 @@ class MetricWriter:
 
 
 class CompileClock:
-    """Seconds that XLA has compiled for in this process since the clock was made."""
+    """Seconds of this process, since the clock was made, for compiling or for reading what was compiled before."""
 
     _total_s = 0.0
     _listening = False

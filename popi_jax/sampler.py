@@ -1,6 +1,7 @@
 """Draws K continuations per prompt from one prefill: a jitted while-loop over a KV cache. No tokenizer, no strings.
 
-Shapes: B prompts, T prompt length, N continuations per prompt (K summaries of a user), S tokens at most, V vocabulary.
+Shapes: B prompts, T prompt length, N continuations per prompt (K summaries of a user), S tokens at most, V vocabulary,
+D model width; X any axes.
 """
 
 import dataclasses
@@ -11,13 +12,14 @@ import jax.numpy as jnp
 from popi_jax.model.decoder import Cache, Decoder
 
 # A token's attention reads every slot of the branches' cache that the compiled loop knows, filled or not. So a long
-# continuation is drawn in loops of so many tokens, each of which knows no more slots than it can fill.
-_LOOP = 512
+# continuation is drawn in several loops, each of which knows no more slots than it can fill; few, for each is compiled.
+_LOOP_TOKENS, _MOST_LOOPS = 512, 4
 
 
 def loop_tokens(max_tokens: int) -> int:
-    """How many tokens each of the loops that draw `max_tokens` draws at most: four loops at most, to compile."""
-    return max(_LOOP, -(-max_tokens // 4))
+    """How many tokens each of the loops that draw `max_tokens` draws at most."""
+    loops = min(_MOST_LOOPS, -(-max_tokens // _LOOP_TOKENS))
+    return -(-max_tokens // loops)
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +32,7 @@ class Samples:
         length_BxN: int32, the tokens drawn, the stop token counted.
         logp_BxNxS: float32 log-probability, in nats, of each token under the distribution that it was really drawn
             from (after temperature and top-p); 0 at padding.
-        finished_BxN: False where the limit S cut a continuation short.
+        finished_BxN: False where the limit S cut a continuation short, and in rows of padding.
     """
 
     tokens_BxNxS: jax.Array

@@ -17,7 +17,7 @@ AXES = ("data", "fsdp", "tensor")
 # Logical axis -> mesh axes. Rows are split over data and fsdp; weights over tensor, and fsdp (gather, weight_stays).
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "few": ("data",),  # Rows that are sent to the pieces of a weight: see weight_stays.
+    "few": ("data",),  # Rows that every device of a replica has, for its own piece of a weight.
     "length": (),
     "activation": (),  # An activation's model width: whole on every device, unlike a weight's.
     "embed": ("fsdp",),
@@ -30,6 +30,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "norm": (),
     "layers": (),
 }
+
+
+# More rows than this are not sent to a weight's pieces: a device would hold the product of all of them, and of logits
+# no more are wanted at a time (scoring.score).
+_MOST_FEW = 1024
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -182,11 +187,15 @@ def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
 def weight_stays(rows: int, into: int, out: int) -> bool:
     """Whether `rows` rows are sent to the pieces of a weight [into, out] for their product, and not the pieces to them.
 
-    What fsdp splits is gathered for a batch of training. The rows of one decoded token are far fewer numbers than the
-    weight: every device then multiplies all of them with its own piece, which is read once and sent nowhere.
+    What fsdp splits is gathered where there are many rows, as in training. The rows of one decoded token are far fewer
+    numbers than the weight: every device of a replica then multiplies all of them with its own piece, which is read
+    once and sent nowhere.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.shape["fsdp"] > 1 and rows * (into + out) < into * out
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return False
+    rows //= mesh.shape["data"]
+    return rows <= _MOST_FEW and rows * (into + out) < into * out
 
 
 def send_rows(multiply: Callable, into: str, out: str) -> Callable:
@@ -201,7 +210,8 @@ def send_rows(multiply: Callable, into: str, out: str) -> Callable:
         The same function of whole arrays; its result lies by rows.
     """
     if "fsdp" in RULES[into]:
-        # By hand: the compiler would give every device all of the sum, of which it needs its own rows.
+        # By hand: the compiler would give every device all of the sum, of which it needs its own rows. The parts are
+        # added in the type that `multiply` returns: bfloat16 ones send half as much, each rounded once more.
         def add_up(x_RxE: jax.Array, kernel_ExO: jax.Array) -> jax.Array:
             return jax.lax.psum_scatter(multiply(x_RxE, kernel_ExO), "fsdp", scatter_dimension=0, tiled=True)
 

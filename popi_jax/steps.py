@@ -4,6 +4,7 @@ A batch has U users with K summaries each and M queries per user, so R = U * K *
 (u, k, m) shows the generator query m and summary k of user u. Without summaries (population, say) K is 1.
 What a step is given is a stack of micro-batches: its arrays have the shapes that are named here with an axis A before
 them, A of the inference model's own and A of the generator's. A micro-batch has users, or rows, that follow each other.
+S is the tokens of a summary at most, N the branches of a line (scoring.py).
 """
 
 import dataclasses

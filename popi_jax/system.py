@@ -167,6 +167,20 @@ def update_counts(config: ml_collections.ConfigDict) -> tuple[int, int]:
     return sum(kind != "generator" for kind in kinds), sum(kind != "inference" for kind in kinds)
 
 
+def summaries_per_user(config: ml_collections.ConfigDict, kind: str) -> int:
+    """How many summaries of each user a step draws, or reads, and shows the generator.
+
+    Of those that a joint step draws the generator learns from as many as in a generator step.
+    """
+    if config.method not in SUMMARIZED:
+        return 1
+    if kind != "generator":
+        return config.sampling.k
+    if config.method == "popi" and config.schedule.name == "two_phase":
+        return 1  # Written once, see batches.WrittenSummaries.
+    return config.sampling.k_generator or config.sampling.k
+
+
 def stream_key(seed: int, stream: str, step: int) -> jax.Array:
     """The one source of randomness: fold_in(fold_in(key(seed), stream), step), so that a restart replays it."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream)), step)
@@ -245,10 +259,11 @@ def check_micro_batches(config: ml_collections.ConfigDict, shards: int) -> None:
             f" do not divide into as many micro-batches over mesh.data x mesh.fsdp = {shards} devices; change one"
         )
     count, queries = config.train.accumulation_generator, config.data.queries_per_user
-    summaries = (
-        (config.sampling.k, config.sampling.k_generator or config.sampling.k) if config.method == "popi" else (1,)
-    )
-    for k in summaries:
+    kinds = {step_kind(config, step) for step in range(total_steps(config))}
+    counts = {summaries_per_user(config, kind) for kind in kinds}
+    if "joint" in kinds:
+        counts.add(summaries_per_user(config, "generator"))
+    for k in sorted(counts):
         if users * k * queries % count:
             raise UserError(
                 f"config.train.accumulation_generator is {count}, which does not divide {users * k * queries} rows:"

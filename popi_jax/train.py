@@ -1,4 +1,4 @@
-"""The loop: data -> summaries -> step -> metrics -> checkpoint -> evaluation; and the files that a run leaves."""
+"""The loop: data -> summaries -> step -> metrics -> evaluation -> checkpoint; and the files that a run leaves."""
 
 import functools
 import json
@@ -176,14 +176,14 @@ def _loop(system: System, workdir: pathlib.Path, sources: dict[str, Any], refere
     ):
         pending: tuple[int, dict[str, Any]] | None = None
         for step in range(start, total):
-            profiler.enter(step)
+            profiler.enter(step, state)
             kind = system_lib.step_kind(config, step)
             compiling = metrics.CompileClock()
             with jax.profiler.StepTraceAnnotation(kind, step_num=step):
                 batch, counts = batches.make_batch(system, state, next(iterator), step, kind, references, written)
                 with jax.transfer_guard("disallow"):  # All that a step reads was laid over the mesh before.
                     state, scalars = step_fns[kind](state, system.base, batch)
-            # The step before this one is written while this one runs: the host never waits for the newest.
+            # The step before this one is written while this one runs.
             _write(log, progress, pending)
             pending = (step + 1, scalars | counts | {"compile_s": compiling.seconds()})
             last, saves = step + 1 == total, (step + 1) % config.train.checkpoint_every == 0
@@ -228,12 +228,16 @@ class Profiler:
     def __init__(self, folder: pathlib.Path, steps_traced: Sequence[int]):
         self._folder, self._span, self._tracing = folder, steps_traced, False
 
-    def enter(self, step: int) -> None:
-        """Starts or ends the trace where `step` is about to be the first in, or beyond, the span."""
+    def enter(self, step: int, state: Any = None) -> None:
+        """Starts or ends the trace where `step` is about to be the first in, or beyond, the span.
+
+        It ends when `state`, which the steps before leave, is there: what they still do belongs to it.
+        """
         inside = bool(self._span) and self._span[0] <= step <= self._span[1]
         if inside and not self._tracing:
             jax.profiler.start_trace(str(self._folder))
         elif self._tracing and not inside:
+            jax.block_until_ready(state)
             jax.profiler.stop_trace()
         self._tracing = inside
 

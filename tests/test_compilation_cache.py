@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from popi_jax import compilation_cache
+
 PROGRAM = """
 import jax, jax.numpy as jnp
 from popi_jax import compilation_cache
@@ -57,3 +59,12 @@ def test_jaxs_own_variables_go_before(tmp_path):
     assert list((tmp_path / "elsewhere").iterdir())
     run(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
     assert not list(tmp_path.glob("popi_jax/compiled/*/*-cache"))
+
+
+def test_what_was_not_used_for_longest_goes(tmp_path, monkeypatch):
+    for age, name in enumerate(["new", "older", "oldest"]):
+        (tmp_path / name).write_bytes(bytes(40))
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    monkeypatch.setattr(compilation_cache, "_MAX_BYTES", 100)
+    compilation_cache._tidy(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "older"]

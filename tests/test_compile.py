@@ -38,7 +38,7 @@ def test_abstract_batches_are_what_a_step_reads(tmp_path):
     written = batches.WrittenSummaries(tmp_path / "written.jsonl")
     references = References(system, tmp_path / "cache", 8)
     real, _ = batches.make_batch(system, state, examples, 0, "joint", references, written)
-    abstract = compile_lib.abstract_batch(system)
+    abstract = compile_lib.abstract_batch(system, "joint")
     assert jax.tree.structure(real) == jax.tree.structure(abstract)
     for (path, one), other in zip(jax.tree.leaves_with_path(real), jax.tree.leaves(abstract), strict=True):
         name = jax.tree_util.keystr(path)
@@ -107,7 +107,7 @@ def test_published_shapes_need_no_weights(module, arg):
     plan = system_lib.make_plan(config, mesh, model)
     count = sum(leaf.size for leaf in jax.tree.leaves(plan.policy.abstract_base()))
     assert count == {llama3_3b: 3_212_749_824, llama3_8b: 8_030_261_248}[module]  # As their model cards say.
-    assert compile_lib.abstract_batch(plan)[1].rows.tokens_CxL.shape == (8, 16, 6144)
+    assert compile_lib.abstract_batch(plan, "joint")[1].rows.tokens_CxL.shape == (8, 16, 6144)
 
 
 def test_every_program_compiles_for_a_tpu_slice():

@@ -50,7 +50,7 @@ def test_log_probs_are_the_trainers(temperature):
 def test_several_loops_draw_what_one_does(monkeypatch):
     prompt, length = prompts()
     one = draw(prompt, length, jax.random.key(0), 4, 11, stop_ids=(3,))
-    monkeypatch.setattr(sampler, "_LOOP", 3)
+    monkeypatch.setattr(sampler, "_LOOP_TOKENS", 3)
     several = draw.__wrapped__(prompt, length, jax.random.key(0), 4, 11, stop_ids=(3,))
     np.testing.assert_array_equal(one.tokens_BxNxS, several.tokens_BxNxS)
     np.testing.assert_allclose(one.logp_BxNxS, several.logp_BxNxS, atol=1e-5)

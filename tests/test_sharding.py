@@ -160,6 +160,35 @@ def test_a_decoded_token_sends_its_rows_and_no_weight():
     assert "all-reduce" not in decoded or decoded["all-reduce"].bytes < 0.1 * decoded["reduce-scatter"].bytes
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("lora", (1, 8, 1)), ("lora", (2, 2, 2)), ("full", (2, 4, 1)), ("full", (2, 2, 2))]
+)
+def test_rows_that_are_sent_give_what_one_device_does(kind, sizes):
+    """Logits of a decoded token, and gradients of all trained weights: 8 rows, fewer than any weight is worth."""
+    policy = dataclasses.replace(
+        POLICIES[kind], config=dataclasses.replace(CONFIG, d_model=64, d_ff=256, vocab_size=512, qkv_bias=True)
+    )
+    base, delta = trees(policy)
+    batch = rows()
+
+    def total(delta, base, batch):
+        decoder = policy.bind(base, delta)
+        _, cache = decoder.prefill(*batch, 1, 2)
+        hidden_BxNxD, _ = decoder.decode(batch[0][:, :1], jnp.full((8, 1), 6), cache, jnp.asarray(0))
+        logits_BxNxV = decoder.logits(hidden_BxNxD)
+        return jnp.mean(jnp.sin(logits_BxNxV)), logits_BxNxV
+
+    step = jax.value_and_grad(total, has_aux=True)
+    want = jax.jit(step)(delta, base, batch)
+    mesh = sharding.make_mesh(*sizes)
+    base, delta = jax.device_put((base, delta), param_shardings(policy, mesh))
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        assert "reduce_scatter" in str(jax.make_jaxpr(step)(delta, base, batch))
+        got = jax.jit(step)(delta, base, batch)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max()), got, want)
+
+
 def test_embeddings_are_looked_up_in_pieces(capfd):
     """The compiler finds its way between pieces of the table and rows of the stream, and back, without making either
     whole on every device; it warns where it does not.

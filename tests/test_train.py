@@ -176,6 +176,19 @@ def test_mistakes_in_the_config_are_named(key, value, shown, tmp_path):
     assert shown in str(error.value) and "\n" not in str(error.value)
 
 
+def test_the_rows_of_every_kind_of_step_must_divide():
+    """In its second phase two_phase shows the generator one summary a user; zero_shot_summary draws as many as popi."""
+    config = quickstart.get_config("runlocal")
+    config.train.users_per_step, config.data.queries_per_user, config.sampling.k_generator = 4, 2, 0
+    config.sampling.k, config.train.accumulation_generator = 2, 16
+    system_lib.check_micro_batches(config, 1)
+    config.schedule.name, config.schedule.n_phi, config.schedule.n_theta = "two_phase", 1, 1
+    with pytest.raises(UserError, match="16, which does not divide 8 rows: 4 users .* x 1 summaries x 2 queries"):
+        system_lib.check_micro_batches(config, 1)
+    config.schedule.name, config.method = "joint", "zero_shot_summary"
+    system_lib.check_micro_batches(config, 1)
+
+
 @pytest.mark.parametrize(
     ("line", "shown"),
     [
