@@ -3,13 +3,15 @@
     pip install libtpu
     JAX_PLATFORMS=cpu python experiments/tpu_table.py --output=DIR [--cases=llama3_3b:full@v5e:4x4,...]
 
-A case is CONFIG:ARG@SLICE; 8 users for every 8 devices, all else as the config says. DIR/CASE.json keeps each case,
-which is not compiled again; DIR/README.md shows them all. A case takes minutes on two cores.
+A case is CONFIG:ARG@SLICE, or CONFIG:ARG@SLICE@N: weights split over N devices and the rest replicas of these; 8 users
+for every 8 devices, all else as the config says. DIR/CASE.json keeps each case, which is not compiled again;
+DIR/README.md shows them all. A case takes minutes on two cores.
 """
 
 import importlib
 import json
 import pathlib
+import re
 from typing import Any
 
 from absl import flags
@@ -22,10 +24,10 @@ CASES = (
     "llama3_3b:full@v5e:4x4",
     "llama3_3b:lora@v5e:4x4",
     "llama3_8b:lora@v5e:4x4",
-    "llama3_3b:full@v5e:8x8",
+    "llama3_3b:full@v5e:8x8@16",
     "llama3_8b:full@v5e:8x8",
     "llama3_8b:full@v5p:2x2x2",
-    "llama3_3b:full@v5e:16x16",
+    "llama3_3b:full@v5e:16x16@16",
 )
 HEAD = """# What the Llama configs take of TPU slices
 
@@ -34,10 +36,10 @@ HEAD = """# What the Llama configs take of TPU slices
 
 Compiled, not run: memory is the plan of the TPU compiler (libtpu) at the limits of the config, every signal, summary,
 prompt and response as long as may be (8,192, 2,048, 4,096 and 1,024 tokens), K = 8 and one user a step for every
-device. GiB are per device, arguments / temporaries / total. The bounds are a roofline's, from the chip's public peaks:
-products with what is computed again, bytes of HBM that the compiled instructions read and write (an estimate: what
-stays on the chip between two of them counts too), bytes sent. The largest decides; MFU is what it leaves to the model's
-own products.
+device; where a case ends in @N, weights are split over N devices (`mesh.fsdp=N`, `mesh.data=-1`). GiB are per device,
+arguments / temporaries / total. The bounds are a roofline's, from the chip's public peaks: products with what is computed
+again, bytes of HBM that the compiled instructions read and write (an estimate: what stays on the chip between two of them
+counts too), bytes sent. The largest decides; MFU is what it leaves to the model's own products.
 """
 
 
@@ -46,12 +48,18 @@ def run_case(case: str, folder: pathlib.Path) -> dict[str, Any]:
     path = folder / f"{case.replace(':', '_').replace('@', '_on_')}.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    name, _, topology = case.partition("@")
-    module, _, arg = name.partition(":")
+    parts = re.fullmatch(r"(\w+):(\w+)@([^@]+)(?:@(\d+))?", case)
+    if parts is None:
+        raise UserError(
+            f"--cases: {case!r} is no case; give CONFIG:ARG@SLICE or CONFIG:ARG@SLICE@N, such as {CASES[0]}"
+        )
+    module, arg, topology, split = parts.groups()
     try:
         config = importlib.import_module(f"configs.{module}").get_config(arg)
     except (ImportError, ValueError) as error:
-        raise UserError(f"--cases: {case!r}: {error}; give CONFIG:ARG@SLICE, such as {CASES[0]}") from error
+        raise UserError(f"--cases: {case!r}: {error}") from error
+    if split is not None:
+        config.mesh.data, config.mesh.fsdp = -1, int(split)
     config.train.users_per_step = config.eval.users_per_batch = len(compile_lib.slice_devices(topology))
     print(f"== {case}", flush=True)
     found = compile_lib.report(config, topology) | {"case": case}
