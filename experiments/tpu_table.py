@@ -37,9 +37,9 @@ HEAD = """# What the Llama configs take of TPU slices
 Compiled, not run: memory is the plan of the TPU compiler (libtpu) at the limits of the config, every signal, summary,
 prompt and response as long as may be (8,192, 2,048, 4,096 and 1,024 tokens), K = 8 and one user a step for every
 device; where a case ends in @N, weights are split over N devices (`mesh.fsdp=N`, `mesh.data=-1`). GiB are per device,
-arguments / temporaries / total. The bounds are a roofline's, from the chip's public peaks: products with what is computed
-again, bytes of HBM that the compiled instructions read and write (an estimate: what stays on the chip between two of them
-counts too), bytes sent. The largest decides; MFU is what it leaves to the model's own products.
+arguments / temporaries / total. The bounds are a roofline's, from the chip's public peaks: products with what is
+computed again, bytes of HBM that the compiled instructions read and write (an estimate: what stays on the chip between
+two of them counts too), bytes sent. The largest decides; MFU is what it leaves to the model's own products.
 """
 
 
