@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 DPO = ("dpo_signals", "dpo_summaries", "dpo_signals_lora", "dpo_summaries_lora")
 # What a case is compared with. trl_checkpointing is what TRL does unless told otherwise: less memory, more time.
-DPO_PEERS = ("trl", "trl_precomputed", "trl_checkpointing", "tunix")
+# tunix_micro is for machines that cannot hold Tunix's whole batch (XLA plans 22 GiB of temporaries for dpo_signals, and
+# its rematerialisation saves next to nothing on the CPU): one pair at a time, gradients accumulated.
+DPO_PEERS = ("trl", "trl_precomputed", "trl_checkpointing", "tunix", "tunix_micro")
 PEERS: dict[str, tuple[str, ...]] = {
     "roofline": ("torch",),
     **dict.fromkeys(DPO, DPO_PEERS),
@@ -123,7 +125,7 @@ def repeats(case: str, sizes: Sizes) -> int:
 
 def worker(peer: str) -> str:
     """The module whose worker serves a peer."""
-    return "tunix_peer" if peer == "tunix" else "trl_peer"
+    return "tunix_peer" if peer.startswith("tunix") else "trl_peer"
 
 
 def is_lora(case: str) -> bool:

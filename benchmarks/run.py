@@ -47,9 +47,9 @@ class Bench:
         """Whether the peer's environment is there."""
         return (self.environment(peer) / "bin" / "python").exists()
 
-    def beside(self, peer: str | None) -> "Bench":
+    def beside(self, peer: str) -> "Bench":
         """This run beside a peer: both sides of Tunix's rows work on what `rows.write_tunix_rows` leaves."""
-        return dataclasses.replace(self, work=self.work / "tunix") if peer == "tunix" else self
+        return dataclasses.replace(self, work=self.work / "tunix") if cases.worker(peer) == "tunix_peer" else self
 
     def ours(self, case: str, *more: str) -> Worker:
         """Our worker for this case."""
@@ -101,8 +101,10 @@ def measure(bench: Bench, case: str, peer: str | None, note: str = "") -> dict[s
     kind, repeats = case.partition(":")[0], cases.repeats(case, bench.sizes)
     items, unit = cases.items(kind, bench.sizes)
     row: dict[str, Any] = {"case": case, "peer": peer or "", "unit": unit, "roofline": {}}
-    bench = bench.beside(peer)
-    workers = [bench.ours(case)] + ([bench.theirs(case, peer)] if peer else [])
+    workers = [bench.ours(case)]
+    if peer is not None:
+        bench = bench.beside(peer)
+        workers = [bench.ours(case), bench.theirs(case, peer)]
     try:
         found = take_turns(workers, repeats)
     except WorkerError as error:
@@ -140,11 +142,12 @@ def run_case(bench: Bench, case: str, versus: list[str]) -> list[dict[str, Any]]
         if peer in notes:
             found.append({"case": case, "peer": peer, "note": notes[peer]})
             continue
-        found.append(measure(bench, case, peer))
-        # One of a worker's peers: they differ in speed and memory alone.
-        if case in (*cases.DPO, "sampling", "evaluation") and cases.worker(peer) not in checked:
+        row = measure(bench, case, peer)
+        found.append(row)
+        # One of a worker's peers, which differ in speed and memory alone; not one that has just failed.
+        if case in (*cases.DPO, "sampling", "evaluation") and "theirs" in row and cases.worker(peer) not in checked:
             checked.add(cases.worker(peer))
-            found[-1]["agreement"] = check(bench, case, peer)
+            row["agreement"] = check(bench, case, peer)
     return found
 
 

@@ -1,6 +1,6 @@
 """Tunix's side: a worker of an environment of its own, which has Tunix with its own JAX, and not us.
 
-    python -m benchmarks.tunix_peer --work=DIR --case=CASE --variant=tunix [--check]
+    python -m benchmarks.tunix_peer --work=DIR --case=CASE --variant=PEER [--check]
 
 Tunix as its users have it: its Llama3 and loader, its DPOTrainer, its Sampler, qwix's adapters. float32; one device,
 thus no mesh; nothing logged or saved; ids padded as far as their longest row; all else as the libraries have it.
@@ -53,9 +53,10 @@ HUB_NAMES = {
 class Job:
     """What a worker was asked for, and what every case needs."""
 
-    def __init__(self, case: str, work: pathlib.Path, rows: dict[str, Any]):
-        self.case, self.work, self.rows = case, work, rows
+    def __init__(self, case: str, variant: str, work: pathlib.Path, rows: dict[str, Any]):
+        self.case, self.variant, self.work, self.rows = case, variant, work, rows
         self.sizes = cases.Sizes(**rows["sizes"])
+        self.micro_batches = self.sizes.pairs if variant == "tunix_micro" else 1
         self.started = time.perf_counter()
 
     def load_model(self) -> model_lib.Llama3:
@@ -93,7 +94,7 @@ def padded(rows: list[list[int]], width: int, left: bool) -> tuple[np.ndarray, n
     return ids_BxL, mask_BxL
 
 
-def pair_batch(job: Job) -> dpo_lib.TrainingInput:
+def micro_batches(job: Job) -> list[dpo_lib.TrainingInput]:
     """The case's pairs, as ids: of texts the trainer takes each id that is the pad's, as SmolLM2's end, for padding."""
     pairs = job.rows[f"dpo_{cases.context_kind(job.case)}"]
     prompts, chosen, rejected = ([pair[f"{part}_ids"] for pair in pairs] for part in ("prompt", "chosen", "rejected"))
@@ -102,7 +103,11 @@ def pair_batch(job: Job) -> dpo_lib.TrainingInput:
     prompt_ids, prompt_mask = padded(prompts, max(map(len, prompts)), left=True)
     chosen_ids, chosen_mask = padded(chosen, response, left=False)
     rejected_ids, rejected_mask = padded(rejected, response, left=False)
-    return dpo_lib.TrainingInput(prompt_ids, prompt_mask, chosen_ids, chosen_mask, rejected_ids, rejected_mask)
+    arrays = (prompt_ids, prompt_mask, chosen_ids, chosen_mask, rejected_ids, rejected_mask)
+    # All of one width, for the trainer compiles its step for each.
+    return [
+        dpo_lib.TrainingInput(*parts) for parts in zip(*(np.split(x, job.micro_batches) for x in arrays), strict=True)
+    ]
 
 
 def dpo_trainer(job: Job, optimizer: optax.GradientTransformation) -> dpo_lib.DPOTrainer:
@@ -110,25 +115,29 @@ def dpo_trainer(job: Job, optimizer: optax.GradientTransformation) -> dpo_lib.DP
     reference = job.load_model()
     # Adapters leave the model that they are put on as it is; in full the policy needs weights of its own.
     policy = with_adapters(job, reference) if cases.is_lora(job.case) else job.load_model()
-    config = dpo_lib.DPOTrainingConfig(eval_every_n_steps=STEPS, beta=job.sizes.beta)
+    config = dpo_lib.DPOTrainingConfig(
+        eval_every_n_steps=STEPS,
+        beta=job.sizes.beta,
+        gradient_accumulation_steps=job.micro_batches if job.micro_batches > 1 else None,
+    )
     return dpo_lib.DPOTrainer(policy, reference, optimizer, config)
 
 
 def take_turns(job: Job, channel: Channel, trainer: dpo_lib.DPOTrainer) -> Iterator[dpo_lib.TrainingInput]:
-    """The same batch for every step, each when the driver wants it; a measurement is all to the end of its update.
+    """The same pairs for every step, each when the driver wants it; a measurement is all to the end of its update.
 
     The trainer asks for the next batch when the step is dispatched, not when it is done.
     """
-    batch = pair_batch(job)
+    batch = micro_batches(job)
     load_s = time.perf_counter() - job.started
     began = time.perf_counter()
     for _ in range(WARMUP):
-        yield batch
+        yield from batch
         jax.block_until_ready(nnx.state(trainer.model))
     channel.ready(load_s=load_s, warmup_s=time.perf_counter() - began)
     while channel.wait():
         began = time.perf_counter()
-        yield batch
+        yield from batch
         jax.block_until_ready(nnx.state(trainer.model))
         channel.done(time.perf_counter() - began)
 
@@ -176,9 +185,10 @@ def check_dpo(job: Job) -> None:
     trainer = dpo_trainer(job, optax.chain(optax.trace(decay=0.0), optax.scale(0.0)))
     if cases.is_lora(job.case):
         set_adapters(trainer.model, safetensors.numpy.load_file(folder / f"{job.case}_adapter.safetensors"))
-    trainer.train([pair_batch(job)])
-    kept = nnx.to_flat_state(nnx.state(trainer.optimizer)["opt_state"][0]["trace"])
-    tensors = {hub_name(path): to_hub(path, np.asarray(value[...])) for path, value in kept}
+    trainer.train(micro_batches(job))
+    kept = {path: np.asarray(value[...]) for path, value in nnx.to_flat_state(nnx.state(trainer.optimizer))}
+    grads = {path[path.index("trace") + 1 :]: value for path, value in kept.items() if "trace" in path}
+    tensors = {hub_name(path): to_hub(path, value) for path, value in grads.items()}
     safetensors.numpy.save_file(tensors, folder / f"{job.case}_peer.safetensors")
     _write_check(job, {"loss": float(trainer.metrics_logger.get_metric("", "loss", "train"))})
 
@@ -264,11 +274,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=pathlib.Path, required=True)
     parser.add_argument("--case", required=True)
-    parser.add_argument("--variant", required=True, choices=["tunix"])
+    parser.add_argument("--variant", required=True)
     parser.add_argument("--check", action="store_true")
     flags = parser.parse_args()
     channel = Channel()
-    job = Job(flags.case, flags.work, json.loads((flags.work / "rows.json").read_text(encoding="utf-8")))
+    rows = json.loads((flags.work / "rows.json").read_text(encoding="utf-8"))
+    job = Job(flags.case, flags.variant, flags.work, rows)
     if flags.check:
         (check_sampling if job.case == "sampling" else check_dpo)(job)
         channel.ready()

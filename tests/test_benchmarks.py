@@ -149,7 +149,8 @@ def make_environment(folder: pathlib.Path) -> pathlib.Path:
 def test_a_peer_s_name_chooses_worker_and_environment(tmp_path):
     trl, tunix = make_environment(tmp_path / "trl"), tmp_path / "tunix"
     bench = run.Bench(cases.SMALLEST, tmp_path, {"trl_peer": trl, "tunix_peer": tunix})
-    assert bench.has("trl_precomputed") and bench.has("transformers") and not bench.has("tunix")
+    assert bench.has("trl_precomputed") and bench.has("transformers")
+    assert not bench.has("tunix") and not bench.has("tunix_micro")
     python, _, module, *rest = bench.theirs("sampling", "tunix").command
     assert (python, module) == (str(tunix / "bin" / "python"), "benchmarks.tunix_peer")
     assert "--variant=tunix" in rest
@@ -161,7 +162,9 @@ def test_a_peer_without_its_environment_is_skipped_beside_one_that_has(tmp_path,
     checked: list[str] = []
 
     def measure(bench: run.Bench, case: str, peer: str | None, note: str = "") -> dict:
-        return {"case": case, "peer": peer, "note": note}
+        if peer == "trl":
+            return {"case": case, "peer": peer, "note": "failed: exit code -9: it printed nothing"}
+        return {"case": case, "peer": peer, "note": note, "theirs": {}}
 
     def check(bench: run.Bench, case: str, peer: str) -> dict:
         checked.append(peer)
@@ -170,16 +173,18 @@ def test_a_peer_without_its_environment_is_skipped_beside_one_that_has(tmp_path,
     monkeypatch.setattr(run, "measure", measure)
     monkeypatch.setattr(run, "check", check)
     bench = run.Bench(cases.SMALLEST, tmp_path, made)
-    *others, last = run.run_case(bench, "dpo_signals", [])
-    assert [row["peer"] for row in others] == ["trl", "trl_precomputed", "trl_checkpointing"]
-    assert last["peer"] == "tunix" and last["note"] == "skipped: .venv-tunix is missing; make bench makes it"
-    assert summary.cells(last)[2] == last["note"]
+    note = "skipped: .venv-tunix is missing; make bench makes it"
+    failed, _, last = run.run_case(bench, "dpo_signals", ["trl", "trl_precomputed", "tunix"])
+    assert failed["note"].startswith("failed") and "agreement" not in failed
+    assert last == {"case": "dpo_signals", "peer": "tunix", "note": note}
+    assert summary.cells(last)[2] == note
     # Where no peer is left ours is measured alone.
-    assert run.run_case(bench, "dpo_signals", ["tunix"]) == [last | {"peer": None}]
-    # Each worker is checked once, for the first of its peers.
+    (alone,) = run.run_case(bench, "dpo_signals", ["tunix"])
+    assert (alone["peer"], alone["note"]) == (None, note)
+    # Each worker is checked once, for the first of its peers that did not fail.
     make_environment(made["tunix_peer"])
-    assert len(run.run_case(bench, "dpo_signals", [])) == 4
-    assert checked == ["trl", "trl", "tunix"]
+    assert len(run.run_case(bench, "dpo_signals", [])) == len(cases.DPO_PEERS)
+    assert checked == ["trl_precomputed", "trl_precomputed", "tunix"]
 
 
 def test_tunix_s_rows_are_the_same_on_its_own_rotary_base(tmp_path):
