@@ -5,8 +5,10 @@ PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/quickstart.py
 WORKDIR ?= runs/quickstart
-# Of bench: where the peers are installed, and flags such as ARGS=--smallest or ARGS=--data=student_phd.json.
+# Of bench: where the peers are installed (Tunix's JAX is not ours), and flags such as ARGS=--smallest or
+# ARGS=--data=student_phd.json.
 PEERS ?= .venv-peers
+TUNIX ?= .venv-tunix
 ARGS ?=
 SMOLLM2 := checkpoints/SmolLM2-135M-Instruct
 
@@ -69,9 +71,14 @@ $(PEERS)/.setup: benchmarks/peers.txt
 	$(PEERS)/bin/python -m pip install --quiet -r benchmarks/peers.txt
 	@touch $@
 
-bench: $(VENV)/.setup $(PEERS)/.setup $(SMOLLM2)/config.json  ## Measures popi_jax beside TRL and transformers (ARGS=--smallest to try it out).
-	$(BIN)/python -m benchmarks.run --peers=$(PEERS) $(ARGS)
+$(TUNIX)/.setup: benchmarks/tunix.txt
+	$(PYTHON) -m venv $(TUNIX)
+	$(TUNIX)/bin/python -m pip install --quiet -r benchmarks/tunix.txt
+	@touch $@
+
+bench: $(VENV)/.setup $(PEERS)/.setup $(TUNIX)/.setup $(SMOLLM2)/config.json  ## Measures popi_jax beside TRL, transformers and Tunix (ARGS=--smallest to try it out).
+	$(BIN)/python -m benchmarks.run --peers=$(PEERS) --tunix=$(TUNIX) $(ARGS)
 
 clean:  ## Removes .venv, the peers' too, and what the tools leave behind; runs/ and checkpoints/ stay.
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(TUNIX) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

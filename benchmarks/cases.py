@@ -5,18 +5,20 @@ from collections.abc import Sequence
 
 DPO = ("dpo_signals", "dpo_summaries", "dpo_signals_lora", "dpo_summaries_lora")
 # What a case is compared with. trl_checkpointing is what TRL does unless told otherwise: less memory, more time.
-DPO_PEERS = ("trl", "trl_precomputed", "trl_checkpointing")
+# tunix_micro is for machines that cannot hold Tunix's whole batch (XLA plans 22 GiB of temporaries for dpo_signals, and
+# its rematerialisation saves next to nothing on the CPU): one pair at a time, gradients accumulated.
+DPO_PEERS = ("trl", "trl_precomputed", "trl_checkpointing", "tunix", "tunix_micro")
 PEERS: dict[str, tuple[str, ...]] = {
     "roofline": ("torch",),
     **dict.fromkeys(DPO, DPO_PEERS),
-    "sampling": ("transformers",),
+    "sampling": ("transformers", "tunix"),
     "evaluation": ("trl",),
     "popi_iteration": ("trl", "trl_precomputed"),
 }
 CASES = (*PEERS, "scaling_signals", "scaling_k")
 # Why a peer that one would expect is not there.
 ABSENT = {
-    "tunix": "not measured: it has no worker here yet (google-tunix 0.1.7 needs another environment than TRL)",
+    "tunix": "DPO steps and sampling alone are measured; its worker has neither evaluation nor popi_iteration yet",
 }
 
 
@@ -119,6 +121,11 @@ def repeats(case: str, sizes: Sizes) -> int:
     """How many measurements a case gets."""
     long = case in ("evaluation", "popi_iteration") or case.startswith("scaling")
     return min(sizes.repeats, sizes.long_repeats) if long else sizes.repeats
+
+
+def worker(peer: str) -> str:
+    """The module whose worker serves a peer."""
+    return "tunix_peer" if peer.startswith("tunix") else "trl_peer"
 
 
 def is_lora(case: str) -> bool:

@@ -10,7 +10,14 @@ from typing import Any
 from popi_jax import metrics
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-PATHS = ("--data=", "--peers=", "--model=", "--output=", "--work=")  # Flags of which the last part alone is told.
+PATHS = (
+    "--data=",
+    "--peers=",
+    "--tunix=",
+    "--model=",
+    "--output=",
+    "--work=",
+)  # Flags of which the last part alone is told.
 
 
 def cores() -> int:

@@ -7,6 +7,7 @@ import bisect
 import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from popi_jax.errors import UserError
 from popi_jax.model import hub
 from popi_jax.model.tokenizer import Tokenizer
 
+# Tunix 0.1.7's Llama3 reads rope_theta into its config and turns by this base whatever it was.
+TUNIX_ROPE_THETA = 1_000_000.0
 MARK = "\ue000summary\ue000"  # Stands for the summary where a peer is to fill it in.
 WORDS = (
     "time people water light story answer little reason simple number world morning often because every paper music "
@@ -231,3 +234,20 @@ def write(path: pathlib.Path, rows: dict[str, Any]) -> None:
     """Writes the rows where the workers read them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+
+
+def write_tunix_rows(work: pathlib.Path, rows: dict[str, Any]) -> None:
+    """The same rows in a folder of their own, on the same weights with TUNIX_ROPE_THETA as their rotary base.
+
+    No time depends on the base, but both sides must be one model for their losses and tokens to agree.
+    """
+    given, model = pathlib.Path(rows["model"]), work / "model"
+    shutil.rmtree(model, ignore_errors=True)  # Of a --work that is used again.
+    model.mkdir(parents=True)
+    for path in given.iterdir():
+        if path.name != "config.json":
+            (model / path.name).symlink_to(path)
+    told = json.loads((given / "config.json").read_text(encoding="utf-8"))
+    told |= {"rope_theta": TUNIX_ROPE_THETA, "rope_scaling": None, "rope_parameters": None}
+    (model / "config.json").write_text(json.dumps(told), encoding="utf-8")
+    write(work / "rows.json", rows | {"model": str(model)})

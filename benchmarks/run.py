@@ -2,7 +2,7 @@
 
     python -m benchmarks.run [--cases=dpo_signals,sampling,...] [--data=student_phd.json] [--smallest]
 
-`make bench` also makes the peers' environment. Every side of every case is a process of its own, which loads and warms
+`make bench` also makes the peers' environments. Every side of every case is a process of its own, which loads and warms
 up first; then they take turns: ours, theirs, ours, theirs. Ratios are of one run's turns. OUTPUT gets bench.json,
 table.md and speed.png. Times of a machine that does anything else say little: `load_before` is in the results.
 """
@@ -13,6 +13,7 @@ import json
 import pathlib
 import sys
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
@@ -24,38 +25,43 @@ from popi_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NO_PEERS = "skipped: {} is missing; make bench makes it"
+# Of every worker. On the CPU; without the settings of tests, which make many devices of one, and without compiled
+# programs of another time, which would hide what compiling takes.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "NPROC": "", "JAX_COMPILATION_CACHE_DIR": ""}
+ENVIRONMENT |= {"PYTHONPATH": str(ROOT)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """One run: how large, where its files lie, and with which peers."""
+    """One run: how large, where its files lie, and the environment of each of the peers' workers."""
 
     sizes: cases.Sizes
     work: pathlib.Path
-    peers: pathlib.Path
+    environments: Mapping[str, pathlib.Path]
 
-    @property
-    def has_peers(self) -> bool:
-        """Whether the peers' environment is there."""
-        return (self.peers / "bin" / "python").exists()
+    def environment(self, peer: str) -> pathlib.Path:
+        """The environment that a peer's worker runs in."""
+        return self.environments[cases.worker(peer)]
+
+    def has(self, peer: str) -> bool:
+        """Whether the peer's environment is there."""
+        return (self.environment(peer) / "bin" / "python").exists()
+
+    def beside(self, peer: str) -> "Bench":
+        """This run beside a peer: both sides of Tunix's rows work on what `rows.write_tunix_rows` leaves."""
+        return dataclasses.replace(self, work=self.work / "tunix") if cases.worker(peer) == "tunix_peer" else self
 
     def ours(self, case: str, *more: str) -> Worker:
         """Our worker for this case."""
         command = [sys.executable, "-m", "benchmarks.ours", f"--work={self.work}", f"--case={case}", *more]
-        # On the CPU, as the peers; without the settings of tests, which make many devices of one, and without compiled
-        # programs of another time, which would hide what compiling takes.
-        environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "NPROC": "", "JAX_COMPILATION_CACHE_DIR": ""}
-        environment |= {"PYTHONPATH": str(ROOT)}
-        return Worker(command, self._log(case, "ours", more), environment)
+        return Worker(command, self._log(case, "ours", more), ENVIRONMENT)
 
     def theirs(self, case: str, peer: str, *more: str) -> Worker:
         """The peer's worker for this case."""
-        command = [str(self.peers.absolute() / "bin" / "python"), "-m", "benchmarks.trl_peer"]
+        command = [str(self.environment(peer).absolute() / "bin" / "python"), "-m", f"benchmarks.{cases.worker(peer)}"]
         command += [f"--work={self.work}", f"--case={case}", f"--variant={peer}", *more]
-        environment = {
-            "PYTHONPATH": str(ROOT),
+        environment = ENVIRONMENT | {
             "OMP_NUM_THREADS": str(machine.cores()),
-            "NPROC": "",
             "HF_HOME": str(self.work / "hf"),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
@@ -95,7 +101,10 @@ def measure(bench: Bench, case: str, peer: str | None, note: str = "") -> dict[s
     kind, repeats = case.partition(":")[0], cases.repeats(case, bench.sizes)
     items, unit = cases.items(kind, bench.sizes)
     row: dict[str, Any] = {"case": case, "peer": peer or "", "unit": unit, "roofline": {}}
-    workers = [bench.ours(case)] + ([bench.theirs(case, peer)] if peer else [])
+    workers = [bench.ours(case)]
+    if peer is not None:
+        bench = bench.beside(peer)
+        workers = [bench.ours(case), bench.theirs(case, peer)]
     try:
         found = take_turns(workers, repeats)
     except WorkerError as error:
@@ -110,6 +119,7 @@ def measure(bench: Bench, case: str, peer: str | None, note: str = "") -> dict[s
 
 def check(bench: Bench, case: str, peer: str) -> dict[str, Any]:
     """Whether both sides compute the same on the same rows; see agreement.py."""
+    bench = bench.beside(peer)
     try:
         for worker in (bench.ours(case, "--check"), bench.theirs(case, peer, "--check")):
             take_turns([worker], 0)
@@ -121,16 +131,23 @@ def check(bench: Bench, case: str, peer: str) -> dict[str, Any]:
 def run_case(bench: Bench, case: str, versus: list[str]) -> list[dict[str, Any]]:
     """All rows of one case: one for each peer, or ours alone."""
     peers = [peer for peer in cases.PEERS.get(case, ()) if not versus or peer in versus or case == "roofline"]
-    if not peers:
-        return [measure(bench, case, None)]
-    if not bench.has_peers:
-        return [measure(bench, case, None, NO_PEERS.format(bench.peers.name))]
-    found = []
+    notes = {peer: NO_PEERS.format(bench.environment(peer).name) for peer in peers if not bench.has(peer)}
+    if len(notes) == len(peers):
+        print(f"== {case}", flush=True)
+        return [measure(bench, case, None, "; ".join(dict.fromkeys(notes.values())))]
+    found: list[dict[str, Any]] = []
+    checked: set[str] = set()
     for peer in peers:
         print(f"== {case}, {peer}", flush=True)
-        found.append(measure(bench, case, peer))
-    if case in (*cases.DPO, "sampling", "evaluation"):
-        found[0]["agreement"] = check(bench, case, peers[0])
+        if peer in notes:
+            found.append({"case": case, "peer": peer, "note": notes[peer]})
+            continue
+        row = measure(bench, case, peer)
+        found.append(row)
+        # One of a worker's peers, which differ in speed and memory alone; not one that has just failed.
+        if case in (*cases.DPO, "sampling", "evaluation") and "theirs" in row and cases.worker(peer) not in checked:
+            checked.add(cases.worker(peer))
+            row["agreement"] = check(bench, case, peer)
     return found
 
 
@@ -151,8 +168,6 @@ def run(bench: Bench, wanted: list[str], versus: list[str], largest_signals: int
         "left_out": left_out,
     }
     for case in ["roofline", *runs]:
-        if not cases.PEERS.get(case) or not bench.has_peers:
-            print(f"== {case}", flush=True)
         for row in run_case(bench, case, versus):
             results["rows"].append(row)
             if case == "roofline" and "ours" in row:
@@ -182,7 +197,8 @@ def write(output: pathlib.Path, results: dict[str, Any]) -> None:
 def _define_flags() -> None:
     flags.DEFINE_list("cases", list(cases.CASES[1:]), "Which, of " + ", ".join(cases.CASES[1:]) + ".")
     flags.DEFINE_list("versus", [], "Which peers; all by default.")
-    flags.DEFINE_string("peers", ".venv-peers", "The peers' environment; without it ours is measured alone.")
+    flags.DEFINE_string("peers", ".venv-peers", "The environment of TRL and transformers; without it they are skipped.")
+    flags.DEFINE_string("tunix", ".venv-tunix", "The environment of Tunix, likewise.")
     flags.DEFINE_string("model", "checkpoints/SmolLM2-135M-Instruct", "A hub folder; make smollm2 makes this one.")
     flags.DEFINE_string("data", None, "P-Soups' json file; random words of the same lengths by default.")
     flags.DEFINE_integer("repeats", None, "Turns of each side; the sizes' own by default.")
@@ -217,8 +233,10 @@ def main(argv: list[str]) -> None:
         work = pathlib.Path(values.work or stack.enter_context(tempfile.TemporaryDirectory())).absolute()
         given = rows.build(model, sizes, data) | {"sizes": dataclasses.asdict(sizes), "threads": machine.cores()}
         rows.write(work / "rows.json", given)
+        rows.write_tunix_rows(work / "tunix", given)
         wanted = [case for case in values.cases if case != "roofline"]
-        run(Bench(sizes, work, pathlib.Path(values.peers)), wanted, values.versus, values.largest_signals, output)
+        environments = {"trl_peer": pathlib.Path(values.peers), "tunix_peer": pathlib.Path(values.tunix)}
+        run(Bench(sizes, work, environments), wanted, values.versus, values.largest_signals, output)
 
 
 if __name__ == "__main__":

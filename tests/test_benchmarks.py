@@ -14,6 +14,7 @@ from benchmarks import agreement, cases, machine, protocol, rows, run, summary
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".venv-peers"
+TUNIX = ROOT / ".venv-tunix"
 
 
 def run_bench(folder: pathlib.Path, *flags: str) -> subprocess.CompletedProcess:
@@ -123,14 +124,80 @@ def test_rows_are_the_same_for_both_sides():
     assert all(user["query_message"].count(rows.MARK) == 1 for user in built["popi"])
 
 
-def test_the_peers_side_needs_neither_jax_nor_us():
-    shared = ("cases", "protocol", "roofline")
-    for name in (*shared, "trl_peer", "trl_popi"):
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        (("cases", "protocol", "roofline", "trl_peer", "trl_popi"), ("jax", "popi_jax")),
+        (("cases", "protocol", "tunix_peer"), ("torch", "trl", "popi_jax")),
+    ],
+)
+def test_the_peers_sides_need_nothing_that_their_environments_lack(modules, absent):
+    for name in modules:
         tree = ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text())
         # Inside functions imports are lazy: roofline's own of JAX.
         for node in tree.body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
-            assert not any(str(n).startswith(("jax", "popi_jax")) for n in names), name
+            assert not any(str(n).split(".")[0] in absent for n in names), name
+
+
+def make_environment(folder: pathlib.Path) -> pathlib.Path:
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").touch()
+    return folder
+
+
+def test_a_peer_s_name_chooses_worker_and_environment(tmp_path):
+    trl, tunix = make_environment(tmp_path / "trl"), tmp_path / "tunix"
+    bench = run.Bench(cases.SMALLEST, tmp_path, {"trl_peer": trl, "tunix_peer": tunix})
+    assert bench.has("trl_precomputed") and bench.has("transformers")
+    assert not bench.has("tunix") and not bench.has("tunix_micro")
+    python, _, module, *rest = bench.theirs("sampling", "tunix").command
+    assert (python, module) == (str(tunix / "bin" / "python"), "benchmarks.tunix_peer")
+    assert "--variant=tunix" in rest
+    assert bench.theirs("dpo_signals", "trl_checkpointing").command[2] == "benchmarks.trl_peer"
+
+
+def test_a_peer_without_its_environment_is_skipped_beside_one_that_has(tmp_path, monkeypatch):
+    made = {"trl_peer": make_environment(tmp_path / "trl"), "tunix_peer": tmp_path / ".venv-tunix"}
+    checked: list[str] = []
+
+    def measure(bench: run.Bench, case: str, peer: str | None, note: str = "") -> dict:
+        if peer == "trl":
+            return {"case": case, "peer": peer, "note": "failed: exit code -9: it printed nothing"}
+        return {"case": case, "peer": peer, "note": note, "theirs": {}}
+
+    def check(bench: run.Bench, case: str, peer: str) -> dict:
+        checked.append(peer)
+        return {"agrees": True}
+
+    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(run, "check", check)
+    bench = run.Bench(cases.SMALLEST, tmp_path, made)
+    note = "skipped: .venv-tunix is missing; make bench makes it"
+    failed, _, last = run.run_case(bench, "dpo_signals", ["trl", "trl_precomputed", "tunix"])
+    assert failed["note"].startswith("failed") and "agreement" not in failed
+    assert last == {"case": "dpo_signals", "peer": "tunix", "note": note}
+    assert summary.cells(last)[2] == note
+    # Where no peer is left ours is measured alone.
+    (alone,) = run.run_case(bench, "dpo_signals", ["tunix"])
+    assert (alone["peer"], alone["note"]) == (None, note)
+    # Each worker is checked once, for the first of its peers that did not fail.
+    make_environment(made["tunix_peer"])
+    assert len(run.run_case(bench, "dpo_signals", [])) == len(cases.DPO_PEERS)
+    assert checked == ["trl_precomputed", "trl_precomputed", "tunix"]
+
+
+def test_tunix_s_rows_are_the_same_on_its_own_rotary_base(tmp_path):
+    built = rows.build("stylebook", cases.SMALLEST, None)
+    for _ in range(2):  # The second time in a folder that has been used.
+        rows.write_tunix_rows(tmp_path / "tunix", built)
+    written = json.loads((tmp_path / "tunix" / "rows.json").read_text())
+    assert written | {"model": built["model"]} == json.loads(json.dumps(built))
+    theirs, ours = (pathlib.Path(each["model"]) for each in (written, built))
+    config, given = (json.loads((folder / "config.json").read_text()) for folder in (theirs, ours))
+    assert config == given | {"rope_theta": 1e6, "rope_parameters": None}
+    assert given["rope_theta"] == 1e4
+    assert (theirs / "model.safetensors").read_bytes() == (ours / "model.safetensors").read_bytes()
 
 
 def test_a_worker_that_dies_is_told_with_its_last_line(tmp_path):
@@ -172,9 +239,11 @@ def test_workers_take_turns(tmp_path):
 
 
 def test_the_smallest_form_runs_without_peers(tmp_path):
-    done = run_bench(tmp_path, "--cases=dpo_summaries_lora,sampling", f"--peers={tmp_path / 'nothing'}")
+    nowhere = (f"--peers={tmp_path / 'nothing'}", f"--tunix={tmp_path / 'nowhere'}")
+    done = run_bench(tmp_path, "--cases=dpo_summaries_lora,sampling", *nowhere)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "skipped: nothing is missing; make bench makes it" in done.stdout
+    assert "skipped: nowhere is missing; make bench makes it" in done.stdout
     results = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [row["case"] for row in results["rows"]] == ["roofline", "dpo_summaries_lora", "sampling"]
     for row in results["rows"][1:]:
@@ -207,3 +276,18 @@ def test_both_sides_compute_the_same(tmp_path):
         assert "speed" in found[case]
     assert all(found[case]["theirs"]["before"]["tokens_identical"] for case in cases.DPO)
     assert os.listdir(tmp_path / "w")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TUNIX.exists(), reason=".venv-tunix is missing; make bench makes it")
+def test_tunix_computes_the_same(tmp_path):
+    """Its DPOTrainer's losses and gradients, its Sampler's greedy tokens of the same ids; on the tiny model."""
+    wanted = ("dpo_signals", "dpo_summaries_lora", "sampling")  # The other DPO steps differ in their rows alone.
+    flags = (f"--cases={','.join(wanted)}", "--versus=tunix", f"--tunix={TUNIX}", f"--work={tmp_path / 'w'}")
+    done = run_bench(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {row["case"]: row for row in json.loads((tmp_path / "out" / "bench.json").read_text())["rows"]}
+    for case in wanted:
+        assert found[case]["agreement"]["agrees"], found[case]
+        assert "speed" in found[case]
+    assert json.loads((tmp_path / "w" / "tunix" / "check" / "sampling_peer.json").read_text())["tokens_identical"]
