@@ -3,6 +3,7 @@
 They are native code, so they lie in a folder of the user's own and never in a workdir, which may be passed on.
 """
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -42,7 +43,11 @@ def folder() -> pathlib.Path:
 
 def _tidy(own: pathlib.Path) -> None:
     """Makes room. JAX's own limit keeps a second file per program; killed between the two, it takes no program more."""
-    found = [(max(stat.st_atime, stat.st_mtime), stat.st_size, path) for path in own.glob("*") if (stat := path.stat())]
+    found = []
+    for path in own.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # Another process tidies, too.
+            stat = path.stat()
+            found.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
     total = sum(size for _, size, _ in found)
     for _, size, path in sorted(found):
         if total <= _MAX_BYTES:
