@@ -38,6 +38,10 @@ $(VENV)/.setup-test: $(REQUIREMENTS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[test]' $$($(CONSTRAINT))
 	@touch $@ $(VENV)/.setup
 
+$(VENV)/.setup-torch: $(REQUIREMENTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[test,torch]' $$($(CONSTRAINT))
+	@touch $@ $(VENV)/.setup $(VENV)/.setup-test
+
 setup: $(VENV)/.setup  ## Creates .venv and installs popi_jax.
 
 quickstart: $(VENV)/.setup  ## Trains, evaluates and compares every method on stylebook; prints the table.
@@ -46,7 +50,8 @@ quickstart: $(VENV)/.setup  ## Trains, evaluates and compares every method on st
 test: lint types  ## Runs everything that CI runs.
 	$(BIN)/python -m pytest $(TESTS)
 
-nightly: $(VENV)/.setup-test smollm2  ## Runs the tests that take minutes or fetch packages.
+# With torch for the live parity, and the peers, whose losses and tokens the benchmarks' sides must equal.
+nightly: $(VENV)/.setup-torch $(SMOLLM2)/config.json $(PEERS)/.setup $(TUNIX)/.setup  ## Runs the tests that take minutes or fetch packages.
 	$(BIN)/python -m pytest -m 'slow or network' $(TESTS)
 
 lint: $(VENV)/.setup-test  ## Checks style and formatting.
