@@ -166,6 +166,8 @@ def _loop(system: System, workdir: pathlib.Path, sources: dict[str, Any], refere
         references.remember([Item(query, None) for example in sources["train"] for query in example.queries])
     written = batches.WrittenSummaries(workdir / "written_summaries.jsonl")
     step_fns = make_steps(system)
+    # All that a step reads was laid over the mesh before. Without jit its constants are transfers too.
+    guard = "allow" if jax.config.values["jax_disable_jit"] else "disallow"
     folder = workdir / "checkpoints"
     with (
         checkpoint.Writer(folder, config.train.checkpoints_kept, after=start) as writer,
@@ -181,7 +183,7 @@ def _loop(system: System, workdir: pathlib.Path, sources: dict[str, Any], refere
             compiling = metrics.CompileClock()
             with jax.profiler.StepTraceAnnotation(kind, step_num=step):
                 batch, counts = batches.make_batch(system, state, next(iterator), step, kind, references, written)
-                with jax.transfer_guard("disallow"):  # All that a step reads was laid over the mesh before.
+                with jax.transfer_guard(guard):
                     state, scalars = step_fns[kind](state, system.base, batch)
             # The step before this one is written while this one runs.
             _write(log, progress, pending)
