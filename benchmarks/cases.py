@@ -16,6 +16,8 @@ PEERS: dict[str, tuple[str, ...]] = {
     "popi_iteration": ("trl", "trl_precomputed"),
 }
 CASES = (*PEERS, "scaling_signals", "scaling_k")
+# What both sides of a row take together at `Sizes()`, where that is more than many machines have.
+_NEEDS_GIB = dict.fromkeys((("dpo_signals", "tunix"), ("dpo_signals_lora", "tunix")), 28)
 # Why a peer that one would expect is not there.
 ABSENT = {
     "tunix": "DPO steps and sampling alone are measured; its worker has neither evaluation nor popi_iteration yet",
@@ -121,6 +123,11 @@ def repeats(case: str, sizes: Sizes) -> int:
     """How many measurements a case gets."""
     long = case in ("evaluation", "popi_iteration") or case.startswith("scaling")
     return min(sizes.repeats, sizes.long_repeats) if long else sizes.repeats
+
+
+def needs_gib(case: str, peer: str, sizes: Sizes) -> float:
+    """The memory without which a row is not worth starting; 0 where any will do."""
+    return _NEEDS_GIB.get((case, peer), 0) if sizes.pair_tokens >= Sizes().pair_tokens else 0
 
 
 def worker(peer: str) -> str:

@@ -10,14 +10,8 @@ from typing import Any
 from popi_jax import metrics
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-PATHS = (
-    "--data=",
-    "--peers=",
-    "--tunix=",
-    "--model=",
-    "--output=",
-    "--work=",
-)  # Flags of which the last part alone is told.
+# Flags of which the last part alone is told.
+PATHS = ("--data=", "--peers=", "--tunix=", "--model=", "--output=", "--work=")
 
 
 def cores() -> int:
@@ -25,12 +19,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def memory_gib() -> float:
+    """The machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
 def describe(arguments: Sequence[str]) -> dict[str, Any]:
     """The machine, the versions of our side, the commit and the command, whose arguments are given."""
     return {
         "cpu": _cpu_model(),
         "cores": cores(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round(memory_gib(), 1),
         "system": f"{platform.system()} {platform.machine()}",
         # Near 0 on an idle machine; times of a busy one say little.
         "load_before": [round(x, 2) for x in os.getloadavg()],

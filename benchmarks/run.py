@@ -25,6 +25,7 @@ from popi_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NO_PEERS = "skipped: {} is missing; make bench makes it"
+NO_MEMORY = "skipped: takes {} GiB"
 # Of every worker. On the CPU; without the settings of tests, which make many devices of one, and without compiled
 # programs of another time, which would hide what compiling takes.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "NPROC": "", "JAX_COMPILATION_CACHE_DIR": ""}
@@ -139,6 +140,8 @@ def run_case(bench: Bench, case: str, versus: list[str]) -> list[dict[str, Any]]
     checked: set[str] = set()
     for peer in peers:
         print(f"== {case}, {peer}", flush=True)
+        if (needs := cases.needs_gib(case, peer, bench.sizes)) > machine.memory_gib():
+            notes[peer] = NO_MEMORY.format(needs)
         if peer in notes:
             found.append({"case": case, "peer": peer, "note": notes[peer]})
             continue

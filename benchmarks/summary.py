@@ -164,6 +164,17 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def short(results: Mapping[str, Any]) -> str:
+    """What README shows of a run: how many times a peer's rate, and our memory beside its."""
+    rows = []
+    for row in results["rows"]:
+        if "speed" in row and row["case"] != "roofline":
+            speed = row["speed"]
+            times = f"{speed['median']:.1f} [{speed['low']:.1f}, {speed['high']:.1f}]"
+            rows.append((row["case"], row["peer"], times, f"{row['memory']:.2f}"))
+    return markdown(("case", "beside", "times its rate", "share of its memory"), rows)
+
+
 def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
     """How many times as fast, case by case, and how time grows with signals and summaries."""
     compared = [row for row in results["rows"] if "speed" in row and row["case"] != "roofline"]

@@ -187,6 +187,18 @@ def test_a_peer_without_its_environment_is_skipped_beside_one_that_has(tmp_path,
     assert checked == ["trl_precomputed", "trl_precomputed", "tunix"]
 
 
+def test_what_the_memory_does_not_hold_is_not_started(tmp_path, monkeypatch):
+    here = {name: make_environment(tmp_path / name) for name in ("trl_peer", "tunix_peer")}
+    monkeypatch.setattr(run, "measure", lambda bench, case, peer, note="": {"case": case, "peer": peer, "note": note})
+    monkeypatch.setattr(machine, "memory_gib", lambda: 24.0)
+
+    def notes(sizes: cases.Sizes) -> list[str]:
+        return [row["note"] for row in run.run_case(run.Bench(sizes, tmp_path, here), "dpo_signals", [])]
+
+    assert notes(cases.Sizes(repeats=1)) == ["", "", "", "skipped: takes 28 GiB", ""]
+    assert notes(cases.SMALLEST) == [""] * 5
+
+
 def test_tunix_s_rows_are_the_same_on_its_own_rotary_base(tmp_path):
     built = rows.build("stylebook", cases.SMALLEST, None)
     for _ in range(2):  # The second time in a folder that has been used.
