@@ -69,7 +69,7 @@ class Sizes:
     limit_prompt: int = 768
     limit_response: int = 384
     limit_bin: int = 384
-    buckets: tuple[int, ...] = (48, 96, 384, 512, 640, 768, 1024)
+    buckets: tuple[int, ...] = (48, 96, 384, 512, 640, 704, 768, 832, 896, 1024)
 
 
 SMALLEST = Sizes(

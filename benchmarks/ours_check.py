@@ -45,14 +45,16 @@ def _write_gradients(job: "Job", folder: pathlib.Path) -> None:
         theta = _with_noise(theta)
         safetensors.numpy.save_file(_adapter_tensors(system, theta), folder / f"{job.case}_adapter.safetensors")
     batch, _ = stepper.batch()
-    micro = jax.tree.map(lambda x: x[0], batch)
-    (_, (_, terms)), grads = jax.jit(
-        jax.value_and_grad(steps.generator_loss, has_aux=True), static_argnames="settings"
-    )(theta, system.base, micro, settings=system.settings)
-    total, count = (float(x) for x in terms["nats"])
+    gradient = jax.jit(jax.value_and_grad(steps.generator_loss, has_aux=True), static_argnames="settings")
+    grads, total, count = jax.tree.map(np.zeros_like, theta), 0.0, 0.0
+    for i in range(system.config.train.accumulation_generator):
+        micro = jax.tree.map(lambda x, i=i: x[i], batch)
+        (_, (_, terms)), own = gradient(theta, system.base, micro, settings=system.settings)
+        grads = jax.tree.map(lambda a, b: a + np.asarray(b), grads, own)
+        total, count = (a + float(b) for a, b in zip((total, count), terms["nats"], strict=True))
     # Our loss is DPO's over beta, so that beta changes no learning rate; the peer's is not.
     scale = system.settings.beta / count
-    grads = jax.tree.map(lambda g: np.asarray(g) * np.float32(scale), grads)
+    grads = jax.tree.map(lambda g: g * np.float32(scale), grads)
     tensors = _hub_tensors(system, grads) if system.policy.lora is None else _adapter_tensors(system, grads)
     safetensors.numpy.save_file(tensors, folder / f"{job.case}_ours.safetensors")
     (folder / f"{job.case}_ours.json").write_text(json.dumps({"loss": total / count}), encoding="utf-8")

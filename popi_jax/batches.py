@@ -82,10 +82,9 @@ def make_batch(
     if config.method == "popi" and kind == "generator" and config.schedule.name == "two_phase":
         contexts, counts = written.contexts(system, state.phi, examples, key)
     elif config.method in system_lib.SUMMARIZED:
-        phi = state.phi if config.method == "popi" else None
-        jax.block_until_ready(phi)  # What the step before still does is not sampling.
+        jax.block_until_ready(state.phi)  # What the step before still does is not sampling.
         started = time.perf_counter()
-        drawn = rollout.draw_summaries(system, phi, examples, key, rollout.in_training(config), k=k)
+        drawn = rollout.draw_summaries(system, state.phi, examples, key, rollout.in_training(config), k=k)
         contexts = [list(texts) for texts in drawn.texts_UxK]
         counts = cut(drawn.finished_UxK) | {"sample_s": time.perf_counter() - started}
     else:

@@ -78,15 +78,14 @@ def programs(plan: Plan) -> list[Program]:
     kinds = sorted({system_lib.step_kind(config, step) for step in range(system_lib.total_steps(config))})
     found = []
     writes = config.method in system_lib.SUMMARIZED
-    phi = state.phi if config.method == "popi" else None
     if writes:
         k = max(system_lib.summaries_per_user(config, kind) for kind in kinds)
-        found.append(_summaries(plan, "sample", base, phi, rollout.in_training(config), k))
+        found.append(_summaries(plan, "sample", base, state.phi, rollout.in_training(config), k))
     step_fns = train.make_steps(plan)
     found += [Program(f"{kind} step", step_fns[kind], (state, base, abstract_batch(plan, kind))) for kind in kinds]
     if writes:
         k = config.eval.summaries_per_user
-        found.append(_summaries(plan, "evaluate: sample", base, phi, rollout.in_use(config), k))
+        found.append(_summaries(plan, "evaluate: sample", base, state.phi, rollout.in_use(config), k))
     rows = packing.round_up(config.eval.users_per_batch * config.eval.summaries_per_user, sharding.row_shards(mesh))
     scored = abstract_bins(plan, rows)
     score = jax.jit(

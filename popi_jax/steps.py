@@ -26,10 +26,13 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a step is compiled for; see configs/base.py for the meanings."""
+    """What a step is compiled for; see configs/base.py for the meanings.
+
+    tx_phi None: the method has no inference model of its own, see TrainState.
+    """
 
     policy: Policy
-    tx_phi: optax.GradientTransformation
+    tx_phi: optax.GradientTransformation | None
     tx_theta: optax.GradientTransformation
     loss: str
     beta: float
@@ -46,11 +49,12 @@ class Settings:
 class TrainState:
     """All that training changes. phi is q_phi's adapter (or weights), theta is pi_theta's; see Policy.bind.
 
+    phi and opt_phi are None for a method without an inference model of its own, which is spared their memory.
     The same tree of shardings or of shapes is a TrainState too, hence the types.
     """
 
     step: Any  # int32 scalar: steps taken.
-    phi: Params
+    phi: Params | None
     theta: Params
     opt_phi: Any
     opt_theta: Any
@@ -87,12 +91,15 @@ JointBatch = tuple[InferenceBatch, GeneratorBatch, GeneratorBatch | None]
 def init_state(key: jax.Array, base: Params, settings: Settings) -> TrainState:
     """The state before the first step; both roles start as the base model."""
     key_phi, key_theta = jax.random.split(key)
-    phi, theta = settings.policy.init_delta(base, key_phi), settings.policy.init_delta(base, key_theta)
+    phi, opt_phi, theta = None, None, settings.policy.init_delta(base, key_theta)
+    if settings.tx_phi is not None:
+        phi = settings.policy.init_delta(base, key_phi)
+        opt_phi = settings.tx_phi.init(_float32(phi))
     return TrainState(
         step=jnp.int32(0),
         phi=phi,
         theta=theta,
-        opt_phi=settings.tx_phi.init(_float32(phi)),
+        opt_phi=opt_phi,
         opt_theta=settings.tx_theta.init(_float32(theta)),
         # What a generator without an opinion earns: from 0, the first advantages would all be far too low.
         baseline=-objective.preference_loss(settings.loss)(jnp.float32(0.0), settings.beta),
@@ -282,6 +289,7 @@ def _accumulate(one: Callable, batch: Any) -> Any:
 
 
 def _update_phi(state: TrainState, grads: Params, terms: Terms, settings: Settings):
+    assert settings.tx_phi is not None
     grads = _divide(grads, terms["surrogate"][1])
     updates, opt_phi = settings.tx_phi.update(grads, state.opt_phi, state.phi)
     state = dataclasses.replace(

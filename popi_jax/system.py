@@ -109,9 +109,10 @@ def make_plan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, model:
 def make_settings(config: ml_collections.ConfigDict, policy: Policy) -> steps.Settings:
     """The static part of the train steps."""
     n_phi, n_theta = update_counts(config)
+    tx_phi = make_optimizer(config.optim, config.optim.lr_inference, config.optim.clip_inference, n_phi)
     return steps.Settings(
         policy=policy,
-        tx_phi=make_optimizer(config.optim, config.optim.lr_inference, config.optim.clip_inference, n_phi),
+        tx_phi=tx_phi if config.method == "popi" else None,
         tx_theta=make_optimizer(config.optim, config.optim.lr_generator, config.optim.clip_generator, n_theta),
         loss=config.objective.loss,
         beta=config.objective.beta,

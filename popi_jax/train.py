@@ -95,11 +95,11 @@ def state_shardings(plan: Plan) -> steps.TrainState:
     everywhere = sharding.replicated(mesh)
 
     def optimizer(tx) -> Any:
-        return sharding.optimizer_shardings(tx, policy.abstract_delta(), delta, mesh)
+        return None if tx is None else sharding.optimizer_shardings(tx, policy.abstract_delta(), delta, mesh)
 
     return steps.TrainState(
         step=everywhere,
-        phi=delta,
+        phi=None if plan.settings.tx_phi is None else delta,
         theta=delta,
         opt_phi=optimizer(plan.settings.tx_phi),
         opt_theta=optimizer(plan.settings.tx_theta),

@@ -35,6 +35,15 @@ def settings(lora=None, **changes) -> Settings:
     return Settings(**(fields | changes))
 
 
+def test_a_method_without_an_inference_model_has_no_phi():
+    config = settings(tx_phi=None)
+    base = config.policy.init_base(jax.random.key(0))
+    own, both = (steps.init_state(jax.random.key(1), base, c) for c in (config, settings()))
+    assert own.phi is None and own.opt_phi is None
+    assert_close(own.theta, both.theta)
+    assert config.policy.fuse(base, None) is base
+
+
 def world(config: Settings, seed=0, users=U, empty=False, n_bins=0, groups=1, micros=(1, 1)):
     """A base, a state away from it, and a batch of users with all kinds of lengths; `empty`: some rows are padding.
 

@@ -53,8 +53,10 @@ class Policy:
             return nnx.merge(_graph(self.config, None), delta)
         return nnx.merge(_graph(self.config, self.lora), weights.merge_trees(base, delta))
 
-    def fuse(self, base: Tree, delta: Tree) -> Tree:
+    def fuse(self, base: Tree, delta: Tree | None) -> Tree:
         """Plain base-shaped weights of the same function as bind(base, delta), for export."""
+        if delta is None:
+            return base
         if self.lora is None:
             return delta
         return lora_lib.fuse(base, delta, self.lora)
