@@ -174,6 +174,8 @@ def check_dpo(job: Job) -> None:
     trainer = dpo_trainer(job, 1)
     model, folder = trainer.model, job.work / "check"
     model.train()
+    # SmolLM2's pad token is the one that ends a message: torch leaves its embedding's gradient out, ours has it.
+    model.get_input_embeddings().padding_idx = None
     own = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if cases.is_lora(job.case):
         given = safetensors.torch.load_file(folder / f"{job.case}_adapter.safetensors")
