@@ -266,6 +266,13 @@ def test_the_smallest_form_runs_without_peers(tmp_path):
     assert str(ROOT) not in (tmp_path / "out" / "bench.json").read_text()
 
 
+def test_readme_shows_what_was_measured():
+    results = json.loads((ROOT / "benchmarks" / "results" / "bench.json").read_text())
+    assert summary.short(results) in (ROOT / "README.md").read_text()
+    compared = [row for row in results["rows"] if "theirs" in row and row["case"] != "roofline"]
+    assert all(row.get("agreement", {"agrees": True})["agrees"] for row in compared) and compared
+
+
 @pytest.mark.parametrize("flags", [("--cases=speed",), ("--versus=nobody",), ("--repeats=0",)])
 def test_mistakes_are_one_line(tmp_path, flags):
     done = run_bench(tmp_path, *flags)
