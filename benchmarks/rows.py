@@ -38,7 +38,7 @@ def make_config(model: str, sizes: Sizes) -> ml_collections.ConfigDict:
     c = psoups_smollm2.get_config()
     c.name = "benchmark"
     c.model.path = model
-    c.model.remat = "dots"  # Half the memory of "none" and no slower: what is not written need not be read.
+    c.model.remat = "dots"  # Less memory than "none" and no slower: what is not written need not be read.
     c.lora.rank = 0
     c.lora.targets = sizes.lora_targets
     c.data.signals_per_user = sizes.signals_per_user

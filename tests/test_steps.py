@@ -9,7 +9,9 @@ import numpy as np
 import optax
 import pytest
 
+from configs import quickstart
 from popi_jax import scoring, sharding, steps
+from popi_jax import system as system_lib
 from popi_jax.steps import GeneratorBatch, InferenceBatch, Settings
 from tests import tiny
 
@@ -42,6 +44,10 @@ def test_a_method_without_an_inference_model_has_no_phi():
     assert own.phi is None and own.opt_phi is None
     assert_close(own.theta, both.theta)
     assert config.policy.fuse(base, None) is base
+    experiment = quickstart.get_config()
+    for method in ("popi", "zero_shot_summary", "raw_signals", "oracle", "population"):
+        experiment.method = method
+        assert (system_lib.make_settings(experiment, config.policy).tx_phi is None) == (method != "popi")
 
 
 def world(config: Settings, seed=0, users=U, empty=False, n_bins=0, groups=1, micros=(1, 1)):
