@@ -60,7 +60,7 @@ def truncate(logits_XxV: jax.Array, *, temperature: float, top_p: float) -> jax.
     2020); the rest gets -inf, and what remains is normalised. Temperature 0 puts all on the most likely token.
     """
     if temperature == 0:
-        best_XxV = jax.nn.one_hot(jnp.argmax(logits_XxV, axis=-1), logits_XxV.shape[-1], dtype=jnp.bool_)
+        best_XxV = jax.nn.one_hot(_first_largest(logits_XxV), logits_XxV.shape[-1], dtype=jnp.bool_)
         return jnp.where(best_XxV, 0.0, -jnp.inf)
     logp_XxV = jax.nn.log_softmax(logits_XxV.astype(jnp.float32) / temperature, axis=-1)
     if top_p >= 1:
@@ -70,6 +70,13 @@ def truncate(logits_XxV: jax.Array, *, temperature: float, top_p: float) -> jax.
     kept_XxV = mass_before_XxV < top_p
     threshold_X = jnp.min(jnp.where(kept_XxV, sorted_XxV, jnp.inf), axis=-1)
     return jax.nn.log_softmax(jnp.where(logp_XxV >= threshold_X[..., None], logp_XxV, -jnp.inf), axis=-1)
+
+
+def _first_largest(x_XxV: jax.Array) -> jax.Array:
+    """Argmax over the last axis in two plain reductions, which vectorise; XLA's own does not on the CPU."""
+    V = x_XxV.shape[-1]
+    largest_X = jnp.max(x_XxV, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(x_XxV == largest_X, jnp.arange(V), V - 1), axis=-1)
 
 
 def sample(
@@ -101,7 +108,8 @@ def sample(
 
     def draw(state: _DecodeState, logits_BxNxV: jax.Array) -> _DecodeState:
         logp_BxNxV = truncate(logits_BxNxV, temperature=temperature, top_p=top_p)
-        token_BxN = jax.random.categorical(jax.random.fold_in(key, state.index), logp_BxNxV)
+        noise_BxNxV = jax.random.gumbel(jax.random.fold_in(key, state.index), logp_BxNxV.shape)
+        token_BxN = _first_largest(logp_BxNxV + noise_BxNxV)  # jax.random.categorical's, which takes argmax.
         logp_BxN = jnp.take_along_axis(logp_BxNxV, token_BxN[..., None], axis=-1)[..., 0]
         token_BxN = jnp.where(state.done_BxN, pad_id, token_BxN).astype(jnp.int32)
         stopped_BxN = jnp.isin(token_BxN, jnp.asarray(stop_ids, jnp.int32)) & ~state.done_BxN

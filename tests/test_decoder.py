@@ -273,11 +273,11 @@ def test_decode_writes_its_slot_and_leaves_the_prefix_alone():
     tokens_BxL, positions_BxL, segments_BxL = rows(2, 4)
     decoder = policy.bind(base, None)
     _, before = decoder.prefill(tokens_BxL, positions_BxL, segments_BxL, 3, 5)
-    assert before.own_k_nxBxNxSxKvxDh.shape == (3, 2, 3, 5, 2, 8)
-    assert before.prefix_k_nxBxTxKvxDh.shape == (3, 2, 4, 2, 8)
+    assert before.own_k_nxBxKvxNxSxDh.shape == (3, 2, 2, 3, 5, 8)
+    assert before.prefix_k_nxBxKvxDhxT.shape == (3, 2, 2, 8, 4)
     _, after = decoder.decode(tokens_BxL[:, :3], jnp.full((2, 3), 4), before, jnp.asarray(2))
-    assert after.prefix_k_nxBxTxKvxDh is before.prefix_k_nxBxTxKvxDh
-    written_S = np.abs(np.asarray(after.own_v_nxBxNxSxKvxDh)).min(axis=(0, 1, 2, 4, 5)) > 0
+    assert after.prefix_k_nxBxKvxDhxT is before.prefix_k_nxBxKvxDhxT
+    written_S = np.abs(np.asarray(after.own_v_nxBxKvxNxSxDh)).min(axis=(0, 1, 2, 3, 5)) > 0
     np.testing.assert_array_equal(written_S, [False, False, True, False, False])
 
 
@@ -298,10 +298,10 @@ def test_a_decode_loop_updates_the_cache_in_place():
 
     _, cache = policy.bind(base, None).prefill(tokens_BxL, positions_BxL, segments_BxL, N, R)
     memory = jax.jit(loop, donate_argnums=1).lower(base, cache).compile().memory_analysis()
-    one_layer = cache.own_k_nxBxNxSxKvxDh.nbytes // policy.config.n_layers
+    one_layer = cache.own_k_nxBxKvxNxSxDh.nbytes // policy.config.n_layers
     # Keys and values of one layer, each also transposed for its product, and the scores; not the stack of layers again.
     assert memory.temp_size_in_bytes < 4.5 * one_layer
-    assert memory.alias_size_in_bytes >= 2 * cache.own_k_nxBxNxSxKvxDh.nbytes
+    assert memory.alias_size_in_bytes >= 2 * cache.own_k_nxBxKvxNxSxDh.nbytes
 
 
 def test_a_shared_prefix_equals_separate_sequences():
@@ -359,7 +359,7 @@ def test_bfloat16_computes_in_bfloat16_and_scores_in_float32():
     half = Policy(dataclasses.replace(policy.config, compute_dtype="bfloat16"))
     batch = rows(2, 6)
     hidden, cache = jax.eval_shape(lambda base: half.bind(base, None).prefill(*batch, 2, 3), base)
-    assert hidden.dtype == cache.own_k_nxBxNxSxKvxDh.dtype == jnp.bfloat16
+    assert hidden.dtype == cache.own_k_nxBxKvxNxSxDh.dtype == jnp.bfloat16
     logits, want = forward(half, base, *batch), np.asarray(forward(policy, base, *batch))
     assert logits.dtype == jnp.float32
     assert 0 < np.abs(logits - want).max() < 0.1 * np.abs(want).max()

@@ -128,3 +128,13 @@ def test_keys_decide():
     np.testing.assert_array_equal(one.tokens_BxNxS, same.tokens_BxNxS)
     assert (np.asarray(one.tokens_BxNxS) != np.asarray(other.tokens_BxNxS)).any()
     assert (np.asarray(one.tokens_BxNxS[:, 0]) != np.asarray(one.tokens_BxNxS[:, 1])).any()
+
+
+def test_a_draw_is_that_of_jax_random_categorical():
+    key, V = jax.random.key(3), 1000
+    logp_XxV = sampler.truncate(2 * jax.random.normal(jax.random.key(4), (500, V)), temperature=1.0, top_p=0.9)
+    got_X = sampler._first_largest(logp_XxV + jax.random.gumbel(key, logp_XxV.shape))
+    np.testing.assert_array_equal(got_X, jax.random.categorical(key, logp_XxV))
+    assert len(set(got_X.tolist())) > 50
+    ties_XxV = jnp.array([[0.0, 2.0, 2.0, -jnp.inf], [-jnp.inf] * 4, [-1.0, -3.0, -1.0, -2.0]])
+    np.testing.assert_array_equal(sampler._first_largest(ties_XxV), jnp.argmax(ties_XxV, axis=-1))

@@ -17,11 +17,10 @@ import numpy as np
 from flax import nnx
 
 from popi_jax import sharding
-from popi_jax.model import attention, kernels
+from popi_jax.model import attention, kernels, remat
 from popi_jax.model import lora as lora_lib
 from popi_jax.model.config import LoraConfig, ModelConfig
 from popi_jax.model.product import product
-from popi_jax.model.remat import keepable, part_of_layer
 from popi_jax.model.weights import Tree, Weight, fan_in, init_tree, merge_trees
 
 
@@ -68,13 +67,13 @@ def declare(config: ModelConfig) -> Tree:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys (rope applied) and values of a row's prefix, held once, and of its N branches."""
+    """Keys (rope applied) and values of a row's prefix, held once, and of its N branches; see attend_decode."""
 
-    prefix_k_nxBxTxKvxDh: jax.Array
-    prefix_v_nxBxTxKvxDh: jax.Array
+    prefix_k_nxBxKvxDhxT: jax.Array
+    prefix_v_nxBxKvxTxDh: jax.Array
     prefix_valid_BxT: jax.Array
-    own_k_nxBxNxSxKvxDh: jax.Array
-    own_v_nxBxNxSxKvxDh: jax.Array
+    own_k_nxBxKvxNxSxDh: jax.Array
+    own_v_nxBxKvxNxSxDh: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +124,7 @@ class Norm(nnx.Module):
 
 
 def _matmul(x_RxE: jax.Array, kernel_ExO: jax.Array) -> jax.Array:
-    return keepable(product("re,eo->ro", x_RxE, kernel_ExO.astype(x_RxE.dtype)).astype(x_RxE.dtype))
+    return remat.keepable(product("re,eo->ro", x_RxE, kernel_ExO.astype(x_RxE.dtype)).astype(x_RxE.dtype))
 
 
 class Linear(nnx.Module):
@@ -247,13 +246,13 @@ class Decoder(nnx.Module):
         Returns:
             hidden_BxTxD after the final norm, and the cache that decode goes on from.
         """
-        hidden_BxTxD, (k_nxBxTxKvxDh, v_nxBxTxKvxDh) = self._forward(tokens_BxT, positions_BxT, segments_BxT, keep=True)
-        n, B, _, Kv, Dh = k_nxBxTxKvxDh.shape
-        own = (n, B, branches, branch_length, Kv, Dh)
-        dtype = k_nxBxTxKvxDh.dtype
+        hidden_BxTxD, (k_nxBxKvxDhxT, v_nxBxKvxTxDh) = self._forward(tokens_BxT, positions_BxT, segments_BxT, keep=True)
+        n, B, Kv, Dh, _ = k_nxBxKvxDhxT.shape
+        own = (n, B, Kv, branches, branch_length, Dh)
+        dtype = k_nxBxKvxDhxT.dtype
         valid_BxT = segments_BxT == 0
         return hidden_BxTxD, Cache(
-            k_nxBxTxKvxDh, v_nxBxTxKvxDh, valid_BxT, jnp.zeros(own, dtype), jnp.zeros(own, dtype)
+            k_nxBxKvxDhxT, v_nxBxKvxTxDh, valid_BxT, jnp.zeros(own, dtype), jnp.zeros(own, dtype)
         )
 
     def decode(
@@ -273,21 +272,22 @@ class Decoder(nnx.Module):
         """
         rope = _rope(self.config, positions_BxN)
 
-        def layers_slots(own_nxBxNxSxKvxDh: jax.Array, i: jax.Array) -> jax.Array:
-            _, B, N, S, Kv, Dh = own_nxBxNxSxKvxDh.shape
-            return jax.lax.dynamic_slice(own_nxBxNxSxKvxDh, (i, 0, 0, 0, 0, 0), (1, B, N, known or S, Kv, Dh))[0]
+        def layers_slots(own_nxBxKvxNxSxDh: jax.Array, i: jax.Array) -> jax.Array:
+            _, B, Kv, N, S, Dh = own_nxBxKvxNxSxDh.shape
+            return jax.lax.dynamic_slice(own_nxBxKvxNxSxDh, (i, 0, 0, 0, 0, 0), (1, B, Kv, N, known or S, Dh))[0]
 
         def body(carry: Any, xs: Any) -> tuple[Any, None]:
             x_BxNxD, own_k, own_v = carry
-            layer, i, prefix_k_BxTxKvxDh, prefix_v_BxTxKvxDh = xs
+            layer, i, prefix_k_BxKvxDhxT, prefix_v_BxKvxTxDh = xs
             q_BxNxHxDh, k_BxNxKvxDh, v_BxNxKvxDh = layer.project(x_BxNxD, rope)
-            at = (i, 0, 0, index, 0, 0)
-            own_k = jax.lax.dynamic_update_slice(own_k, k_BxNxKvxDh[None, :, :, None], at)
-            own_v = jax.lax.dynamic_update_slice(own_v, v_BxNxKvxDh[None, :, :, None], at)
+            at = (i, 0, 0, 0, index, 0)
+            k_BxKvxNxDh, v_BxKvxNxDh = k_BxNxKvxDh.swapaxes(1, 2), v_BxNxKvxDh.swapaxes(1, 2)
+            own_k = jax.lax.dynamic_update_slice(own_k, k_BxKvxNxDh[None, :, :, :, None], at)
+            own_v = jax.lax.dynamic_update_slice(own_v, v_BxKvxNxDh[None, :, :, :, None], at)
             attended_BxNxHxDh = attention.attend_decode(
                 q_BxNxHxDh,
-                prefix_k_BxTxKvxDh,
-                prefix_v_BxTxKvxDh,
+                prefix_k_BxKvxDhxT,
+                prefix_v_BxKvxTxDh,
                 cache.prefix_valid_BxT,
                 layers_slots(own_k, i),
                 layers_slots(own_v, i),
@@ -296,11 +296,11 @@ class Decoder(nnx.Module):
             return (layer.finish(x_BxNxD, attended_BxNxHxDh), own_k, own_v), None
 
         # The branches' cache rides in the carry and each layer writes one slot of it, so that XLA updates it in place.
-        carry = (self._embed(tokens_BxN), cache.own_k_nxBxNxSxKvxDh, cache.own_v_nxBxNxSxKvxDh)
+        carry = (self._embed(tokens_BxN), cache.own_k_nxBxKvxNxSxDh, cache.own_v_nxBxKvxNxSxDh)
         layer_ids = jnp.arange(self.config.n_layers)
-        xs = (self.layers, layer_ids, cache.prefix_k_nxBxTxKvxDh, cache.prefix_v_nxBxTxKvxDh)
+        xs = (self.layers, layer_ids, cache.prefix_k_nxBxKvxDhxT, cache.prefix_v_nxBxKvxTxDh)
         (x_BxNxD, own_k, own_v), _ = jax.lax.scan(body, carry, xs)
-        cache = dataclasses.replace(cache, own_k_nxBxNxSxKvxDh=own_k, own_v_nxBxNxSxKvxDh=own_v)
+        cache = dataclasses.replace(cache, own_k_nxBxKvxNxSxDh=own_k, own_v_nxBxKvxNxSxDh=own_v)
         return self.final_norm(x_BxNxD), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -324,17 +324,17 @@ class Decoder(nnx.Module):
     def _forward(
         self, tokens_BxL: jax.Array, positions_BxL: jax.Array, segments_BxL: jax.Array, keep: bool
     ) -> tuple[jax.Array, Any]:
-        """Returns hidden_BxLxD and, if kept, the keys and values of all layers."""
+        """Returns hidden_BxLxD and, if kept, the keys and values of all layers, as the cache has them."""
         rope = _rope(self.config, positions_BxL)
-        attend = part_of_layer(self.config.remat, "attention", kernels.bind(self.config.attention))
+        attend = kernels.bind(self.config.attention)
 
         def body(x_BxLxD: jax.Array, layer: Layer) -> tuple[jax.Array, Any]:
             x_BxLxD = sharding.constrain(x_BxLxD, ("batch", "length", "activation"))
             q_BxLxHxDh, k_BxLxKvxDh, v_BxLxKvxDh = layer.project(x_BxLxD, rope)
             with jax.named_scope("attend"):
                 attended_BxLxHxDh = attend(q_BxLxHxDh, k_BxLxKvxDh, v_BxLxKvxDh, segments_BxL)
-            return layer.finish(x_BxLxD, attended_BxLxHxDh), (k_BxLxKvxDh, v_BxLxKvxDh) if keep else None
+            kept = (k_BxLxKvxDh.transpose(0, 2, 3, 1), v_BxLxKvxDh.swapaxes(1, 2)) if keep else None
+            return layer.finish(x_BxLxD, attended_BxLxHxDh), kept
 
-        body = part_of_layer(self.config.remat, "layer", body)
-        x_BxLxD, kept = jax.lax.scan(body, self._embed(tokens_BxL), self.layers)
+        x_BxLxD, kept = jax.lax.scan(remat.of_layer(self.config.remat, body), self._embed(tokens_BxL), self.layers)
         return self.final_norm(x_BxLxD), kept

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh
 
 from popi_jax import sharding
 from popi_jax.errors import UserError
-from popi_jax.model import attention
+from popi_jax.model import attention, remat
 
 # (q_BxLxHxDh, k_BxLxKvxDh, v_BxLxKvxDh, segments_BxL) -> out_BxLxHxDh
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -199,7 +199,7 @@ def _splash_line(
         save_residuals=False,
         mask_value=kernel_lib.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
-        residual_checkpoint_name=None,
+        residual_checkpoint_name=remat.DOTS,
         mask_function=_mask_function(P),
         interpret=interpret,
     )

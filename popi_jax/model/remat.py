@@ -2,52 +2,39 @@
 
 import contextlib
 import contextvars
-import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 _OFF = contextvars.ContextVar("_OFF", default=False)
-_PRODUCT = "product"
+DOTS = "dots"  # What keepable marks, for jax.checkpoint and for kernels that mark their own.
 
 
-@dataclasses.dataclass(frozen=True)
-class _Choice:
-    """What is computed again of each layer: this part of it, but for what `kept` is true of."""
-
-    part: str
-    kept: Callable[..., bool] | None = None
-
-
-# config.model.remat. From most memory to least, and from the least computed again to the most; each is the same
-# function. "attention" is for the plain one, whose scores are what grows with the square of the length: the kernels of
-# model/kernels.py keep none, and "attention" would run them a second time for nothing.
-CHOICES: dict[str, _Choice] = {
-    "none": _Choice("nothing"),
-    "attention": _Choice("attention"),  # Its scores and their softmax.
-    # All but the products with weights, which are most of what a layer computes. By name: jax's own policies look for
-    # dot_general, which the products' own derivative hides from them, and would keep nothing.
-    "dots": _Choice("layer", jax.checkpoint_policies.save_only_these_names(_PRODUCT)),
-    "full": _Choice("layer"),  # From the layer's input, which alone is kept.
+# config.model.remat: what is kept of each layer. From most memory to least, and from the least computed again to the
+# most; each is the same function. None keeps attention's scores, which grow with the square of the length.
+CHOICES: dict[str, Callable[..., bool]] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    # The products with weights, which are most of what a layer computes, and what attention gives. By name: jax's own
+    # policies look for dot_general, which the products' own derivative hides from them, and keep nothing.
+    "dots": jax.checkpoint_policies.save_only_these_names(DOTS),
+    "full": jax.checkpoint_policies.nothing_saveable,  # But the layer's input.
 }
 
 
-def part_of_layer(choice: str, part: str, fn: Callable) -> Callable:
-    """`fn` in the scan over layers, computed again if the choice, of CHOICES, says so of its part.
-
-    Args:
-        choice: config.model.remat.
-        part: what fn is: "layer" or "attention".
-        fn: the function.
-    """
-    chosen = CHOICES[choice]
-    return remat(fn, looped=True, kept=chosen.kept) if chosen.part == part else fn
+def of_layer(choice: str, body: Callable) -> Callable:
+    """`body` of the scan over layers, of which a name of CHOICES says what is kept."""
+    return body if choice == "none" else remat(body, looped=True, kept=CHOICES[choice])
 
 
 def keepable(product: jax.Array) -> jax.Array:
-    """The product of activations with a weight, which "dots" keeps."""
-    return checkpoint_name(product, _PRODUCT)
+    """The product of activations with a weight, or an attention's result, which "dots" keeps."""
+    return checkpoint_name(product, DOTS)
+
+
+def computes_again() -> bool:
+    """Whether a gradient may compute again what it could have kept: not within `nothing_twice`."""
+    return not _OFF.get()
 
 
 def remat(fn: Callable, *, looped: bool, kept: Callable[..., bool] | None = None) -> Callable:
@@ -59,7 +46,7 @@ def remat(fn: Callable, *, looped: bool, kept: Callable[..., bool] | None = None
             whose result is kept.
         kept: of jax.checkpoint_policies: what is kept nonetheless.
     """
-    return fn if _OFF.get() else jax.checkpoint(fn, prevent_cse=not looped, policy=kept)
+    return jax.checkpoint(fn, prevent_cse=not looped, policy=kept) if computes_again() else fn
 
 
 @contextlib.contextmanager
