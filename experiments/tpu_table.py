@@ -39,7 +39,8 @@ prompt and response as long as may be (8,192, 2,048, 4,096 and 1,024 tokens), K 
 device; where a case ends in @N, weights are split over N devices (`mesh.fsdp=N`, `mesh.data=-1`). GiB are per device,
 arguments / temporaries / total. The bounds are a roofline's, from the chip's public peaks: products with what is
 computed again, bytes of HBM that the compiled instructions read and write (an estimate: what stays on the chip between
-two of them counts too), bytes sent. The largest decides; MFU is what it leaves to the model's own products.
+two of them counts too), bytes sent. The largest decides; MFU is what it leaves to the model's own products. A "?"
+stands where the compiler cannot print its own program, as on v5p: memory is known there, traffic is not.
 """
 
 
@@ -80,8 +81,10 @@ def markdown(reports: list[dict[str, Any]]) -> str:
             else:
                 sizes = (row[f"{name}_bytes"] / GiB for name in ("arguments", "temporaries", "total"))
                 cells += [" / ".join(f"{size:.2f}" for size in sizes), "yes"]
-                cells += [" / ".join(f"{value:.3g}" for value in row["bounds_s"].values())]
-                cells += [row["bound_by"], f"{100 * row['mfu_at_bound']:.0f}%"]
+                bounds = row["bounds_s"].values()
+                cells += [" / ".join("?" if value is None else f"{value:.3g}" for value in bounds)]
+                known = row["bound_by"] is not None
+                cells += [row["bound_by"], f"{100 * row['mfu_at_bound']:.0f}%"] if known else ["?", "?"]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -281,6 +281,14 @@ def at_best(row: dict[str, Any], moved: traffic.Traffic | None, devices: int, ch
         return found
     known = traffic.Traffic(0.0, {}, [], []) if moved is None else moved
     bounds = bound.bound(row["executed_flops_all_devices"], known, chip, devices)
+    if moved is None:  # What the other two need is not known, so neither is which binds.
+        return found | {
+            "bounds_s": {"compute_s": bounds.compute_s, "memory_s": None, "interconnect_s": None},
+            "bound_s": bounds.compute_s,
+            "bound_by": None,
+            "mfu_at_bound": None,
+            "advice": None,
+        }
     return found | {
         "bounds_s": {name: getattr(bounds, name) for name in ("compute_s", "memory_s", "interconnect_s")},
         "bound_s": bounds.seconds,
@@ -292,7 +300,8 @@ def at_best(row: dict[str, Any], moved: traffic.Traffic | None, devices: int, ch
 
 def _why_not(error: Exception) -> str:
     """The sentence with both figures, out of a page of the compiler's."""
-    wanted = re.search(r"(total )?memory required[^.]*\([^)]*\)[^.]*\.[^.]*\.", str(error))
+    pattern = r"(total )?memory required[^.]*\([^)]*\)[^.]*\.[^.]*\.|Used \S+ of \S+ hbm\."
+    wanted = re.search(pattern, str(error))
     return " ".join(wanted.group().split()) if wanted else first_line(error)
 
 
@@ -317,7 +326,9 @@ def table(found: dict[str, Any]) -> str:
             f" {row['executed_flops_all_devices'] / 1e12:.3g} with what is computed again"
         )
         lines.append(f"  traffic      {_traffic(row)}")
-        if "bound_s" in row:
+        if "bound_s" in row and row["bound_by"] is None:
+            lines.append(f"  roofline     at least {row['bound_s']:.3g} s, for the products alone")
+        elif "bound_s" in row:
             lines.append(
                 f"  roofline     {row['bound_s']:.3g} s, by {row['bound_by']}; at that bound"
                 f" {100 * row['mfu_at_bound']:.0f}% of peak. {row['advice']}"

@@ -11,7 +11,7 @@ from configs import llama3_3b, llama3_8b, quickstart
 from popi_jax import batches, packing, rollout, sharding, train
 from popi_jax import compile as compile_lib
 from popi_jax import system as system_lib
-from popi_jax.cost import traffic
+from popi_jax.cost import chips, traffic
 from popi_jax.data import prepared
 from popi_jax.errors import UserError
 from popi_jax.model import hub
@@ -154,3 +154,27 @@ def test_mistakes_are_told():
     config.model.path = "somebody/model"
     with pytest.raises(UserError, match="set config.model.shape to its config.json"):
         compile_lib.report(config, compile_lib.HERE)
+
+
+def test_what_the_compiler_cannot_print_has_no_bound():
+    row = {"fits": True, "executed_flops_all_devices": 8e15, "model_flops_all_devices": 6e15}
+    chip = chips.chip("TPU v5")
+    found = compile_lib.at_best(row, None, 4, chip)
+    assert found["bounds_s"] == {"compute_s": 2e15 / chip.flops, "memory_s": None, "interconnect_s": None}
+    assert found["bound_by"] is None and found["mfu_at_bound"] is None  # Not "compute", which may not be what binds.
+    report = {"config": "c", "topology": "t", "device": "d", "devices": 4, "mesh": {"data": 4}}
+    sizes = dict.fromkeys(("compile_s", "total_bytes", "arguments_bytes", "temporaries_bytes"), 1)
+    row |= found | sizes | {"program": "sample", "traffic": None, "why_no_traffic": "no"}
+    assert "at least 4.36 s, for the products alone" in compile_lib.table(report | {"programs": [row]})
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "total memory required for HLO temporaries (19.30G) exceeds available HBM (15.75G).",
+        "Used 15.88G of 15.75G hbm.",
+    ],
+)
+def test_what_does_not_fit_says_by_how_much(sentence):
+    error = RuntimeError(f"RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: No memory. {sentence} Exceeded by 1M.\nmore")
+    assert compile_lib._why_not(error) == sentence
