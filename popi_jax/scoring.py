@@ -135,14 +135,15 @@ def score(
     *,
     temperature: float = 1.0,
     reference: Decoder | None = None,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> TokenScores:
     """Scores every branch token under its prefix.
 
     Args:
         temperature: log-probabilities are of softmax(logits / temperature), the distribution that is sampled from.
         reference: another decoder to score the same tokens with; its KL to the policy is then computed too.
-        chunk: positions of which a device holds the logits at the same time, forward and backward.
+        chunk: positions of which a device holds the logits at the same time, forward and backward; by default what
+            takes 256 MiB, and no more than 1,024.
     """
     shape = batch.branches_BxNxS.shape
     hidden_JxPxD = _flatten(predictors(decoder, batch))
@@ -157,7 +158,7 @@ def score(
         def one(hidden_JxXxD: jax.Array, target_JxX: jax.Array) -> jax.Array:
             return _gather(_log_softmax(decoder, hidden_JxXxD, temperature), target_JxX)
 
-        return TokenScores(unflatten(_in_chunks(one, chunk, hidden_JxPxD, target_JxP)))
+        return TokenScores(unflatten(_in_chunks(one, chunk or _default_chunk(decoder), hidden_JxPxD, target_JxP)))
 
     ref_hidden_JxPxD = _flatten(predictors(reference, batch))
 
@@ -167,11 +168,12 @@ def score(
         kl_JxX = jnp.sum(jnp.exp(logp_JxXxV) * (logp_JxXxV - ref_logp_JxXxV), axis=-1)
         return _gather(logp_JxXxV, target_JxX), _gather(ref_logp_JxXxV, target_JxX), kl_JxX
 
+    chunk = chunk or _default_chunk(decoder)
     logp_JxP, ref_logp_JxP, kl_JxP = _in_chunks(both, chunk, hidden_JxPxD, ref_hidden_JxPxD, target_JxP)
     return TokenScores(unflatten(logp_JxP), unflatten(ref_logp_JxP), unflatten(kl_JxP))
 
 
-def score_packed(decoder: Decoder, batch: PackedBatch, *, chunk: int = 1024) -> jax.Array:
+def score_packed(decoder: Decoder, batch: PackedBatch, *, chunk: int | None = None) -> jax.Array:
     """Returns the log-probability of every branch under its prefix, summed over its tokens, [R, N], float32, in nats.
 
     Args:
@@ -187,7 +189,7 @@ def score_packed(decoder: Decoder, batch: PackedBatch, *, chunk: int = 1024) -> 
     def one(hidden_JxXxD: jax.Array, target_JxX: jax.Array) -> jax.Array:
         return _gather(_log_softmax(decoder, hidden_JxXxD, 1.0), target_JxX)
 
-    logp_GxW = _in_chunks(one, chunk, hidden_GxWxD, jnp.asarray(batch.target_GxW))
+    logp_GxW = _in_chunks(one, chunk or _default_chunk(decoder), hidden_GxWxD, jnp.asarray(batch.target_GxW))
     R, N = batch.length_RxN.shape
     branch_GW = jnp.asarray(batch.branch_GxW).reshape(-1)
     packed_RxN = jax.ops.segment_sum(logp_GxW.reshape(-1), branch_GW, R * N + 1)[:-1].reshape(R, N)
@@ -204,6 +206,10 @@ def _log_softmax(decoder: Decoder, hidden_JxXxD: jax.Array, temperature: float) 
 
 def _gather(logp_JxXxV: jax.Array, target_JxX: jax.Array) -> jax.Array:
     return jnp.take_along_axis(logp_JxXxV, target_JxX[..., None], axis=-1)[..., 0]
+
+
+def _default_chunk(decoder: Decoder) -> int:
+    return max(1, min(1024, (1 << 26) // decoder.config.vocab_size))
 
 
 def _in_chunks(fn, chunk: int, *args_JxPx: jax.Array):
