@@ -69,7 +69,6 @@ class Sizes:
     limit_prompt: int = 768
     limit_response: int = 384
     limit_bin: int = 384
-    buckets: tuple[int, ...] = (48, 96, 384, 512, 640, 704, 768, 832, 896, 1024)
 
 
 SMALLEST = Sizes(
@@ -98,7 +97,6 @@ SMALLEST = Sizes(
     limit_prompt=320,
     limit_response=64,
     limit_bin=256,
-    buckets=(64, 128, 256, 384),
 )
 
 

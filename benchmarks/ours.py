@@ -19,9 +19,10 @@ import numpy as np
 
 from benchmarks import cases, ours_check, roofline, rows
 from benchmarks.protocol import Channel
-from popi_jax import batches, evaluate, metrics, rollout, train
+from popi_jax import batches, evaluate, metrics, preflight, rollout, train
 from popi_jax import compile as compile_lib
 from popi_jax import system as system_lib
+from popi_jax.data.schema import Example
 from popi_jax.pairs import Item
 from popi_jax.references import References
 from popi_jax.system import System
@@ -40,18 +41,19 @@ class Job:
     rows: dict[str, Any]
 
 
-def load(job: Job, **changes: Any) -> System:
-    """The system of the benchmark's config with these keys changed."""
+def load(job: Job, examples: list[Example], **changes: Any) -> System:
+    """The system of the benchmark's config with these keys changed, fitted to the examples as a run's to its data."""
     config = rows.make_config(job.rows["model"], job.sizes)
     config.update_from_flattened_dict(changes)
-    return system_lib.load(config)
+    return preflight.fit(system_lib.load(config), {"train": examples})
 
 
-def dpo_system(job: Job) -> System:
+def dpo_system(job: Job, examples: list[Example]) -> System:
     """A system whose generator steps learn from raw signals or summaries in context, as the case says."""
     told = cases.context_kind(job.case)
     return load(
         job,
+        examples,
         **{
             "method": {"signals": "raw_signals", "summaries": "oracle"}[told],
             # The peer's reference reads the prompt that its policy reads.
@@ -64,7 +66,7 @@ def dpo_system(job: Job) -> System:
     )
 
 
-def told_items(system: System, examples: list) -> list[Item]:
+def told_items(system: System, examples: list[Example]) -> list[Item]:
     """Each example's query with what the config's method tells of its user."""
     told = evaluate.contexts(system, None, examples, jax.random.key(0))
     return [Item(e.queries[0], own[0].text) for e, own in zip(examples, told, strict=True)]
@@ -73,7 +75,7 @@ def told_items(system: System, examples: list) -> list[Item]:
 class Steps:
     """The train loop's own parts, step by step: `make_batch`, then the jitted step."""
 
-    def __init__(self, job: Job, system: System, kind: str, examples: list):
+    def __init__(self, job: Job, system: System, kind: str, examples: list[Example]):
         self.system, self.kind, self.examples = system, kind, examples
         self.state = train.initial_state(system)
         self.fn = train.make_steps(system)[kind]
@@ -102,8 +104,8 @@ def flops(fn: Any, *args: Any, trips: int = 1) -> float:
 
 def dpo(job: Job) -> tuple[Measure, dict[str, Any]]:
     """A DPO step; the reference's log-probabilities are taken once, before, as for every data set."""
-    system = dpo_system(job)
     examples = rows.read_examples(job.rows, "dpo")
+    system = dpo_system(job, examples)
     stepper = Steps(job, system, "generator", examples)
     started = time.perf_counter()
     stepper.references.remember(told_items(system, examples))
@@ -118,8 +120,8 @@ def dpo(job: Job) -> tuple[Measure, dict[str, Any]]:
 
 def sampling(job: Job) -> tuple[Measure, dict[str, Any]]:
     """K summaries of each user; apart from it the prefill, whose time is that of one token."""
-    system = load(job, **{"train.users_per_step": job.sizes.sampling_users})
     examples = rows.read_examples(job.rows, "sampling")
+    system = load(job, examples, **{"train.users_per_step": job.sizes.sampling_users})
     options = rollout.in_training(system.config)
     prefixes = [system.encoder.signals(example) for example in examples]
     keys = iter(jax.random.split(jax.random.key(0), 10_000))
@@ -157,8 +159,8 @@ def sampling(job: Job) -> tuple[Measure, dict[str, Any]]:
 
 def evaluation(job: Job) -> tuple[Measure, dict[str, Any]]:
     """`evaluate.evaluate` on raw signals, the reference shown the same; its values are forgotten each time."""
-    system = load(job, **{"method": "raw_signals", "objective.reference_context": "signals"})
     examples = rows.read_examples(job.rows, "evaluation")
+    system = load(job, examples, **{"method": "raw_signals", "objective.reference_context": "signals"})
     theta = train.initial_state(system).theta
     calls = iter(range(10_000))
 
@@ -172,8 +174,9 @@ def evaluation(job: Job) -> tuple[Measure, dict[str, Any]]:
 
 def popi_iteration(job: Job) -> tuple[Measure, dict[str, Any]]:
     """A joint step: sample, reward, update both models."""
-    system = load(job, **{"train.users_per_step": job.sizes.popi_users})
-    stepper = Steps(job, system, "joint", rows.read_examples(job.rows, "popi"))
+    examples = rows.read_examples(job.rows, "popi")
+    system = load(job, examples, **{"train.users_per_step": job.sizes.popi_users})
+    stepper = Steps(job, system, "joint", examples)
     started = time.perf_counter()
     stepper.references.remember([Item(e.queries[0], None) for e in stepper.examples])
     return stepper, {"reference_s": time.perf_counter() - started}
@@ -186,13 +189,12 @@ def scaling(job: Job) -> tuple[Measure, dict[str, Any]]:
     if name == "scaling_k":
         changes = {"train.users_per_step": sizes.popi_users, "sampling.k": int(size)}
         examples = rows.read_examples(job.rows, "popi")
-        system = load(job, **changes)
     else:
         longest = json.loads((pathlib.Path(job.rows["model"]) / "config.json").read_text())["max_position_embeddings"]
         limit = min(int(size), longest - sizes.summary)
-        buckets = tuple(sorted({*sizes.buckets, limit}))
-        system = load(job, **changes, **{"limits.signals": limit, "limits.buckets": buckets})
-        examples = rows.long_signals(system.tokenizer, system.encoder, limit, 1)
+        changes |= {"limits.signals": limit}
+        examples = rows.long_signals(job.rows["model"], sizes, limit, 1)
+    system = load(job, examples, **changes)
     stepper = Steps(job, system, "joint", examples)
     stepper.references.remember([Item(e.queries[0], None) for e in examples])
     tokens = [len(system.encoder.signals(example)) for example in examples]

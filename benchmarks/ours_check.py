@@ -38,8 +38,9 @@ def _write_gradients(job: "Job", folder: pathlib.Path) -> None:
     """The loss and its gradient with respect to every trained weight, in the hub's names and shapes."""
     from benchmarks import ours
 
-    system = ours.dpo_system(job)
-    stepper = ours.Steps(job, system, "generator", rows.read_examples(job.rows, "dpo"))
+    examples = rows.read_examples(job.rows, "dpo")
+    system = ours.dpo_system(job, examples)
+    stepper = ours.Steps(job, system, "generator", examples)
     theta = stepper.state.theta
     if system.policy.lora is not None:
         theta = _with_noise(theta)
@@ -99,8 +100,8 @@ def _adapter_tensors(system: System, tree: Any) -> dict[str, np.ndarray]:
 def _write_greedy(job: "Job", path: pathlib.Path) -> None:
     from benchmarks import ours
 
-    system = ours.load(job, **{"train.users_per_step": job.sizes.sampling_users})
     examples = rows.read_examples(job.rows, "sampling")
+    system = ours.load(job, examples, **{"train.users_per_step": job.sizes.sampling_users})
     options = dataclasses.replace(rollout.in_training(system.config), temperature=0.0)
     samples = rollout.draw_summaries(system, None, examples, jax.random.key(0), options, k=1).samples
     tokens = [samples.tokens_BxNxS[b, 0, : samples.length_BxN[b, 0]].tolist() for b in range(job.sizes.sampling_users)]
@@ -110,8 +111,9 @@ def _write_greedy(job: "Job", path: pathlib.Path) -> None:
 def _write_logps(job: "Job", path: pathlib.Path) -> None:
     from benchmarks import ours
 
-    system = ours.load(job, method="raw_signals")
-    items = ours.told_items(system, rows.read_examples(job.rows, "evaluation"))
+    examples = rows.read_examples(job.rows, "evaluation")
+    system = ours.load(job, examples, method="raw_signals")
+    items = ours.told_items(system, examples)
     logp_Rx2 = pairs.pair_logps(system, None, items, job.sizes.evaluation_batch)
     chosen, rejected = np.mean(logp_Rx2, axis=0).tolist()
     path.write_text(json.dumps({"logps_chosen": chosen, "logps_rejected": rejected}), encoding="utf-8")

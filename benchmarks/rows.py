@@ -44,7 +44,7 @@ def make_config(model: str, sizes: Sizes) -> ml_collections.ConfigDict:
     c.data.signals_per_user = sizes.signals_per_user
     c.limits.signals, c.limits.prompt = sizes.limit_signals, sizes.limit_prompt
     c.limits.response, c.limits.bin = sizes.limit_response, sizes.limit_bin
-    c.limits.buckets = sizes.buckets
+    c.limits.buckets = ()  # Chosen from the rows, as from any data.
     c.limits.summary = sizes.summary
     # Summaries that end by themselves: a start and a stop of ours would be a detail for the peers to repeat.
     c.prompts.summary_start = c.prompts.summary_stop = ""
@@ -85,11 +85,11 @@ def synthetic(tokenizer: Tokenizer, sizes: Sizes, count: int, seed: int = 0) -> 
     return [example(i) for i in range(count)]
 
 
-def long_signals(tokenizer: Tokenizer, encoder: Encoder, tokens: int, users: int) -> list[Example]:
+def long_signals(model: str, sizes: Sizes, tokens: int, users: int) -> list[Example]:
     """Users whose signals' prompts take as many tokens as whole words allow, at most `tokens`."""
+    tokenizer, prompts = Tokenizer.load(hub.resolve(model)), make_config(model, sizes).prompts
     rng = np.random.default_rng(tokens)
     query = Query(words(rng, tokenizer, 16), words(rng, tokenizer, 32), words(rng, tokenizer, 32))
-    prompts = encoder.prompts
 
     def example(i: int) -> Example:
         drawn = [str(word) for word in rng.choice(WORDS, tokens)]

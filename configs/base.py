@@ -57,7 +57,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.limits.summary = 48
     c.limits.bin = 512  # Pairs to score are packed into bins of this length, or of a bucket's where it suits better.
     c.limits.on_overflow = "error"  # error, or drop: whole signals, the oldest first; counted and logged.
-    c.limits.buckets = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+    # Lengths that prompts are padded to, each compiled for itself; (): eight at most, chosen from the data.
+    c.limits.buckets = ()
 
     c.prompts = ml_collections.ConfigDict()  # See data/templates.py for the fields that are filled in.
     c.prompts.inference_instruction = (

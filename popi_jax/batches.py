@@ -119,9 +119,7 @@ def inference_batch(system: System, drawn: Drawn) -> steps.InferenceBatch:
     """The users' signals with their sampled summaries as branches, token for token as they were drawn; a stack."""
     samples = drawn.samples
     # K branches a user: padded to a bucket made for prompts, they could outweigh the signals.
-    S = min(
-        packing.bucket(int(samples.length_BxN.max()), tuple(system.config.limits.buckets)), system.config.limits.summary
-    )
+    S = min(packing.bucket(int(samples.length_BxN.max()), system.buckets), system.config.limits.summary)
     rows = PrefixBatch(drawn.prefix_BxT, drawn.prefix_length_B, samples.tokens_BxNxS[:, :, :S], samples.length_BxN)
     batch = _stack(steps.InferenceBatch(rows, samples.logp_BxNxS[:, :, :S]), system.config.train.accumulation_inference)
     return jax.device_put(batch, sharding.stack_sharding(system.mesh))

@@ -111,9 +111,9 @@ def _drawing(
     plan: Plan, name: str, base, delta, sampling: rollout.Sampling, branches: int, longest: int, max_tokens: int
 ) -> Program:
     """`branches` texts after each prompt, the prompts all as long as the longest."""
-    config, mesh = plan.config, plan.mesh
+    mesh = plan.mesh
     B = packing.round_up(sampling.rows, sharding.row_shards(mesh))
-    lines = _int32(B, packing.bucket(longest, tuple(config.limits.buckets))), _int32(B)
+    lines = _int32(B, packing.bucket(longest, plan.buckets)), _int32(B)
     key = jax.eval_shape(lambda: jax.random.key(0))
     options: dict[str, Any] = {"policy": plan.policy, "branches": branches, "max_tokens": max_tokens}
     # Any ids do: a program's shape does not depend on them.
@@ -132,7 +132,7 @@ def abstract_batch(plan: Plan, kind: str) -> Any:
     if kind == "generator":
         return abstract_rows(plan, U * learned * config.data.queries_per_user)
     A, K, S = config.train.accumulation_inference, config.sampling.k, config.limits.summary
-    T = packing.bucket(config.limits.signals, tuple(config.limits.buckets))
+    T = packing.bucket(config.limits.signals, plan.buckets)
     rows = scoring.PrefixBatch(_int32(A, U // A, T), _int32(A, U // A), _int32(A, U // A, K, S), _int32(A, U // A, K))
     drawn = steps.InferenceBatch(rows, _abstract(jnp.float32, A, U // A, K, S))
     inference = placed(drawn, sharding.stack_sharding(mesh))
@@ -160,7 +160,7 @@ def abstract_bins(plan: Plan, R: int, rounded: Callable[[int], int] = int) -> sc
     """R rows of the longest prompt with the two longest responses, packed; `rounded` gives the number of bins."""
     limits, shards = plan.config.limits, sharding.row_shards(plan.mesh)
     longest = limits.prompt + 2 * limits.response
-    length = max(limits.bin, packing.bucket(longest, tuple(limits.buckets)))
+    length = max(limits.bin, packing.bucket(longest, plan.buckets))
     per_bin = length // longest
     C = packing.round_up(rounded(-(-R // per_bin)), shards)
     W = packing.round_up(C // shards * per_bin * 2 * limits.response, -(-C // shards * length // 4))

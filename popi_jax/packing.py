@@ -19,9 +19,40 @@ def bucket(length: int, buckets: Sequence[int]) -> int:
     """Returns the smallest bucket that holds `length` tokens, so that few shapes are ever compiled.
 
     Beyond the largest, in steps of an eighth of it: its next multiple could need twice the memory for a few tokens.
-    Buckets are shapes; what is too long the limits say.
+    Without buckets, in steps of an eighth of the next power of two. Buckets are shapes; limits say what is too long.
     """
-    return min((size for size in buckets if size >= length), default=round_up(length, -(-max(buckets) // 8)))
+    largest = max(buckets, default=1 << max(0, length - 1).bit_length())
+    return min((size for size in buckets if size >= length), default=round_up(length, -(-largest // 8)))
+
+
+def choose_buckets(lengths: Sequence[int], most: int, step: int = 16) -> tuple[int, ...]:
+    """The buckets that hold items of these lengths with the least padding in all, each padded to its own bucket.
+
+    Args:
+        lengths: in tokens, of what is to be padded.
+        most: how many buckets there are at most.
+        step: buckets are multiples of it.
+
+    Returns:
+        The buckets, ascending; () without lengths.
+    """
+    sizes_n, counts_n = np.unique([round_up(length, step) for length in lengths], return_counts=True)
+    count_n, taken_n = np.cumsum(counts_n), np.cumsum(counts_n * sizes_n)
+    # Of the items up to each size: what one bucket pads, and that bucket. Then what more of them pad, one by one.
+    best_n = count_n * sizes_n - taken_n
+    chosen: list[tuple[int, ...]] = [(int(size),) for size in sizes_n]
+    # What a bucket of size j pads of the items above size i.
+    pads_jxi = (count_n[:, None] - count_n) * sizes_n[:, None] - (taken_n[:, None] - taken_n)
+    earlier_jxi = np.tri(len(sizes_n), k=-1, dtype=bool)
+    for _ in range(min(most, len(sizes_n)) - 1):
+        total_jxi = np.where(earlier_jxi, best_n + pads_jxi, np.inf)
+        before_n, total_n = np.argmin(total_jxi, axis=1), np.min(total_jxi, axis=1)
+        chosen = [
+            (*chosen[i], int(size)) if total < best else own
+            for i, size, total, best, own in zip(before_n, sizes_n, total_n, best_n, chosen, strict=True)
+        ]
+        best_n = np.minimum(best_n, total_n)
+    return chosen[-1] if chosen else ()
 
 
 def round_up(count: int, step: int) -> int:

@@ -46,10 +46,10 @@ def bin_length(system: System, lengths: Sequence[int]) -> int:
     """The length of bins for such rows: limits.bin, or a bucket that holds the longest where that pads far less."""
     limit = system.config.limits.bin
     if max(lengths) > limit:
-        return packing.bucket(max(lengths), tuple(system.config.limits.buckets))
+        return packing.bucket(max(lengths), system.buckets)
     positions = {
         size: len(packing.fill_bins(lengths, size)) * size
-        for size in (limit, *system.config.limits.buckets)
+        for size in (limit, *system.buckets)
         if max(lengths) <= size <= limit
     }
     best = min(positions, key=lambda size: positions[size])

@@ -51,7 +51,7 @@ def evaluate_checkpoint(
     system, state = trained(config, workdir, step)
     shared = workdir if shared is None else shared
     sources = {"test": prepared.from_config(config, shared)["test"]}
-    preflight.check_examples(system, sources)
+    system = preflight.fit(system, sources)
     references = References(system, shared / "cache", config.eval.users_per_batch * config.eval.summaries_per_user)
     folder = workdir / f"evaluation_step{int(state.step)}" if output is None else output
     runfiles.describe(folder, config)

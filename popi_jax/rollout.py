@@ -84,7 +84,7 @@ def draw_text(
     """
     tokenizer = system.tokenizer
     rows = padded_rows(system, sampling.rows)
-    lines = packing.pad_rows(prefixes, tuple(system.config.limits.buckets), tokenizer.pad_id, rows)
+    lines = packing.pad_rows(prefixes, system.buckets, tokenizer.pad_id, rows)
     samples = _jitted(system.mesh)(
         system.base,
         delta,

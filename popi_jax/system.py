@@ -33,6 +33,7 @@ class Plan:
     mesh: jax.sharding.Mesh
     policy: Policy
     settings: steps.Settings
+    buckets: tuple[int, ...]  # limits.buckets; where that is (), preflight.py chooses them from a run's data.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ def make_plan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, model:
     if config.lora.rank:
         lora = LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha, targets=tuple(config.lora.targets))
     policy = Policy(model, lora)
-    return Plan(config, mesh, policy, make_settings(config, policy))
+    return Plan(config, mesh, policy, make_settings(config, policy), tuple(config.limits.buckets))
 
 
 def make_settings(config: ml_collections.ConfigDict, policy: Policy) -> steps.Settings:
@@ -227,8 +228,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise UserError(f"config.eval.top_p is {config.eval.top_p}; it must be above 0, and at most 1")
     if len(config.train.profile_steps) not in (0, 2):
         raise UserError(f"config.train.profile_steps is {tuple(config.train.profile_steps)}; give (first, last), or ()")
-    if not config.limits.buckets or min(config.limits.buckets) < 1:
-        raise UserError(f"config.limits.buckets is {tuple(config.limits.buckets)}; give lengths, in tokens")
+    if min(config.limits.buckets, default=1) < 1:
+        raise UserError(f"config.limits.buckets is {tuple(config.limits.buckets)}; give lengths, in tokens, or ()")
     if config.schedule.name in ("alternate", "two_phase") and config.schedule.n_phi + config.schedule.n_theta < 1:
         raise UserError("config.schedule.n_phi and .n_theta are both 0: nothing would be trained; raise one")
     fields = tuple(config.prompts.pair_fields)

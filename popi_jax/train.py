@@ -43,7 +43,7 @@ def train(config, workdir: pathlib.Path, shared: pathlib.Path | None = None) -> 
     runfiles.claim(workdir, config)
     shared = workdir if shared is None else shared
     sources = prepared.from_config(config, shared)
-    preflight.check_examples(system, sources)
+    system = preflight.fit(system, sources)
     references = References(system, shared / "cache", config.eval.users_per_batch * config.eval.summaries_per_user)
     if system_lib.total_steps(config) == 0:
         state = initial_state(system)

@@ -1,5 +1,6 @@
 """Padded lines and bins: what goes in comes out, and bins score as separate rows do."""
 
+import itertools
 import types
 
 import jax
@@ -24,6 +25,31 @@ def test_bucket_is_the_smallest_that_holds(length: int, expected: int, buckets: 
 def test_buckets_beyond_the_largest_go_on_in_eighths_of_it(length: int, expected: int) -> None:
     assert packing.bucket(length, (96, 1024, 512)) == expected
     assert packing.bucket(17, BUCKETS) == 18
+
+
+@pytest.mark.parametrize(("length", "expected"), [(1, 1), (7, 7), (9, 10), (65, 80), (128, 128), (130, 160)])
+def test_without_buckets_lengths_go_in_eighths_of_the_next_power_of_two(length: int, expected: int) -> None:
+    assert packing.bucket(length, ()) == expected
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 9])
+def test_chosen_buckets_pad_least_of_all(most: int) -> None:
+    lengths = np.random.default_rng(most).integers(1, 60, 12).tolist()
+
+    def padding(buckets: tuple[int, ...]) -> int:
+        return sum(packing.bucket(length, buckets) - length for length in lengths)
+
+    got = packing.choose_buckets(lengths, most, step=4)
+    assert list(got) == sorted(set(got)) and len(got) <= most and all(size % 4 == 0 for size in got)
+    sizes = range(4, 64, 4)
+    possible = [
+        b for n in range(1, min(most, 4) + 1) for b in itertools.combinations(sizes, n) if b[-1] >= max(lengths)
+    ]
+    assert padding(got) <= min(map(padding, possible))
+
+
+def test_no_lengths_choose_no_bucket() -> None:
+    assert packing.choose_buckets([], 8) == ()
 
 
 def test_prompts_are_padded_right_to_buckets_and_rows() -> None:
@@ -109,5 +135,5 @@ def test_coarse_counts_are_few_and_waste_less_than_half():
     ],
 )
 def test_bins_take_a_bucket_where_that_pads_far_less(lengths, length):
-    config = ml_collections.ConfigDict({"limits": {"bin": 64, "buckets": (32, 48, 96)}})
-    assert pairs.bin_length(types.SimpleNamespace(config=config), lengths) == length
+    config = ml_collections.ConfigDict({"limits": {"bin": 64}})
+    assert pairs.bin_length(types.SimpleNamespace(config=config, buckets=(32, 48, 96)), lengths) == length

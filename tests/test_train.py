@@ -154,7 +154,7 @@ BAD = [
     ("sampling.k", 1, "config.sampling.k is 1"),
     ("sampling.k_generator", 7, "config.sampling.k_generator is 7"),
     ("eval.top_p", 0.0, "config.eval.top_p is 0.0"),
-    ("limits.buckets", (), "config.limits.buckets is ()"),
+    ("limits.buckets", (64, 0), "config.limits.buckets is (64, 0)"),
     ("prompts.pair_fields", ("prompt",), "config.prompts.pair_fields is ('prompt',)"),
     ("prompts.summary_stop", "two words", "config.prompts.summary_stop is"),
     ("train.accumulation_inference", 3, "config.train.accumulation_inference is 3"),
