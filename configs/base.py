@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.limits.summary = 48
     c.limits.bin = 512  # Pairs to score are packed into bins of this length, or of a bucket's where it suits better.
     c.limits.on_overflow = "error"  # error, or drop: whole signals, the oldest first; counted and logged.
-    # Lengths that prompts are padded to, each compiled for itself; (): eight at most, chosen from the data.
+    # Lengths that prompts and bins are padded to, each compiled for itself; (): few, chosen from the data.
     c.limits.buckets = ()
 
     c.prompts = ml_collections.ConfigDict()  # See data/templates.py for the fields that are filled in.

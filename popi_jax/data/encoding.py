@@ -101,8 +101,8 @@ class Encoder:
         )
         return self.prompt(query.prompt, context), chosen, rejected
 
-    def check(self, query: Query, context: str | None, more: int = 0) -> None:
-        """Raises UserError where prompt or responses exceed their limit, the prompt with `more` tokens to come.
+    def check(self, query: Query, context: str | None, more: int = 0) -> int:
+        """What a prompt with both responses takes, with `more` tokens to come; UserError where a limit is exceeded.
 
         Asked before a run, not while it goes on: a summary of the same length may take some tokens more when its text
         is tokenised again, which is no reason to end a run.
@@ -116,6 +116,7 @@ class Encoder:
             ("rejected", len(rejected), "response"),
         ):
             self._check(f"{where}: {name}", tokens, limit)
+        return len(prefix) + more + len(chosen) + len(rejected)
 
     def check_prompt(self, prompt: str, context: str | None) -> None:
         """Raises UserError where a prompt without known responses exceeds limits.prompt."""
