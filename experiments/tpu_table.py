@@ -3,9 +3,9 @@
     pip install libtpu
     JAX_PLATFORMS=cpu python experiments/tpu_table.py --output=DIR [--cases=llama3_3b:full@v5e:4x4,...]
 
-A case is CONFIG:ARG@SLICE, or CONFIG:ARG@SLICE@N: weights split over N devices and the rest replicas of these; 8 users
-for every 8 devices, all else as the config says. DIR/CASE.json keeps each case, which is not compiled again;
-DIR/README.md shows them all. A case takes minutes on two cores.
+A case is CONFIG:ARG@SLICE; with @N, weights split over N devices and the rest replicas of these; with +NAME, by the
+schedule NAME. 8 users for every 8 devices, all else as the config says. DIR/CASE.json keeps each case, which is not
+compiled again; DIR/README.md shows them all. A case takes minutes on two cores.
 """
 
 import importlib
@@ -21,22 +21,28 @@ from popi_jax import compile as compile_lib
 from popi_jax.errors import UserError
 
 CASES = (
+    "llama3_3b:lora@v5e:2x2",
+    "llama3_3b:full@v5e:2x4",
     "llama3_3b:full@v5e:4x4",
-    "llama3_3b:lora@v5e:4x4",
-    "llama3_8b:lora@v5e:4x4",
+    "llama3_3b:full@v5e:4x4+alternate",
     "llama3_3b:full@v5e:8x8@16",
-    "llama3_8b:full@v5e:8x8",
-    "llama3_8b:full@v5p:2x2x2",
     "llama3_3b:full@v5e:16x16@16",
+    "llama3_8b:lora@v5e:2x2",
+    "llama3_8b:lora@v5e:2x4",
+    "llama3_8b:lora@v5e:4x4",
+    "llama3_8b:full@v5e:4x8",
+    "llama3_8b:full@v5e:8x8",
+    "llama3_8b:full@v5p:2x2x1",
+    "llama3_8b:full@v5p:2x2x2",
 )
 HEAD = """# What the Llama configs take of TPU slices
 
-    JAX_PLATFORMS=cpu python experiments/tpu_table.py --output=experiments/results/tpu \\
-        --cases={cases}
+    JAX_PLATFORMS=cpu python experiments/tpu_table.py --output=experiments/results/tpu{cases}
 
 Compiled, not run: memory is the plan of the TPU compiler (libtpu) at the limits of the config, every signal, summary,
 prompt and response as long as may be (8,192, 2,048, 4,096 and 1,024 tokens), K = 8 and one user a step for every
-device; where a case ends in @N, weights are split over N devices (`mesh.fsdp=N`, `mesh.data=-1`). GiB are per device,
+device; where a case ends in @N, weights are split over N devices (`mesh.fsdp=N`, `mesh.data=-1`), and +alternate is
+`schedule.name=alternate`, whose steps train one model at a time. GiB are per device,
 arguments / temporaries / total. The bounds are a roofline's, from the chip's public peaks: products with what is
 computed again, bytes of HBM that the compiled instructions read and write (an estimate: what stays on the chip between
 two of them counts too), bytes sent. The largest decides; MFU is what it leaves to the model's own products. A "?"
@@ -46,21 +52,23 @@ stands where the compiler cannot print its own program, as on v5p: memory is kno
 
 def run_case(case: str, folder: pathlib.Path) -> dict[str, Any]:
     """The report of one case, from its file if there is one. Raises UserError for a case that is not one."""
-    path = folder / f"{case.replace(':', '_').replace('@', '_on_')}.json"
+    path = folder / f"{case.replace(':', '_').replace('@', '_on_').replace('+', '_')}.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    parts = re.fullmatch(r"(\w+):(\w+)@([^@]+)(?:@(\d+))?", case)
+    parts = re.fullmatch(r"(\w+):(\w+)@([^@+]+)(?:@(\d+))?(?:\+(\w+))?", case)
     if parts is None:
         raise UserError(
-            f"--cases: {case!r} is no case; give CONFIG:ARG@SLICE or CONFIG:ARG@SLICE@N, such as {CASES[0]}"
+            f"--cases: {case!r} is no case; give CONFIG:ARG@SLICE, with @N or +SCHEDULE after it, such as {CASES[0]}"
         )
-    module, arg, topology, split = parts.groups()
+    module, arg, topology, split, schedule = parts.groups()
     try:
         config = importlib.import_module(f"configs.{module}").get_config(arg)
     except (ImportError, ValueError) as error:
         raise UserError(f"--cases: {case!r}: {error}") from error
     if split is not None:
         config.mesh.data, config.mesh.fsdp = -1, int(split)
+    if schedule is not None:
+        config.schedule.name = schedule
     config.train.users_per_step = config.eval.users_per_batch = len(compile_lib.slice_devices(topology))
     print(f"== {case}", flush=True)
     found = compile_lib.report(config, topology) | {"case": case}
@@ -89,13 +97,35 @@ def markdown(reports: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def short(reports: list[dict[str, Any]]) -> str:
+    """README's table: of each case what a joint step takes of a chip, and the bounds of its summaries and of itself."""
+    lines = ["| config | slice | GiB a chip | summaries, s | joint step, s |", "| --- | --- | --- | --- | --- |"]
+    for found in reports:
+        rows = {row["program"]: row for row in found["programs"]}
+        if "joint step" not in rows:
+            continue
+
+        def bound(program: str, rows: dict[str, Any] = rows) -> str:
+            row = rows[program]
+            return f"{row['bound_s']:.1f} ({row['bound_by']})" if row["bound_by"] else f"at least {row['bound_s']:.1f}"
+
+        config, slice_name = found["case"].split("@", 1)
+        size = bounds = "does not fit"
+        if rows["joint step"]["fits"]:
+            size, bounds = f"{rows['joint step']['total_bytes'] / 2**30:.1f}", bound("joint step")
+        lines.append(f"| {config} | {slice_name} | {size} | {bound('sample')} | {bounds} |")
+    return "\n".join(lines) + "\n"
+
+
 def _main(argv: list[str]) -> None:
     folder = pathlib.Path(flags.FLAGS.output)
+    asked = ",".join(flags.FLAGS.cases or ())
     reports = [run_case(case, folder) for case in flags.FLAGS.cases or CASES]
     runfiles.write_text(
-        folder / "README.md", HEAD.format(cases=",".join(r["case"] for r in reports)) + "\n" + markdown(reports)
+        folder / "README.md", HEAD.format(cases=f" --cases={asked}" if asked else "") + "\n" + markdown(reports)
     )
     print(markdown(reports))
+    print(short(reports))
 
 
 if __name__ == "__main__":
