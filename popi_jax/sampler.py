@@ -75,8 +75,8 @@ def truncate(logits_XxV: jax.Array, *, temperature: float, top_p: float) -> jax.
 def _first_largest(x_XxV: jax.Array) -> jax.Array:
     """Argmax over the last axis in two plain reductions, which vectorise; XLA's own does not on the CPU."""
     V = x_XxV.shape[-1]
-    largest_X = jnp.max(x_XxV, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(x_XxV == largest_X, jnp.arange(V), V - 1), axis=-1)
+    largest_Xx1 = jnp.max(x_XxV, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(x_XxV == largest_Xx1, jnp.arange(V), V - 1), axis=-1)
 
 
 def sample(

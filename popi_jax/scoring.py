@@ -145,6 +145,7 @@ def score(
         chunk: positions of which a device holds the logits at the same time, forward and backward; by default what
             takes 256 MiB, and no more than 1,024.
     """
+    chunk = chunk or _default_chunk(decoder)
     shape = batch.branches_BxNxS.shape
     hidden_JxPxD = _flatten(predictors(decoder, batch))
     target_JxP = jnp.asarray(batch.branches_BxNxS).reshape(shape[0], -1)
@@ -158,7 +159,7 @@ def score(
         def one(hidden_JxXxD: jax.Array, target_JxX: jax.Array) -> jax.Array:
             return _gather(_log_softmax(decoder, hidden_JxXxD, temperature), target_JxX)
 
-        return TokenScores(unflatten(_in_chunks(one, chunk or _default_chunk(decoder), hidden_JxPxD, target_JxP)))
+        return TokenScores(unflatten(_in_chunks(one, chunk, hidden_JxPxD, target_JxP)))
 
     ref_hidden_JxPxD = _flatten(predictors(reference, batch))
 
@@ -168,7 +169,6 @@ def score(
         kl_JxX = jnp.sum(jnp.exp(logp_JxXxV) * (logp_JxXxV - ref_logp_JxXxV), axis=-1)
         return _gather(logp_JxXxV, target_JxX), _gather(ref_logp_JxXxV, target_JxX), kl_JxX
 
-    chunk = chunk or _default_chunk(decoder)
     logp_JxP, ref_logp_JxP, kl_JxP = _in_chunks(both, chunk, hidden_JxPxD, ref_hidden_JxPxD, target_JxP)
     return TokenScores(unflatten(logp_JxP), unflatten(ref_logp_JxP), unflatten(kl_JxP))
 
