@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks import cases, ours_check, roofline, rows
 from benchmarks.protocol import Channel
-from popi_jax import batches, evaluate, metrics, preflight, rollout, train
+from popi_jax import batches, evaluate, host_memory, metrics, preflight, rollout, train
 from popi_jax import compile as compile_lib
 from popi_jax import system as system_lib
 from popi_jax.data.schema import Example
@@ -219,6 +219,7 @@ PREPARE: dict[str, Callable[[Job], tuple[Measure, dict[str, Any]]]] = {
 
 def main() -> None:
     """Serves the driver, or writes the check."""
+    host_memory.keep()  # As every command of ours does.
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=pathlib.Path, required=True)
     parser.add_argument("--case", required=True)

@@ -116,7 +116,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.train.users_per_step = 8
     # Micro-batches per step of either model: as many times less memory for activations, the same update.
     c.train.accumulation_inference = 1  # Of users.
-    c.train.accumulation_generator = 1  # Of rows: users x summaries x queries.
+    c.train.accumulation_generator = 1  # Of bins of rows: users x summaries x queries.
     c.train.checkpoint_every = 20
     c.train.checkpoints_kept = 2
     c.train.profile_steps = ()  # (first, last): a profiler trace of these steps.

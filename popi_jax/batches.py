@@ -121,13 +121,10 @@ def inference_batch(system: System, drawn: Drawn) -> steps.InferenceBatch:
     # K branches a user: padded to a bucket made for prompts, they could outweigh the signals.
     S = min(packing.bucket(int(samples.length_BxN.max()), system.buckets), system.config.limits.summary)
     rows = PrefixBatch(drawn.prefix_BxT, drawn.prefix_length_B, samples.tokens_BxNxS[:, :, :S], samples.length_BxN)
-    batch = _stack(steps.InferenceBatch(rows, samples.logp_BxNxS[:, :, :S]), system.config.train.accumulation_inference)
-    return jax.device_put(batch, sharding.stack_sharding(system.mesh))
-
-
-def _stack(batch: Any, micro_batches: int) -> Any:
-    """Cuts every array's leading axis into a stack of micro-batches."""
-    return jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+    batch = steps.InferenceBatch(rows, samples.logp_BxNxS[:, :, :S])
+    A = system.config.train.accumulation_inference
+    stack = jax.tree.map(lambda x: x.reshape(A, -1, *x.shape[1:]), batch)
+    return jax.device_put(stack, sharding.stack_sharding(system.mesh))
 
 
 def generator_batch(
@@ -165,10 +162,13 @@ def generator_batch(
             r += M
     if asked:
         ref_logp_Rx2[list(asked)] = references.lookup(list(asked.values()))
-    everywhere = sharding.replicated(system.mesh)
     packed = pairs.pack_pairs(system, items, least_bins)
-    own = _stack((ref_logp_Rx2, weight_R), config.train.accumulation_generator)
-    return steps.GeneratorBatch(packed, *jax.device_put(own, everywhere))
+    # A row counts in the micro-batch that holds it.
+    weight_AxR = weight_R * np.any(packed.length_RxN > 0, axis=-1)
+    ref_logp_AxRx2 = np.broadcast_to(ref_logp_Rx2, (*weight_AxR.shape, 2))
+    own = jax.device_put((ref_logp_AxRx2, weight_AxR), sharding.replicated(system.mesh))
+    rows = jax.device_put(packed, pairs.packed_shardings(system.mesh, sharding.stack_sharding(system.mesh)))
+    return steps.GeneratorBatch(rows, *own)
 
 
 def chosen_queries(example: Example, count: int, seed: int, step: int, place: int) -> list[Query]:

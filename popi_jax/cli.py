@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
+from popi_jax import host_memory
 from popi_jax.errors import UserError
 from popi_jax.runfiles import Stopped
 
@@ -21,6 +22,7 @@ def run(entry: Callable[[list[str]], None]) -> None:
             logging.set_verbosity(logging.WARNING)
         entry(argv)
 
+    host_memory.keep()
     try:
         app.run(quietly, flags_parser=_parse_flags)
     except UserError as error:

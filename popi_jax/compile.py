@@ -146,10 +146,9 @@ def abstract_batch(plan: Plan, kind: str) -> Any:
 def abstract_rows(plan: Plan, R: int) -> steps.GeneratorBatch:
     """R generator rows at the limits, in their micro-batches."""
     mesh, A = plan.mesh, plan.config.train.accumulation_generator
-    bins = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((A, *x.shape), x.dtype), abstract_bins(plan, R // A, packing.coarse)
-    )
-    ref = _abstract(jnp.float32, A, R // A, 2), _abstract(jnp.float32, A, R // A)
+    micro = abstract_bins(plan, R, lambda count: packing.coarse(-(-count // A)))
+    bins = jax.tree.map(lambda x: jax.ShapeDtypeStruct((A, *x.shape), x.dtype), micro)
+    ref = _abstract(jnp.float32, A, R, 2), _abstract(jnp.float32, A, R)
     return steps.GeneratorBatch(
         placed(bins, pairs.packed_shardings(mesh, sharding.stack_sharding(mesh))),
         *placed(ref, sharding.replicated(mesh)),

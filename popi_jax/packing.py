@@ -76,11 +76,11 @@ def pad_rows(prompts: Sequence[Ids], buckets: Sequence[int], pad_id: int, rows: 
 
 
 def coarse(count: int) -> int:
-    """Rounds up to a number of two significant bits: 1, 2, 3, 4, 6, 8, 12, 16, 24, ...
+    """Rounds up to a number of three significant bits: 1, 2, ... 8, 10, 12, 14, 16, 20, ...
 
     A step of another shape is compiled anew, which takes as long as many steps: better some empty bins.
     """
-    unit = 1 << max(0, (count - 1).bit_length() - 2)
+    unit = 1 << max(0, (count - 1).bit_length() - 3)
     return round_up(count, unit)
 
 
@@ -176,7 +176,7 @@ def pack_bins(
         shape: at least as many bins, the added ones empty, and no shorter than the tokens of any.
         scored: W, no less than the branch tokens of any group.
         pad_id: fills what is left; any id does.
-        first_R: for each row the one that is in a bin for it, see `first_equals`; None: each for itself.
+        first_R: for each row the one that is packed for it, see `first_equals`; None: each for itself.
     """
     (N,) = {len(row.branches) for row in rows}
     n_bins, length, groups, size = shape.n_bins, shape.length, shape.groups, shape.group_bins
@@ -204,8 +204,12 @@ def pack_bins(
                 predictor_GxW[g, asked] = np.array(predictors, np.int32) + c % size * length
                 target_GxW[g, asked], branch_GxW[g, asked] = ids, r * N + n
                 start, first = own.stop, asked.stop
-    length_RxN = np.array([[len(ids) for ids in row.branches] for row in rows], np.int32)
     own_R = np.asarray(range(len(rows)) if first_R is None else first_R, np.int32)
+    here = {r for members in bins for r in members}
+    length_RxN = np.array(
+        [[len(ids) * (own in here) for ids in row.branches] for row, own in zip(rows, own_R.tolist(), strict=True)],
+        np.int32,
+    )
     return PackedBatch(
         tokens_CxL, positions_CxL, segments_CxL, predictor_GxW, target_GxW, branch_GxW, length_RxN, own_R
     )

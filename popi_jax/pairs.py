@@ -54,7 +54,7 @@ def bin_length(system: System, lengths: Sequence[int]) -> int:
     }
     best = min(positions, key=lambda size: positions[size])
     # Not for a little less: another length is another shape to compile.
-    return best if positions[best] < 0.8 * positions[limit] else limit
+    return best if positions[best] < 0.9 * positions[limit] else limit
 
 
 def packed_shardings(mesh: jax.sharding.Mesh, bins: Any) -> PackedBatch:
@@ -65,32 +65,29 @@ def packed_shardings(mesh: jax.sharding.Mesh, bins: Any) -> PackedBatch:
 
 
 def pack_pairs(system: System, items: Sequence[Item | None], least_bins: int = 0) -> PackedBatch:
-    """Packs a train step's rows as a stack of micro-batches, each in `least_bins` bins or more.
+    """Packs a train step's rows, of `least_bins` bins or more, as a stack of micro-batches; still on the host.
 
-    Of a micro-batch's rows that are the same, as those of a user's summaries of the same text, one is read.
+    Of rows that are the same, as those of a user's summaries of the same text, one is read. It is the bins that the
+    micro-batches share out: each knows of all rows, and has the lengths of those that its bins hold.
     """
     rows = [pair_row(system, item) for item in items]
-    micro = len(rows) // system.config.train.accumulation_generator
-    starts = range(0, len(rows), micro)
-    parts = [rows[start : start + micro] for start in starts]
-    firsts = [packing.first_equals(items[start : start + micro]) for start in starts]
-    lengths = [
-        [row.tokens if own == i else 0 for i, (row, own) in enumerate(zip(part, first, strict=True))]
-        for part, first in zip(parts, firsts, strict=True)
-    ]
-    length = bin_length(system, sum(lengths, []))
-    bins = [packing.fill_bins(own, length) for own in lengths]
-    # Rounded up, so that steps have few shapes, and every device has as many bins.
+    first_R = packing.first_equals(items)
+    lengths = [row.tokens if own == i else 0 for i, (row, own) in enumerate(zip(rows, first_R, strict=True))]
+    length = bin_length(system, lengths)
+    bins = packing.fill_bins(lengths, length)
+    micro_batches = system.config.train.accumulation_generator
+    # Dealt out in turn, for the first are the fullest. Rounded up, so that steps have few shapes, and every device has
+    # as many bins.
+    parts = [bins[start::micro_batches] for start in range(micro_batches)]
     shards = sharding.row_shards(system.mesh)
-    n_bins = packing.round_up(packing.coarse(max(least_bins, *map(len, bins))), shards)
+    n_bins = packing.round_up(packing.coarse(-(-max(least_bins, len(bins)) // micro_batches)), shards)
     shape = packing.BinShape(n_bins, length, shards)
-    scored = max(packing.most_scored(part, own, shape) for part, own in zip(parts, bins, strict=True))
+    scored = max(packing.most_scored(rows, part, shape) for part in parts)
     packed = [
-        packing.pack_bins(part, own, shape, scored=scored, pad_id=system.tokenizer.pad_id, first_R=first)
-        for part, own, first in zip(parts, bins, firsts, strict=True)
+        packing.pack_bins(rows, part, shape, scored=scored, pad_id=system.tokenizer.pad_id, first_R=first_R)
+        for part in parts
     ]
-    stack = jax.tree.map(lambda *leaves: np.stack(leaves), *packed)
-    return jax.device_put(stack, packed_shardings(system.mesh, sharding.stack_sharding(system.mesh)))
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *packed)
 
 
 def pair_logps(system: System, theta, items: Sequence[Item], rows: int) -> np.ndarray:

@@ -63,7 +63,7 @@ class PackedBatch:
             bins counted from the group's first. A group is C / G bins that lie side by side on one device.
         target_GxW: that branch token.
         branch_GxW: which branch of which row it belongs to, row * N + branch; R * N where there is none.
-        length_RxN: tokens of each branch. A row of empty branches is padding.
+        length_RxN: tokens of each branch. A row of empty branches is padding, or in the bins of another micro-batch.
         first_R: whose scores are this row's: its own, or of the equal row that was packed in its stead.
     """
 

@@ -3,7 +3,8 @@
 A batch has U users with K summaries each and M queries per user, so R = U * K * M generator rows, user-major: row
 (u, k, m) shows the generator query m and summary k of user u. Without summaries (population, say) K is 1.
 What a step is given is a stack of micro-batches: its arrays have the shapes that are named here with an axis A before
-them, A of the inference model's own and A of the generator's. A micro-batch has users, or rows, that follow each other.
+them, A of the inference model's own and A of the generator's. A micro-batch of the inference model has users that
+follow each other; one of the generator has bins of rows, and knows of each row of the step whether its bins hold it.
 S is the tokens of a summary at most, N the branches of a line (scoring.py).
 """
 
@@ -75,8 +76,8 @@ class InferenceBatch:
 class GeneratorBatch:
     """rows: prompts with y+ and y- (in this order); ref_logp_Rx2 is reduced as Settings.logp_reduction says.
 
-    weight_R: M over the number of the user's queries in this batch, 0 at padding: a user with fewer than M queries
-    counts as much as the others, for both models (the mean over m in POPI section 3).
+    weight_R: M over the number of the user's queries in this batch, 0 at padding and at rows of other micro-batches: a
+    user with fewer than M queries counts as much as the others, for both models (the mean over m in POPI section 3).
     """
 
     rows: PackedBatch
@@ -220,14 +221,14 @@ def joint_step(state: TrainState, base: Params, batch: JointBatch, *, settings: 
 def _generator_losses(
     state: TrainState, base: Params, batch: GeneratorBatch, settings: Settings
 ) -> tuple[Terms, jax.Array]:
-    """The terms to log and l of every row of all micro-batches, without a gradient."""
+    """The terms to log and l of every row, without a gradient."""
 
     def one(micro: GeneratorBatch):
         _, (loss_R, terms) = generator_loss(state.theta, base, micro, settings)
         return (terms, {}), loss_R
 
     (terms, _), loss_AxR = _accumulate(one, batch)
-    return terms, loss_AxR.reshape(-1)
+    return terms, _of_each_row(loss_AxR, batch)
 
 
 def _generator_sums(
@@ -242,7 +243,12 @@ def _generator_sums(
         return ((grads, terms), {}), loss_R
 
     ((grads, terms), _), loss_AxR = _accumulate(one, batch)
-    return grads, terms, loss_AxR.reshape(-1)
+    return grads, terms, _of_each_row(loss_AxR, batch)
+
+
+def _of_each_row(loss_AxR: jax.Array, batch: GeneratorBatch) -> jax.Array:
+    """L of each row, from the micro-batch that holds it, [R]; 0 at padding."""
+    return jnp.sum(jnp.where(batch.weight_R > 0, loss_AxR, 0.0), axis=0)
 
 
 def _inference_sums(
@@ -255,7 +261,7 @@ def _inference_sums(
 ) -> tuple[Params, Terms, dict[str, jax.Array]]:
     """The gradient of the summaries' summed loss, the terms to log and those to take a maximum of."""
     A, U, K = batch.rows.branch_length_BxN.shape
-    reward_UxK = summary_rewards(loss_R, weight_AxR.reshape(-1), A * U, K)
+    reward_UxK = summary_rewards(loss_R, jnp.sum(weight_AxR, axis=0), A * U, K)
 
     def one(micro: tuple[InferenceBatch, jax.Array]):
         (_, (terms, maxima)), grads = jax.value_and_grad(inference_loss, has_aux=True)(

@@ -262,15 +262,13 @@ def check_micro_batches(config: ml_collections.ConfigDict, shards: int) -> None:
         )
     count, queries = config.train.accumulation_generator, config.data.queries_per_user
     kinds = {step_kind(config, step) for step in range(total_steps(config))}
-    counts = {summaries_per_user(config, kind) for kind in kinds}
-    if "joint" in kinds:
-        counts.add(summaries_per_user(config, "generator"))
-    for k in sorted(counts):
-        if users * k * queries % count:
-            raise UserError(
-                f"config.train.accumulation_generator is {count}, which does not divide {users * k * queries} rows:"
-                f" {users} users (config.train.users_per_step, filled up) x {k} summaries x {queries} queries"
-            )
+    counts = {summaries_per_user(config, kind) for kind in kinds | ({"generator"} if "joint" in kinds else set())}
+    k = min(counts, default=0)
+    if k and count > users * k * queries:
+        raise UserError(
+            f"config.train.accumulation_generator is {count}, more than the {users * k * queries} rows of a step:"
+            f" {users} users (config.train.users_per_step, filled up) x {k} summaries x {queries} queries"
+        )
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -120,16 +120,16 @@ def test_bins_score_as_lines_of_one_row_do(length: int, groups: int) -> None:
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=5e-5, rtol=5e-4), grad, expected_grad)
 
 
-def test_coarse_counts_are_few_and_waste_less_than_half():
-    counts = [packing.coarse(n) for n in range(1, 257)]
-    assert all(n <= size < 1.5 * n for n, size in enumerate(counts, start=1))
-    assert sorted(set(counts)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
+def test_coarse_counts_are_few_and_waste_less_than_a_quarter():
+    counts = [packing.coarse(n) for n in range(1, 129)]
+    assert all(n <= size < 1.25 * n for n, size in enumerate(counts, start=1))
+    assert sorted(set(counts)) == [*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128]
 
 
 @pytest.mark.parametrize(
     ("lengths", "length"),
     [
-        ([30] * 5, 64),  # Two a bin: 192 positions; bins of 32 would have 160, not much less.
+        ([30] * 13, 64),  # Two a bin: 448 positions; bins of 32 would have 416, not much less.
         ([40] * 4, 48),  # One a bin of 64 leaves a third of it empty.
         ([40, 70], 96),  # One row needs more than limits.bin.
     ],

@@ -73,7 +73,9 @@ def world(config: Settings, seed=0, users=U, empty=False, n_bins=0, groups=1, mi
 
 def rows_of(lines, ref, micros=1, **shape) -> GeneratorBatch:
     """A stack of these rows."""
-    return GeneratorBatch(tiny.packed(lines, 24, micros=micros, **shape), *stack((ref, weights(lines)), micros))
+    packed = tiny.packed(lines, 24, micros=micros, **shape)
+    weight_AxR = weights(lines) * (packed.length_RxN > 0).any(axis=-1)
+    return GeneratorBatch(packed, np.broadcast_to(ref, (micros, *ref.shape)), weight_AxR)
 
 
 def stack(batch, micros):

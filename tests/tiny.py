@@ -54,7 +54,7 @@ def rows(rng: np.random.Generator, B: int, N: int, T: int, S: int, least: int = 
 def packed(lines: PrefixBatch, length: int, micros: int = 0, n_bins: int = 0, groups: int = 1) -> PackedBatch:
     """The same rows in bins of `length`: one batch, or a stack of `micros` > 0 micro-batches.
 
-    Each has `n_bins`, or as many as the fullest needs. Of its equal rows the first alone is in a bin. `groups` as in
+    Each has `n_bins`, or as many as the first needs. Of equal rows the first alone is in a bin. `groups` as in
     packing.pack_bins.
     """
     rows = [
@@ -67,20 +67,12 @@ def packed(lines: PrefixBatch, length: int, micros: int = 0, n_bins: int = 0, gr
             strict=True,
         )
     ]
-    size = len(rows) // max(micros, 1)
-    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    firsts = [packing.first_equals([repr(row) for row in part]) for part in parts]
-    bins = [
-        packing.fill_bins(
-            [row.tokens * (own == i) for i, (row, own) in enumerate(zip(part, first, strict=True))], length
-        )
-        for part, first in zip(parts, firsts, strict=True)
-    ]
-    count = n_bins or max(map(len, bins))
-    shape = packing.BinShape(count, length, groups)
-    scored = max(packing.most_scored(part, own, shape) for part, own in zip(parts, bins, strict=True))
-    filled = [
-        packing.pack_bins(part, own, shape, scored=scored, pad_id=0, first_R=first)
-        for part, own, first in zip(parts, bins, firsts, strict=True)
-    ]
+    first_R = packing.first_equals([repr(row) for row in rows])
+    bins = packing.fill_bins(
+        [row.tokens * (own == i) for i, (row, own) in enumerate(zip(rows, first_R, strict=True))], length
+    )
+    parts = [bins[start :: max(micros, 1)] for start in range(max(micros, 1))]
+    shape = packing.BinShape(n_bins or len(parts[0]), length, groups)
+    scored = max(packing.most_scored(rows, part, shape) for part in parts)
+    filled = [packing.pack_bins(rows, part, shape, scored=scored, pad_id=0, first_R=first_R) for part in parts]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *filled) if micros else filled[0]
