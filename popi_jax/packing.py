@@ -1,11 +1,13 @@
 """From token ids to padded arrays of a few static shapes: lines of one prompt each, or bins of many rows.
 
-Shapes: B lines, T their length; R rows with N branches in C bins of L tokens, in G groups with at most W branch tokens
+Shapes: B lines, T their length; R rows with N branches in C bins of L tokens, in G groups with at most W scored tokens
 each.
 """
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+import os.path
+from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -93,13 +95,74 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        """The length that the row takes in a bin."""
-        return len(self.prefix) + self.branch_tokens
+        """The length that the row takes in a bin by itself."""
+        return len(self.prefix) + sum(map(len, self.branches))
+
+
+class Branch(NamedTuple):
+    """Of a tree: tokens that are read, then those that are scored, which are branch `n` of row `r`."""
+
+    read: Ids
+    scored: Ids
+    r: int
+    n: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """What lies together in a bin: tokens that are read once, and all that follows them. One row, or several."""
+
+    start: Ids
+    branches: list[Branch]
 
     @property
-    def branch_tokens(self) -> int:
+    def tokens(self) -> int:
+        """The length that it takes in a bin."""
+        return len(self.start) + sum(len(branch.read) for branch in self.branches) + self.scored_tokens
+
+    @property
+    def scored_tokens(self) -> int:
         """How many of its tokens are scored."""
-        return sum(map(len, self.branches))
+        return sum(len(branch.scored) for branch in self.branches)
+
+
+def plant(rows: Sequence[Row], groups: Iterable[Sequence[int]], capacity: int) -> list[Tree]:
+    """Makes trees of rows: those of a group share the start that they have in common, where fewer tokens are then read.
+
+    What a row's prefix has beyond that start is read once per branch of it: a user's M queries after a long context
+    share it, while one question under many summaries is left as it is. Nothing changes in what any token attends to.
+
+    Args:
+        rows: all; those of no group are in no tree.
+        groups: rows that may have a start in common, by index; each row in one group.
+        capacity: tokens of a tree at most; a row that is longer is a tree by itself.
+    """
+
+    def tree(members: Sequence[int], common: int | None = None) -> Tree:
+        return Tree(
+            rows[members[0]].prefix[:common],
+            [
+                Branch([] if common is None else rows[r].prefix[common:], ids, r, n)
+                for r in members
+                for n, ids in enumerate(rows[r].branches)
+            ],
+        )
+
+    trees = []
+    for group in groups:
+        common = len(os.path.commonprefix([rows[r].prefix for r in group]))
+        own = {r: tree([r], common).tokens - common for r in group}
+        together: list[list[int]] = []
+        for r in group:
+            if together and common + sum(own[m] for m in together[-1]) + own[r] <= capacity:
+                together[-1].append(r)
+            else:
+                together.append([r])
+        for members in together:
+            shared = tree(members, common)
+            fewer = shared.tokens < sum(rows[r].tokens for r in members) and len(shared.branches) < ROW
+            trees += [shared] if fewer else [tree([r]) for r in members]
+    return trees
 
 
 def fill_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -140,17 +203,14 @@ class BinShape:
         return self.n_bins // self.groups
 
 
-def most_scored(rows: Sequence[Row], bins: Sequence[Sequence[int]], shape: BinShape) -> int:
-    """The branch tokens of the fullest group of bins, rounded up to a quarter of a group's length: few shapes.
-
-    Arguments as in `pack_bins`.
-    """
+def most_scored(bins: Sequence[Sequence[Tree]], shape: BinShape) -> int:
+    """The scored tokens of the fullest group of bins, rounded up to an eighth of a group's length: few shapes."""
     size = shape.group_bins
     counts = [
-        sum(rows[item].branch_tokens for members in bins[start : start + size] for item in members)
+        sum(tree.scored_tokens for members in bins[start : start + size] for tree in members)
         for start in range(0, shape.n_bins, size)
     ]
-    return round_up(max(counts), -(-size * shape.length // 4))
+    return round_up(max(counts), -(-size * shape.length // 8))
 
 
 def first_equals(keys: Sequence[Hashable]) -> list[int]:
@@ -161,7 +221,7 @@ def first_equals(keys: Sequence[Hashable]) -> list[int]:
 
 def pack_bins(
     rows: Sequence[Row],
-    bins: Sequence[Sequence[int]],
+    bins: Sequence[Sequence[Tree]],
     shape: BinShape,
     *,
     scored: int,
@@ -172,9 +232,9 @@ def pack_bins(
 
     Args:
         rows: R rows of N branches each.
-        bins: which rows are in which bin; see `fill_bins`.
+        bins: the trees of each bin; see `plant` and `fill_bins`.
         shape: at least as many bins, the added ones empty, and no shorter than the tokens of any.
-        scored: W, no less than the branch tokens of any group.
+        scored: W, no less than the scored tokens of any group.
         pad_id: fills what is left; any id does.
         first_R: for each row the one that is packed for it, see `first_equals`; None: each for itself.
     """
@@ -188,24 +248,23 @@ def pack_bins(
         g, start = c // size, 0
         if c % size == 0:  # A group begins: so do its scored positions.
             first = 0
-        for place, r in enumerate(members):
-            prefix, branches = rows[r].prefix, rows[r].branches
-            own = slice(start, start + len(prefix))
-            tokens_CxL[c, own], positions_CxL[c, own] = prefix, np.arange(len(prefix))
+        for place, tree in enumerate(members):
+            own = slice(start, start + len(tree.start))
+            tokens_CxL[c, own], positions_CxL[c, own] = tree.start, np.arange(len(tree.start))
             segments_CxL[c, own] = place * ROW
             last, start = own.stop - 1, own.stop
-            for n, ids in enumerate(branches):
-                own = slice(start, start + len(ids))
-                tokens_CxL[c, own], positions_CxL[c, own] = ids, len(prefix) + np.arange(len(ids))
-                segments_CxL[c, own] = place * ROW + n + 1
+            for number, (read, ids, r, n) in enumerate(tree.branches, start=1):
+                own = slice(start, start + len(read) + len(ids))
+                tokens_CxL[c, own], segments_CxL[c, own] = [*read, *ids], place * ROW + number
+                positions_CxL[c, own] = len(tree.start) + np.arange(own.stop - start)
                 asked = slice(first, first + len(ids))
-                # A branch's first token is predicted by its prefix's last, any other by the one before it.
-                predictors = [last, *range(start, own.stop - 1)][: len(ids)]
+                # A branch's first token is predicted by the last of the start, any other by the one before it.
+                predictors = [last, *range(start, own.stop - 1)][len(read) : len(read) + len(ids)]
                 predictor_GxW[g, asked] = np.array(predictors, np.int32) + c % size * length
                 target_GxW[g, asked], branch_GxW[g, asked] = ids, r * N + n
                 start, first = own.stop, asked.stop
     own_R = np.asarray(range(len(rows)) if first_R is None else first_R, np.int32)
-    here = {r for members in bins for r in members}
+    here = {branch.r for members in bins for tree in members for branch in tree.branches}
     length_RxN = np.array(
         [[len(ids) * (own in here) for ids in row.branches] for row, own in zip(rows, own_R.tolist(), strict=True)],
         np.int32,

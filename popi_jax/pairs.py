@@ -42,15 +42,34 @@ def pair_row(system: System, item: Item | None) -> packing.Row:
     return packing.Row(prefix, [chosen, rejected])
 
 
+def bins_of(system: System, items: Sequence[Item | None], rows: Sequence[packing.Row], chosen: Sequence[int]) -> Any:
+    """Trees of the chosen rows in bins, and the bins' length: limits.bin, or a bucket where that pads far less.
+
+    What is told of a user is read once for all queries that follow it, where that is less to read.
+    """
+    limit = system.config.limits.bin
+    longest = max(rows[r].tokens for r in chosen)
+    capacity = limit if longest <= limit else packing.bucket(longest, system.buckets)
+    told: dict[str | None, list[int]] = {}
+    for r in chosen:
+        item = items[r]
+        if item is not None:
+            told.setdefault(item.context, []).append(r)
+    trees = packing.plant(rows, told.values(), capacity)
+    length = bin_length(system, [tree.tokens for tree in trees])
+    return [[trees[i] for i in own] for own in packing.fill_bins([tree.tokens for tree in trees], length)], length
+
+
 def bin_length(system: System, lengths: Sequence[int]) -> int:
     """The length of bins for such rows: limits.bin, or a bucket that holds the longest where that pads far less."""
     limit = system.config.limits.bin
-    if max(lengths) > limit:
-        return packing.bucket(max(lengths), system.buckets)
+    longest = max(lengths, default=0)
+    if longest > limit:
+        return packing.bucket(longest, system.buckets)
     positions = {
         size: len(packing.fill_bins(lengths, size)) * size
         for size in (limit, *system.buckets)
-        if max(lengths) <= size <= limit
+        if longest <= size <= limit
     }
     best = min(positions, key=lambda size: positions[size])
     # Not for a little less: another length is another shape to compile.
@@ -72,9 +91,7 @@ def pack_pairs(system: System, items: Sequence[Item | None], least_bins: int = 0
     """
     rows = [pair_row(system, item) for item in items]
     first_R = packing.first_equals(items)
-    lengths = [row.tokens if own == i else 0 for i, (row, own) in enumerate(zip(rows, first_R, strict=True))]
-    length = bin_length(system, lengths)
-    bins = packing.fill_bins(lengths, length)
+    bins, length = bins_of(system, items, rows, sorted(set(first_R)))
     micro_batches = system.config.train.accumulation_generator
     # Dealt out in turn, for the first are the fullest. Rounded up, so that steps have few shapes, and every device has
     # as many bins.
@@ -82,7 +99,7 @@ def pack_pairs(system: System, items: Sequence[Item | None], least_bins: int = 0
     shards = sharding.row_shards(system.mesh)
     n_bins = packing.round_up(packing.coarse(-(-max(least_bins, len(bins)) // micro_batches)), shards)
     shape = packing.BinShape(n_bins, length, shards)
-    scored = max(packing.most_scored(rows, part, shape) for part in parts)
+    scored = max(packing.most_scored(part, shape) for part in parts)
     packed = [
         packing.pack_bins(rows, part, shape, scored=scored, pad_id=system.tokenizer.pad_id, first_R=first_R)
         for part in parts
@@ -98,26 +115,22 @@ def pair_logps(system: System, theta, items: Sequence[Item], rows: int) -> np.nd
     first_R = packing.first_equals(items)
     unique = sorted(set(first_R))
     encoded = [pair_row(system, items[i]) for i in unique]
-    lengths = [row.tokens for row in encoded]
-    length = bin_length(system, lengths)
-    bins = packing.fill_bins(lengths, length)
+    bins, length = bins_of(system, [items[i] for i in unique], encoded, range(len(unique)))
+    # As many rows as a few other calls have, for whose program it is compiled.
+    encoded += [pair_row(system, None)] * (packing.coarse(len(unique)) - len(unique))
     shards = sharding.row_shards(system.mesh)
     n_bins = packing.round_up(-(-len(bins) * min(rows, len(unique)) // len(unique)), shards)
     parts = [bins[start : start + n_bins] for start in range(0, len(bins), n_bins)]
-    members = [[i for own in part for i in own] for part in parts]
     placed = packed_shardings(system.mesh, sharding.batch_sharding(system.mesh))
     shape = packing.BinShape(n_bins, length, shards)
-    scored = max(packing.most_scored(encoded, part, shape) for part in parts)
-    most = max(map(len, members))
+    scored = max(packing.most_scored(part, shape) for part in parts)
     score = _jitted(system.mesh)
-    logps = np.zeros((len(unique), 2), np.float32)
-    for part, chosen in zip(parts, members, strict=True):
-        place = {item: r for r, item in enumerate(chosen)}
-        own = [[place[item] for item in part_bin] for part_bin in part]
-        some = [encoded[i] for i in chosen] + [packing.Row([], [[], []])] * (most - len(chosen))
-        packed = packing.pack_bins(some, own, shape, scored=scored, pad_id=system.tokenizer.pad_id)
+    logps = np.zeros((len(encoded), 2), np.float32)
+    for part in parts:
+        # All know of all rows: those of other parts score 0.
+        packed = packing.pack_bins(encoded, part, shape, scored=scored, pad_id=system.tokenizer.pad_id)
         rows_placed = jax.device_put(packed, placed)
         reduction = system.config.objective.logp_reduction
         out = score(policy=system.policy, base=system.base, theta=theta, rows=rows_placed, reduction=reduction)
-        logps[chosen] = sharding.to_host(out)[: len(chosen)]
+        logps += sharding.to_host(out)
     return logps[np.searchsorted(unique, first_R)]

@@ -69,7 +69,8 @@ def test_fill_bins_is_first_fit_decreasing() -> None:
 
 def test_pack_bins_by_hand() -> None:
     rows = [packing.Row([7, 8], [[1, 2], [3]]), packing.Row([], [[], []]), packing.Row([9], [[4], [5, 6]])]
-    batch = packing.pack_bins(rows, [[0, 2]], packing.BinShape(2, 11, groups=2), scored=7, pad_id=0)
+    own = packing.plant(rows, [[0], [2]], 11)
+    batch = packing.pack_bins(rows, [own], packing.BinShape(2, 11, groups=2), scored=7, pad_id=0)
     assert batch.tokens_CxL[0].tolist() == [7, 8, 1, 2, 3, 9, 4, 5, 6, 0, 0]
     assert batch.positions_CxL[0].tolist() == [0, 1, 2, 3, 2, 0, 1, 1, 2, 0, 0]
     assert batch.segments_CxL[0].tolist() == [0, 0, 1, 1, 2, 1024, 1025, 1026, 1026, -1, -1]
@@ -84,12 +85,58 @@ def test_pack_bins_by_hand() -> None:
 def test_bins_of_a_group_share_their_scored_positions() -> None:
     rows = [packing.Row([7, 8], [[1, 2], [3]]), packing.Row([9], [[4], [5, 6]]), packing.Row([6], [[2], [2]])]
     shape = packing.BinShape(n_bins=4, length=6, groups=2)
-    bins = [[0], [1], [2]]
-    assert packing.most_scored(rows, bins, shape) == 6  # 3 + 3 of the first group; a quarter of its length is 3.
+    bins = [[tree] for tree in packing.plant(rows, [[0], [1], [2]], 6)]
+    assert packing.most_scored(bins, shape) == 6  # 3 + 3 of the first group; an eighth of its length is 2.
     batch = packing.pack_bins(rows, bins, shape, scored=6, pad_id=0)
     assert batch.predictor_GxW.tolist() == [[1, 2, 1, 6, 6, 8], [0, 0, 0, 0, 0, 0]]
     assert batch.target_GxW.tolist() == [[1, 2, 3, 4, 5, 6], [2, 2, 0, 0, 0, 0]]
     assert batch.branch_GxW.tolist() == [[0, 0, 1, 2, 3, 3], [4, 5, 6, 6, 6, 6]]
+
+
+def test_a_tree_by_hand() -> None:
+    rows = [packing.Row([7, 8, 9], [[1, 2], [3]]), packing.Row([7, 8], [[4], [5, 6]])]
+    (tree,) = packing.plant(rows, [[0, 1]], 12)
+    assert tree.start == [7, 8] and tree.tokens == 10 and tree.scored_tokens == 6
+    batch = packing.pack_bins(rows, [[tree]], packing.BinShape(1, 11), scored=7, pad_id=0)
+    assert batch.tokens_CxL[0].tolist() == [7, 8, 9, 1, 2, 9, 3, 4, 5, 6, 0]
+    assert batch.positions_CxL[0].tolist() == [0, 1, 2, 3, 4, 2, 3, 2, 2, 3, 0]
+    assert batch.segments_CxL[0].tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 4, 4, -1]
+    assert batch.predictor_GxW[0].tolist() == [2, 3, 5, 1, 1, 8, 0]
+    assert batch.target_GxW[0].tolist() == [1, 2, 3, 4, 5, 6, 0]
+    assert batch.branch_GxW[0].tolist() == [0, 0, 1, 2, 3, 3, 4]
+
+
+def test_starts_are_shared_where_that_is_less_to_read() -> None:
+    long, short = list(range(9)), [50]
+    rows = [packing.Row([*start, 60 + i, 70 + i, 71], [[1], [2]]) for i, start in enumerate([long] * 3 + [short] * 3)]
+    starts = [len(tree.start) for tree in packing.plant(rows, [[0, 1, 2], [3, 4, 5]], 30)]
+    # 9 + 2 * (3 + 1) for the first row and 2 * (3 + 1) for the second are 25 of 30, against 2 * 14; 1 + 3 * 8 > 3 * 6.
+    assert starts == [9, 12, 4, 4, 4]
+    assert [len(tree.start) for tree in packing.plant(rows, [[0, 1, 2]], 33)] == [9]
+
+
+def test_rows_with_a_shared_start_score_as_by_themselves() -> None:
+    policy = tiny.policy(tiny.LORA)
+    base = tiny.perturbed(policy.init_base(jax.random.key(0)), 1, 0.05)
+    delta = tiny.perturbed(policy.init_delta(base, jax.random.key(2)), 3)
+    lines = tiny.rows(np.random.default_rng(0), 6, 2, 12, 4, least=10)
+    lines.prefix_BxT[:3, :9], lines.prefix_BxT[3:, :10] = lines.prefix_BxT[0, :9], lines.prefix_BxT[3, :10]
+    weight = np.random.default_rng(1).normal(size=(6, 2)).astype(np.float32)
+    shared, alone = (tiny.packed(lines, length=48, groups_of=size) for size in (3, 1))
+    assert int(shared.token_count) < 0.8 * int(alone.token_count)
+
+    def by_line(delta):
+        total = scoring.score(policy.bind(base, delta), lines).logp_BxNxS.sum(-1)
+        return jnp.sum(weight * total), total
+
+    def by_tree(delta):
+        total = scoring.score_packed(policy.bind(base, delta), shared)
+        return jnp.sum(weight * total), total
+
+    (_, expected), expected_grad = jax.jit(jax.value_and_grad(by_line, has_aux=True))(delta)
+    (_, total), grad = jax.jit(jax.value_and_grad(by_tree, has_aux=True))(delta)
+    np.testing.assert_allclose(total, expected, rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-5), grad, expected_grad)
 
 
 @pytest.mark.parametrize(("length", "groups"), [(12, 1), (40, 1), (12, 3)])

@@ -51,11 +51,13 @@ def rows(rng: np.random.Generator, B: int, N: int, T: int, S: int, least: int = 
     )
 
 
-def packed(lines: PrefixBatch, length: int, micros: int = 0, n_bins: int = 0, groups: int = 1) -> PackedBatch:
+def packed(
+    lines: PrefixBatch, length: int, micros: int = 0, n_bins: int = 0, groups: int = 1, groups_of: int = 1
+) -> PackedBatch:
     """The same rows in bins of `length`: one batch, or a stack of `micros` > 0 micro-batches.
 
     Each has `n_bins`, or as many as the first needs. Of equal rows the first alone is in a bin. `groups` as in
-    packing.pack_bins.
+    packing.pack_bins; `groups_of` rows that follow each other may share a start.
     """
     rows = [
         packing.Row(prefix[:at].tolist(), [ids[:n].tolist() for ids, n in zip(branches, lengths, strict=True)])
@@ -68,11 +70,11 @@ def packed(lines: PrefixBatch, length: int, micros: int = 0, n_bins: int = 0, gr
         )
     ]
     first_R = packing.first_equals([repr(row) for row in rows])
-    bins = packing.fill_bins(
-        [row.tokens * (own == i) for i, (row, own) in enumerate(zip(rows, first_R, strict=True))], length
-    )
+    real = [i for i in sorted(set(first_R)) if rows[i].tokens]
+    trees = packing.plant(rows, [real[i : i + groups_of] for i in range(0, len(real), groups_of)], length)
+    bins = [[trees[i] for i in own] for own in packing.fill_bins([tree.tokens for tree in trees], length)]
     parts = [bins[start :: max(micros, 1)] for start in range(max(micros, 1))]
     shape = packing.BinShape(n_bins or len(parts[0]), length, groups)
-    scored = max(packing.most_scored(rows, part, shape) for part in parts)
+    scored = max(packing.most_scored(part, shape) for part in parts)
     filled = [packing.pack_bins(rows, part, shape, scored=scored, pad_id=0, first_R=first_R) for part in parts]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *filled) if micros else filled[0]
