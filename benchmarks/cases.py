@@ -68,7 +68,7 @@ class Sizes:
     limit_signals: int = 384
     limit_prompt: int = 768
     limit_response: int = 384
-    limit_bin: int = 384
+    limit_bin: int = 768
 
 
 SMALLEST = Sizes(

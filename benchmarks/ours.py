@@ -185,7 +185,7 @@ def popi_iteration(job: Job) -> tuple[Measure, dict[str, Any]]:
 def scaling(job: Job) -> tuple[Measure, dict[str, Any]]:
     """A joint step for one user with more signals, or for the POPI iteration's users with more summaries."""
     name, _, size = job.case.partition(":")
-    sizes, changes = job.sizes, {"train.users_per_step": 1, "model.remat": "full"}
+    sizes, changes = job.sizes, {"train.users_per_step": 1, "model.remat": "dots"}
     if name == "scaling_k":
         changes = {"train.users_per_step": sizes.popi_users, "sampling.k": int(size)}
         examples = rows.read_examples(job.rows, "popi")
