@@ -21,7 +21,7 @@ from jax.experimental import topologies
 
 from popi_jax import packing, pairs, rollout, sampler, scoring, sharding, steps, train
 from popi_jax import system as system_lib
-from popi_jax.cost import bound, chips, flops, traffic
+from popi_jax.cost import bound, chips, flops, printed, traffic
 from popi_jax.errors import UserError, first_line
 from popi_jax.model import hub, remat
 from popi_jax.system import Plan
@@ -57,6 +57,7 @@ def slice_devices(topology: str) -> list[jax.Device]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # Else libtpu waits for the metadata server of a cloud machine.
     # Else one process at a time, as for the chips themselves, which the compiler does not touch.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    printed.keep_texts()
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # libtpu's errors have no base in common.
@@ -250,6 +251,7 @@ def products(program: Program) -> dict[str, float]:
 def compile_program(program: Program) -> tuple[dict[str, Any], traffic.Traffic | None]:
     """What one program takes of each device, and what it moves, where the compiler can print it."""
     started = time.perf_counter()
+    printed.forget()
     try:
         compiled = program.fn.lower(*program.args).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -266,7 +268,7 @@ def compile_program(program: Program) -> tuple[dict[str, Any], traffic.Traffic |
         "total_bytes": memory.argument_size_in_bytes + results + memory.temp_size_in_bytes,
     }
     try:
-        text = compiled.as_text()
+        text = printed.text(compiled)
     except jax.errors.JaxRuntimeError as error:  # XLA cannot print some of its own asynchronous instructions.
         return row | {"traffic": None, "why_no_traffic": first_line(error)}, None
     moved = traffic.measure(text, program.trips)

@@ -6,7 +6,7 @@ each.
 
 import dataclasses
 import os.path
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -124,6 +124,15 @@ class Tree:
     def scored_tokens(self) -> int:
         """How many of its tokens are scored."""
         return sum(len(branch.scored) for branch in self.branches)
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows that are in it, each once."""
+        return list(dict.fromkeys(branch.r for branch in self.branches))
+
+    def renumbered(self, place: Mapping[int, int]) -> "Tree":
+        """The same with other numbers for its rows."""
+        return Tree(self.start, [branch._replace(r=place[branch.r]) for branch in self.branches])
 
 
 def plant(rows: Sequence[Row], groups: Iterable[Sequence[int]], capacity: int) -> list[Tree]:
@@ -264,7 +273,7 @@ def pack_bins(
                 target_GxW[g, asked], branch_GxW[g, asked] = ids, r * N + n
                 start, first = own.stop, asked.stop
     own_R = np.asarray(range(len(rows)) if first_R is None else first_R, np.int32)
-    here = {branch.r for members in bins for tree in members for branch in tree.branches}
+    here = {r for members in bins for tree in members for r in tree.rows}
     length_RxN = np.array(
         [[len(ids) * (own in here) for ids in row.branches] for row, own in zip(rows, own_R.tolist(), strict=True)],
         np.int32,

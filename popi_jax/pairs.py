@@ -42,8 +42,10 @@ def pair_row(system: System, item: Item | None) -> packing.Row:
     return packing.Row(prefix, [chosen, rejected])
 
 
-def bins_of(system: System, items: Sequence[Item | None], rows: Sequence[packing.Row], chosen: Sequence[int]) -> Any:
-    """Trees of the chosen rows in bins, and the bins' length: limits.bin, or a bucket where that pads far less.
+def planted_bins(
+    system: System, items: Sequence[Item | None], rows: Sequence[packing.Row], chosen: Sequence[int]
+) -> tuple[list[list[packing.Tree]], int]:
+    """The trees of the chosen rows, bin by bin, and the bins' length: see `bin_length`.
 
     What is told of a user is read once for all queries that follow it, where that is less to read.
     """
@@ -91,7 +93,7 @@ def pack_pairs(system: System, items: Sequence[Item | None], least_bins: int = 0
     """
     rows = [pair_row(system, item) for item in items]
     first_R = packing.first_equals(items)
-    bins, length = bins_of(system, items, rows, sorted(set(first_R)))
+    bins, length = planted_bins(system, items, rows, sorted(set(first_R)))
     micro_batches = system.config.train.accumulation_generator
     # Dealt out in turn, for the first are the fullest. Rounded up, so that steps have few shapes, and every device has
     # as many bins.
@@ -115,22 +117,24 @@ def pair_logps(system: System, theta, items: Sequence[Item], rows: int) -> np.nd
     first_R = packing.first_equals(items)
     unique = sorted(set(first_R))
     encoded = [pair_row(system, items[i]) for i in unique]
-    bins, length = bins_of(system, [items[i] for i in unique], encoded, range(len(unique)))
-    # As many rows as a few other calls have, for whose program it is compiled.
-    encoded += [pair_row(system, None)] * (packing.coarse(len(unique)) - len(unique))
+    bins, length = planted_bins(system, [items[i] for i in unique], encoded, range(len(unique)))
     shards = sharding.row_shards(system.mesh)
     n_bins = packing.round_up(-(-len(bins) * min(rows, len(unique)) // len(unique)), shards)
     parts = [bins[start : start + n_bins] for start in range(0, len(bins), n_bins)]
     placed = packed_shardings(system.mesh, sharding.batch_sharding(system.mesh))
     shape = packing.BinShape(n_bins, length, shards)
     scored = max(packing.most_scored(part, shape) for part in parts)
+    members = [[r for own in part for tree in own for r in tree.rows] for part in parts]
+    most = packing.coarse(max(map(len, members)))  # Of rows, so that other calls have as many.
     score = _jitted(system.mesh)
-    logps = np.zeros((len(encoded), 2), np.float32)
-    for part in parts:
-        # All know of all rows: those of other parts score 0.
-        packed = packing.pack_bins(encoded, part, shape, scored=scored, pad_id=system.tokenizer.pad_id)
+    logps = np.zeros((len(unique), 2), np.float32)
+    for part, chosen in zip(parts, members, strict=True):
+        place = {r: n for n, r in enumerate(chosen)}
+        own = [[tree.renumbered(place) for tree in part_bin] for part_bin in part]
+        some = [encoded[r] for r in chosen] + [pair_row(system, None)] * (most - len(chosen))
+        packed = packing.pack_bins(some, own, shape, scored=scored, pad_id=system.tokenizer.pad_id)
         rows_placed = jax.device_put(packed, placed)
         reduction = system.config.objective.logp_reduction
         out = score(policy=system.policy, base=system.base, theta=theta, rows=rows_placed, reduction=reduction)
-        logps += sharding.to_host(out)
+        logps[chosen] = sharding.to_host(out)[: len(chosen)]
     return logps[np.searchsorted(unique, first_R)]

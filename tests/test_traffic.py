@@ -343,6 +343,37 @@ def test_of_a_collective_in_two_halves_the_first_counts():
     assert found.hbm_bytes == (32 + 128) + (32 + 32) + (128 + 128) + (128 + 32)
 
 
+def test_what_another_core_does_counts_where_it_is_started():
+    """A gather handed to a SparseCore: its scratch memory is no traffic, and its operands come with the update."""
+    body = """  %x = f32[8]{0} parameter(0)
+  %rows = s32[3]{0} parameter(1)
+  %s = ((), (), (s32[99]{0}, s32[1]{0:S(2)})) custom-call-start(), called_computations={%elsewhere}
+  %u = ((f32[8]{0}, s32[3]{0}), f32[3]{0}, (s32[99]{0})) custom-call-update(%s, %x, %rows)
+  ROOT %d = f32[3]{0} custom-call-done(%u)"""
+    before = """
+%fused (x: f32[8], rows: s32[3]) -> f32[3] {
+  %x = f32[8]{0} parameter(0)
+  %rows = s32[3]{0} parameter(1)
+  ROOT %g = f32[3]{0} gather(%x, %rows), slice_sizes={1}
+}
+
+%run (x: f32[8], rows: s32[3]) -> f32[3] {
+  %x = f32[8]{0} parameter(0)
+  %rows = s32[3]{0} parameter(1)
+  ROOT %f = f32[3]{0} fusion(%x, %rows), kind=kCustom, calls=%fused
+}
+
+%elsewhere (x: f32[8], rows: s32[3]) -> f32[3] {
+  %x = f32[8]{0} parameter(0)
+  %rows = s32[3]{0} parameter(1)
+  %c = ((f32[8]{0}, s32[3]{0}), f32[3]{0}, u32[]{:S(8)}) call-start(%x, %rows), to_apply=%run
+  ROOT %d = f32[3]{0} call-done(%c)
+}
+"""
+    found = moved(body, before)
+    assert (found.hbm_bytes, found.collectives, found.unknown_loops) == (12 + 12 + 12, {}, [])
+
+
 def test_sends_to_the_host_are_told_from_sends_between_devices():
     body = """  %x = f32[8]{0} parameter(0)
   %k = token[] after-all()

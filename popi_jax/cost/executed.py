@@ -6,6 +6,14 @@ from collections.abc import Callable
 from popi_jax.cost import trips
 from popi_jax.cost.hlo import Computation, Instruction, Module
 
+# The attribute that names what an instruction runs; on a TPU's SparseCore, too, where it is started and waited for.
+_RUNS = {
+    "call": ("to_apply",),
+    "call-start": ("to_apply",),
+    "async-start": ("calls",),
+    "custom-call-start": ("called_computations",),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
@@ -33,7 +41,7 @@ def walk(module: Module, unknown_trips: int, weight: Callable[[Computation, Inst
     """Walks a module from its entry.
 
     A loop's body and condition count as often as the body runs; loops in loops multiply. Of a conditional the heaviest
-    branch counts. Calls and what async-start starts are entered, fusions are not.
+    branch counts. Calls are entered, and what is started to run at the same time; fusions are not.
 
     Args:
         module: from hlo.parse.
@@ -74,10 +82,9 @@ class _Walker:
                 branch = dataclasses.replace(i, operands=(i.operands[n + 1],))
                 branches.append(self.computation(trips.called(scope, branch, name), times))
             return max(branches, key=self._weight)
-        if i.opcode == "call":
-            return self.computation(trips.called(scope, i, i.computation("to_apply")), times)
-        if i.opcode == "async-start":
-            return self.computation(trips.called(scope, i, i.computation("calls")), times)
+        for attribute in _RUNS.get(i.opcode, ()):
+            if attribute in i.attributes:
+                return self.computation(trips.called(scope, i, i.computation(attribute)), times)
         return []
 
     def _weight(self, executions: list[Execution]) -> float:

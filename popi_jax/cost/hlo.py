@@ -99,7 +99,7 @@ class Instruction:
         Raises:
             KeyError: it has no such attribute.
         """
-        return self.attributes[attribute].lstrip("%")
+        return self.attributes[attribute].strip("{}").lstrip("%")
 
     @property
     def target(self) -> str:

@@ -10,7 +10,8 @@ from popi_jax.cost.hlo import Computation, Instruction, Module, Shape
 # They name, order or pass on what is there. What a loop, a branch or a call moves is counted inside it.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "opt-barrier",
-    "partition-id", "replica-id", "domain", "while", "conditional", "call", "async-start", "async-update",
+    "partition-id", "replica-id", "domain", "while", "conditional", "call", "call-start", "async-start", "async-update",
+    "custom-call-update",
 }  # fmt: skip
 # Custom calls of the TPU's compiler that give a name to memory and move nothing.
 _FREE_TARGETS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}
@@ -98,6 +99,8 @@ def hbm_bytes(module: Module, computation: Computation, i: Instruction) -> float
     """Bytes of HBM that one run of an instruction reads and writes; see Traffic."""
     operands = [operand.shape for operand in computation.operands(i)]
     if i.opcode in _FREE or i.opcode.endswith("-done") or i.target in _FREE_TARGETS:
+        return 0.0
+    if i.opcode == "custom-call-start" and "called_computations" in i.attributes:
         return 0.0
     if i.opcode == "fusion":
         return _fusion(module, computation, i)

@@ -47,8 +47,10 @@ def called(scope: Scope, i: Instruction, name: str) -> Scope:
     """The scope of a computation that an instruction runs on its own operands."""
 
     def argument(n: int, k: int | None) -> _Value | None:
-        operand = scope.computation.operands(i)[n]
-        return _value(scope, operand) if k is None else _part(scope, operand, k)
+        operands = scope.computation.operands(i)
+        if n >= len(operands):  # What is handed to another core is printed without them.
+            return None
+        return _value(scope, operands[n]) if k is None else _part(scope, operands[n], k)
 
     return Scope(scope.module, scope.module.computations[name], argument)
 
