@@ -46,7 +46,7 @@ device; where a case ends in @N, weights are split over N devices (`mesh.fsdp=N`
 arguments / temporaries / total. The bounds are a roofline's, from the chip's public peaks: products with what is
 computed again, bytes of HBM that the compiled instructions read and write (an estimate: what stays on the chip between
 two of them counts too), bytes sent. The largest decides; MFU is what it leaves to the model's own products. A "?"
-stands where the compiler cannot print its own program, as on v5p: memory is known there, traffic is not.
+stands where a program's text cannot be had: memory is known there, traffic is not.
 """
 
 

@@ -134,6 +134,23 @@ def test_every_program_compiles_for_a_tpu_slice():
     assert traffic.measure(text, 1).host_transfers
 
 
+def test_what_goes_to_a_sparse_core_is_counted():
+    """On v5p a scatter does, and XLA's reader refuses the program's text: JAX cannot print it."""
+    pytest.importorskip("libtpu")
+    mesh = system_lib.make_mesh(small(), compile_lib.slice_devices("v5p:2x2x1"))
+    values, places = (
+        jax.ShapeDtypeStruct((51_200,), dtype, sharding=sharding.replicated(mesh)) for dtype in (np.float32, np.int32)
+    )
+    fn = jax.jit(lambda values, places: jax.ops.segment_sum(values, places, 10))
+    with jax.set_mesh(mesh):
+        row, moved = compile_lib.compile_program(compile_lib.Program("", fn, (values, places), 1))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="async"):  # Else libtpu need not write anything down.
+            fn.lower(values, places).compile().as_text()
+    # Both are sorted, read and written, and then read.
+    assert moved is not None and moved.hbm_bytes == pytest.approx(6 * 4 * 51_200, rel=1e-3), row
+    assert moved.collectives == {} and moved.unknown_loops == []
+
+
 def test_two_processes_compile_side_by_side():
     """The lock of libtpu is for the chips; the compiler holds none."""
     pytest.importorskip("libtpu")

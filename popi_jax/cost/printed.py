@@ -1,16 +1,15 @@
-"""The text of a compiled program: the compiler's own print where JAX cannot make one.
+"""The text of a compiled program: what libtpu writes down while it compiles, or else JAX's print.
 
-For TPUs with SparseCores libtpu hands gathers and scatters over to them, in asynchronous instructions of a form that
-XLA's reader refuses, and `compiled.as_text()` reads before it prints. What libtpu writes down while it compiles is the
-same program.
+Both are the same, but JAX cannot always make its own: for TPUs with SparseCores libtpu hands gathers and scatters over
+to them, in asynchronous instructions of a form that XLA's reader refuses, and `compiled.as_text()` reads before it
+prints.
 """
 
 import functools
 import os
 import pathlib
 import tempfile
-
-import jax
+from typing import Any
 
 _FLAG = "--xla_jf_dump_to="
 _NAME = "*-hlo.txt"  # Of the optimised program, among what libtpu writes.
@@ -37,16 +36,11 @@ def forget() -> None:
         path.unlink()
 
 
-def text(compiled: jax.stages.Compiled) -> str:
+def text(compiled: Any) -> str:  # Any: jax.stages.Compiled says that there may be none.
     """The optimised HLO of what was compiled last.
 
     Raises:
-        jax.errors.JaxRuntimeError: JAX cannot print it, and libtpu wrote nothing down.
+        jax.errors.JaxRuntimeError: libtpu wrote nothing down, and JAX cannot print it.
     """
-    try:
-        return compiled.as_text()
-    except jax.errors.JaxRuntimeError:
-        written = sorted(pathlib.Path(_folder().name).glob(_NAME), key=lambda path: path.stat().st_size)
-        if not written:
-            raise
-        return written[-1].read_text(encoding="utf-8")
+    written = sorted(pathlib.Path(_folder().name).glob(_NAME), key=lambda path: path.stat().st_size)
+    return written[-1].read_text(encoding="utf-8") if written else compiled.as_text()
