@@ -213,13 +213,13 @@ class BinShape:
 
 
 def most_scored(bins: Sequence[Sequence[Tree]], shape: BinShape) -> int:
-    """The scored tokens of the fullest group of bins, rounded up to an eighth of a group's length: few shapes."""
+    """The scored tokens of the fullest group of bins, rounded up to a quarter of a group's length: few shapes."""
     size = shape.group_bins
     counts = [
         sum(tree.scored_tokens for members in bins[start : start + size] for tree in members)
         for start in range(0, shape.n_bins, size)
     ]
-    return round_up(max(counts), -(-size * shape.length // 8))
+    return round_up(max(counts), -(-size * shape.length // 4))
 
 
 def first_equals(keys: Sequence[Hashable]) -> list[int]:

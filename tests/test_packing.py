@@ -86,7 +86,7 @@ def test_bins_of_a_group_share_their_scored_positions() -> None:
     rows = [packing.Row([7, 8], [[1, 2], [3]]), packing.Row([9], [[4], [5, 6]]), packing.Row([6], [[2], [2]])]
     shape = packing.BinShape(n_bins=4, length=6, groups=2)
     bins = [[tree] for tree in packing.plant(rows, [[0], [1], [2]], 6)]
-    assert packing.most_scored(bins, shape) == 6  # 3 + 3 of the first group; an eighth of its length is 2.
+    assert packing.most_scored(bins, shape) == 6  # 3 + 3 of the first group; a quarter of its length is 3.
     batch = packing.pack_bins(rows, bins, shape, scored=6, pad_id=0)
     assert batch.predictor_GxW.tolist() == [[1, 2, 1, 6, 6, 8], [0, 0, 0, 0, 0, 0]]
     assert batch.target_GxW.tolist() == [[1, 2, 3, 4, 5, 6], [2, 2, 0, 0, 0, 0]]
