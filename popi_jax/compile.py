@@ -58,8 +58,10 @@ def slice_devices(topology: str) -> list[jax.Device]:
     # Else one process at a time, as for the chips themselves, which the compiler does not touch.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     printed.keep_texts()
+    # Both cores of a chip as one device, as JAX runs on v4; of single cores it makes no mesh.
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
     except Exception as error:  # libtpu's errors have no base in common.
         raise UserError(
             f"--topology={topology}: {first_line(error)}; install libtpu (pip install libtpu) and give a slice that it"

@@ -134,6 +134,16 @@ def test_every_program_compiles_for_a_tpu_slice():
     assert traffic.measure(text, 1).host_transfers
 
 
+@pytest.mark.parametrize("topology", chips.TOPOLOGIES)
+def test_slices_that_a_message_names_have_a_mesh_and_known_peaks(topology):
+    pytest.importorskip("libtpu")
+    devices = compile_lib.slice_devices(topology)
+    config = small()
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 4, 1
+    assert system_lib.make_mesh(config, devices).size == len(devices)
+    assert chips.chip(devices[0].device_kind).flops > 0
+
+
 def test_what_goes_to_a_sparse_core_is_counted():
     """On v5p a scatter does, and XLA's reader refuses the program's text: JAX cannot print it."""
     pytest.importorskip("libtpu")

@@ -124,8 +124,9 @@ def test_flops_of_a_kernel(estimate, expected):
 def test_peaks_are_those_of_a_device():
     v5e = chips.chip("TPU v5 lite")
     assert (v5e.flops, v5e.hbm_bytes, v5e.hbm_bandwidth, v5e.link_bandwidth) == (197e12, 16 * 2**30, 819e9, 200e9)
-    v4 = chips.chip("TPU v4")  # Two devices a chip.
-    assert (v4.flops, v4.hbm_bytes, v4.hbm_bandwidth, v4.link_bandwidth) == (137.5e12, 16 * 2**30, 614e9, 150e9)
+    v4, ironwood = chips.chip("TPU v4"), chips.chip("TPU7x")
+    assert (v4.flops, v4.hbm_bytes, v4.hbm_bandwidth, v4.link_bandwidth) == (275e12, 32 * 2**30, 1228e9, 300e9)
+    assert (ironwood.flops, ironwood.hbm_bytes) == (1153.5e12, 96 * 2**30)  # Two devices a chip.
     with pytest.raises(UserError, match="TPU v9.*TPU v4, TPU v5 lite"):
         chips.chip("TPU v9")
 

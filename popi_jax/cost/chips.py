@@ -9,7 +9,7 @@ import dataclasses
 
 from popi_jax.errors import UserError
 
-# Names that topologies.get_topology_desc takes, as examples for a message. Devices: 8, 4, 16, 64, 256, 4, 8, 64, 16, 8.
+# Names that topologies.get_topology_desc takes, as examples for a message. Devices: 4, 4, 16, 64, 256, 4, 8, 64, 16, 8.
 TOPOLOGIES = (
     "v4:2x2x1",
     "v5e:2x2",
@@ -54,11 +54,11 @@ def _chip(name: str, tflops: float, gib: int, gb_s: float, gbit_s: float, device
     )
 
 
-# Topology descriptions show a chip of v4 or TPU7x as two devices.
+# Topology descriptions show a chip of TPU7x as two devices.
 _CHIPS = {
     chip.name: chip
     for chip in (
-        _chip("TPU v4", 275, 32, 1228, 2400, devices=2),
+        _chip("TPU v4", 275, 32, 1228, 2400),
         _chip("TPU v5 lite", 197, 16, 819, 1600),
         _chip("TPU v5", 459, 95, 2765, 4800),
         _chip("TPU v6 lite", 918, 32, 1640, 3584),
