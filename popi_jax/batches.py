@@ -103,9 +103,9 @@ def make_batch(
     learned = system_lib.summaries_per_user(config, "generator")
     if learned < k:
         # Their share of all bins, which varies less than their own number: few shapes.
-        bins = generator.rows.tokens_CxL.shape[1]
+        A, bins = generator.rows.tokens_CxL.shape[:2]
         few = [own[:learned] for own in contexts]
-        least = bins * learned // k
+        least = A * bins * learned // k
         fewer = generator_batch(system, examples, queries, few, references, least)
     return (inference, generator, fewer), counts
 

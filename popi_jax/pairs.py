@@ -86,7 +86,7 @@ def packed_shardings(mesh: jax.sharding.Mesh, bins: Any) -> PackedBatch:
 
 
 def pack_pairs(system: System, items: Sequence[Item | None], least_bins: int = 0) -> PackedBatch:
-    """Packs a train step's rows, of `least_bins` bins or more, as a stack of micro-batches; still on the host.
+    """Packs a train step's rows, in `least_bins` bins or more in all, as a stack of micro-batches; still on the host.
 
     Of rows that are the same, as those of a user's summaries of the same text, one is read. It is the bins that the
     micro-batches share out: each knows of all rows, and has the lengths of those that its bins hold.

@@ -22,3 +22,17 @@ def test_a_users_queries_read_once_what_is_told_of_the_user():
     assert once < each - 1.5 * len(system.tokenizer.encode(told))
     alone = np.concatenate([pairs.pair_logps(system, None, [item], 1) for item in items])
     np.testing.assert_allclose(pairs.pair_logps(system, None, items, 3), alone, rtol=1e-5, atol=1e-4)
+
+
+def test_micro_batches_share_out_the_bins_of_all_rows():
+    config = quickstart.get_config("runlocal")
+    config.train.accumulation_generator, config.limits.bin = 3, 64
+    system = system_lib.load(config)
+    items = [Item(Query(prompt=f"Why {n}?", chosen="Yes.", rejected="No."), None) for n in range(5)]
+    packed = pairs.pack_pairs(system, [*items, items[0], None])
+    lengths_AxR = packed.length_RxN.sum(axis=-1)
+    # Each row has its lengths in one micro-batch, the sixth where the first has them, the padding nowhere.
+    assert (lengths_AxR > 0).sum(axis=0).tolist() == [1] * 6 + [0]
+    assert (lengths_AxR[:, 5] == lengths_AxR[:, 0]).all()
+    few = pairs.pack_pairs(system, items[:2], least_bins=48)
+    assert few.tokens_CxL.shape[:2] == (3, 16)  # A multiple of the 8 devices.
