@@ -351,16 +351,10 @@ def test_what_another_core_does_counts_where_it_is_started():
   %u = ((f32[8]{0}, s32[3]{0}), f32[3]{0}, (s32[99]{0})) custom-call-update(%s, %x, %rows)
   ROOT %d = f32[3]{0} custom-call-done(%u)"""
     before = """
-%fused (x: f32[8], rows: s32[3]) -> f32[3] {
-  %x = f32[8]{0} parameter(0)
-  %rows = s32[3]{0} parameter(1)
-  ROOT %g = f32[3]{0} gather(%x, %rows), slice_sizes={1}
-}
-
 %run (x: f32[8], rows: s32[3]) -> f32[3] {
   %x = f32[8]{0} parameter(0)
   %rows = s32[3]{0} parameter(1)
-  ROOT %f = f32[3]{0} fusion(%x, %rows), kind=kCustom, calls=%fused
+  ROOT %g = f32[3]{0} gather(%x, %rows), slice_sizes={1}
 }
 
 %elsewhere (x: f32[8], rows: s32[3]) -> f32[3] {
