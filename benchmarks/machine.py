@@ -10,6 +10,8 @@ from typing import Any
 from popi_jax import metrics
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+# They decide how fast a CPU multiplies; not every library uses the widest on every maker's.
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 # Flags of which the last part alone is told.
 PATHS = ("--data=", "--peers=", "--tunix=", "--model=", "--output=", "--work=")
 
@@ -27,7 +29,8 @@ def memory_gib() -> float:
 def describe(arguments: Sequence[str]) -> dict[str, Any]:
     """The machine, the versions of our side, the commit and the command, whose arguments are given."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "instructions": [name for name in INSTRUCTIONS if name in _cpuinfo("flags").split()],
         "cores": cores(),
         "memory_gib": round(memory_gib(), 1),
         "system": f"{platform.system()} {platform.machine()}",
@@ -48,9 +51,10 @@ def _without_folder(argument: str) -> str:
     return argument
 
 
-def _cpu_model() -> str:
+def _cpuinfo(field: str) -> str:
+    """This field of the first core in Linux's list; "" elsewhere."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")

@@ -60,8 +60,6 @@ def dpo_system(job: Job, examples: list[Example]) -> System:
             "objective.reference_context": {"signals": "signals", "summaries": "summary"}[told],
             "lora.rank": job.sizes.lora_rank if cases.is_lora(job.case) else 0,
             "train.users_per_step": job.sizes.pairs,
-            # A row with raw signals fills a bin by itself: one at a time is the same work in a fraction of the memory.
-            "train.accumulation_generator": {"signals": job.sizes.pairs, "summaries": 1}[told],
         },
     )
 

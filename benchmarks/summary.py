@@ -151,7 +151,8 @@ def table(results: Mapping[str, Any]) -> str:
     machine, scaled = results["machine"], [row for row in results["rows"] if row["case"].startswith("scaling")]
     compared = [row for row in results["rows"] if row not in scaled and row["case"] != "roofline"]
     parts = [
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['dtype']};"
+        f"{machine['cpu']} ({', '.join(machine['instructions']) or 'instructions unknown'}), {machine['cores']} cores,"
+        f" {machine['memory_gib']} GiB, {machine['dtype']};"
         f" {results['model']}, {results['data']} rows; load before: {machine['load_before'][0]}"
     ]
     for name, peak in results["roofline"].items():
