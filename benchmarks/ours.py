@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks import cases, ours_check, roofline, rows
 from benchmarks.protocol import Channel
-from popi_jax import batches, evaluate, host_memory, metrics, preflight, rollout, train
+from popi_jax import batches, evaluate, host_memory, metrics, preflight, rollout, sampler, train
 from popi_jax import compile as compile_lib
 from popi_jax import system as system_lib
 from popi_jax.data.schema import Example
@@ -95,7 +95,7 @@ class Steps:
         return {"tokens": values["tokens"], "nats": values["nats"]} | {"sample_s": values.get("sample_s")}
 
 
-def flops(fn: Any, *args: Any, trips: int = 1) -> float:
+def flops(fn: Any, *args: Any, trips: tuple[int, ...] = ()) -> float:
     """FLOPs of the model's products in one call, padding included, nothing that is computed a second time."""
     return compile_lib.products(compile_lib.Program("", fn, args, trips))["model_flops_all_devices"]
 
@@ -138,17 +138,18 @@ def sampling(job: Job) -> tuple[Measure, dict[str, Any]]:
     static |= {"stop_ids": tuple(job.rows["stop_ids"]), "pad_id": job.rows["pad_id"], "max_tokens": job.sizes.summary}
     fn = jax.jit(lambda *args: rollout.draw(*args, **static))
 
-    def products(trips: int) -> float:
+    def products(trips: tuple[int, ...]) -> float:
         return flops(fn, system.base, None, *map(jnp.asarray, drawn_prefix), jax.random.key(0), trips=trips)
 
-    prefill = products(0)
+    turns = sampler.turns(job.sizes.summary)
+    prefill = products((0,) * len(turns))
     n, kv = counted.n_layers, 2 * counted.n_kv_heads * counted.head_dim * 4
     B, T = line.prefix_BxT.shape
     weights = sum(x.nbytes for x in jax.tree.leaves(system.base))
     return measure, {
         "prefill_s": roofline.best_seconds(lambda: draw(1), least_s=0),
         "prefill_flops": prefill,
-        "decode_flops": products(1) - prefill,  # Of one step.
+        "decode_flops": (products(turns) - prefill) / sum(turns),  # Of one step.
         # What a step cannot do without: every weight, and the keys and values of prefix and, on average, half the text.
         "decode_bytes": weights + n * kv * B * (T + job.sizes.k * job.sizes.summary // 2),
         "filled": float(line.prefix_length_B.sum() / line.prefix_BxT.size),
@@ -196,7 +197,12 @@ def scaling(job: Job) -> tuple[Measure, dict[str, Any]]:
     stepper = Steps(job, system, "joint", examples)
     stepper.references.remember([Item(e.queries[0], None) for e in examples])
     tokens = [len(system.encoder.signals(example)) for example in examples]
-    return stepper, {"signal_tokens": float(np.mean(tokens)), "k": system.config.sampling.k}
+    return stepper, {
+        "signal_tokens": float(np.mean(tokens)),
+        "k": system.config.sampling.k,
+        # What no implementation of the same step can do without, to hold its time's growth against.
+        "update_flops": flops(stepper.fn, stepper.state, system.base, stepper.batch()[0]),
+    }
 
 
 def measure_roofline(job: Job) -> tuple[Measure, dict[str, Any]]:

@@ -118,24 +118,37 @@ def _gib(one: Mapping[str, Any]) -> str:
     return f"{one['peak_bytes'] / GIB:.2f}"
 
 
-SCALING_HEADERS = ("case", "signal tokens", "K", "s/iteration", "spread", "times the one before", "GiB", "compile s")
+SCALING_HEADERS = (
+    "case",
+    "signal tokens",
+    "K",
+    "s/iteration",
+    "spread",
+    "times the one before",
+    "update's FLOPs, times the one before",
+    "GiB",
+    "compile s",
+)
 
 
 def scaling_cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The scaling runs, each beside the one before it of the same kind."""
     table: list[tuple[str, ...]] = []
-    before: dict[str, float] = {}
+    before: dict[str, tuple[float, float]] = {}
     for row in rows:
-        kind, _, size = row["case"].partition(":")
+        kind = row["case"].partition(":")[0]
         if "ours" not in row:
-            table.append((row["case"], "", "", row["note"], "", "", "", ""))
+            table.append((row["case"], "", "", row["note"], *[""] * 5))
             continue
         ours, known = row["ours"], row["ours"]["before"]
         seconds = ours["seconds_spread"]
-        grown = f"{seconds['median'] / before[kind]:.2f}" if kind in before else ""
-        before[kind] = seconds["median"]
+        sizes = (seconds["median"], known["update_flops"])
+        grown = (
+            [f"{now / then:.2f}" for now, then in zip(sizes, before[kind], strict=True)] if kind in before else [""] * 2
+        )
+        before[kind] = sizes
         spread_text = f"[{seconds['low']:.2f}, {seconds['high']:.2f}]"
-        middle = (f"{known['signal_tokens']:.0f}", str(known["k"]), f"{seconds['median']:.2f}", spread_text, grown)
+        middle = (f"{known['signal_tokens']:.0f}", str(known["k"]), f"{seconds['median']:.2f}", spread_text, *grown)
         table.append((row["case"], *middle, _gib(ours), f"{known['compile_s']:.1f}"))
     return table
 

@@ -37,13 +37,13 @@ class Program:
         name: what the report calls it.
         fn: jitted.
         args: of fn.
-        trips: how often a loop runs whose end depends on the data: a decode loop, at most.
+        trips: how often each loop runs whose end depends on the data: the decode loops, at most.
     """
 
     name: str
     fn: Any
     args: tuple[Any, ...]
-    trips: int = 1
+    trips: tuple[int, ...] = ()
 
 
 def slice_devices(topology: str) -> list[jax.Device]:
@@ -124,7 +124,7 @@ def _drawing(
     compiler_options = sharding.compiler_options(mesh)
     fn = jax.jit(functools.partial(rollout.draw, **options), compiler_options=compiler_options)
     args = (base, delta, *placed(lines, sharding.batch_sharding(mesh)), placed(key, sharding.replicated(mesh)))
-    return Program(name, fn, args, trips=min(max_tokens - 1, sampler.loop_tokens(max_tokens)))
+    return Program(name, fn, args, trips=sampler.turns(max_tokens))
 
 
 def abstract_batch(plan: Plan, kind: str) -> Any:

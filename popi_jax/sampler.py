@@ -1,25 +1,39 @@
-"""Draws K continuations per prompt from one prefill: a jitted while-loop over a KV cache. No tokenizer, no strings.
+"""Draws K continuations per prompt from one prefill: jitted while-loops over a KV cache. No tokenizer, no strings.
 
 Shapes: B prompts, T prompt length, N continuations per prompt (K summaries of a user), S tokens at most, V vocabulary,
-D model width; X any axes.
+D model width; E prompts on each of G devices, B = G * E, of which P are picked; X, Y any axes.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from popi_jax import sharding
 from popi_jax.model.decoder import Cache, Decoder
 
 # A token's attention reads every slot of the branches' cache that the compiled loop knows, filled or not. So a long
 # continuation is drawn in several loops, each of which knows no more slots than it can fill; few, for each is compiled.
 _LOOP_TOKENS, _MOST_LOOPS = 512, 4
 
+# How often the prompts that are not done go on by themselves, in a batch of half the size.
+_HALVINGS = 2
 
-def loop_tokens(max_tokens: int) -> int:
-    """How many tokens each of the loops that draw `max_tokens` draws at most."""
+
+def turns(max_tokens: int) -> tuple[int, ...]:
+    """The turns of each loop, in order, where every continuation takes `max_tokens`: those of halved batches none."""
+    ends = _loop_ends(max_tokens)
+    return (*(end - max(1, start) for start, end in zip((0, *ends), ends, strict=False)), *(0,) * _HALVINGS)
+
+
+def _loop_ends(max_tokens: int) -> tuple[int, ...]:
+    """How many tokens there are at the end of each loop over the whole batch, the first token included."""
     loops = min(_MOST_LOOPS, -(-max_tokens // _LOOP_TOKENS))
-    return -(-max_tokens // loops)
+    step = -(-max_tokens // loops)
+    return (*range(step, max_tokens, step), max_tokens)
 
 
 @jax.tree_util.register_dataclass
@@ -45,12 +59,48 @@ class Samples:
 @dataclasses.dataclass(frozen=True)
 class _DecodeState:
     index: jax.Array  # Tokens drawn so far.
+    prompt_B: jax.Array  # Which prompts these are.
+    prompt_length_B: jax.Array
     token_BxN: jax.Array  # The newest.
     tokens_BxNxS: jax.Array
     logp_BxNxS: jax.Array
     length_BxN: jax.Array
     done_BxN: jax.Array
     cache: Cache
+
+    def pick(self, place_GxP: jax.Array) -> "_DecodeState":
+        """That of some of each device's prompts."""
+        of_prompts: dict[str, Any] = {name: _pick(value, place_GxP) for name, value in self._of_prompts().items()}
+        # Of the cache, the keys and values have the layers first.
+        cache = jax.tree.map(lambda x: _pick(x, place_GxP, axis=0 if x.ndim == 2 else 1), self.cache)
+        return dataclasses.replace(self, cache=cache, **of_prompts)
+
+    def put_back(self, place_GxP: jax.Array, picked: "_DecodeState") -> "_DecodeState":
+        """With what those prompts have drawn since; the cache stays behind: nothing more is drawn."""
+        more = picked._of_prompts()
+        values: dict[str, Any] = {name: _put_back(x, place_GxP, more[name]) for name, x in self._of_prompts().items()}
+        return dataclasses.replace(self, **values)
+
+    def _of_prompts(self) -> dict[str, jax.Array]:
+        fields = (field.name for field in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in fields if name not in ("index", "cache")}
+
+
+def _pick(x_XxBxY: jax.Array, place_GxP: jax.Array, axis: int = 0) -> jax.Array:
+    """Takes P of each device's prompts; nothing goes from one device to another."""
+    G, P = place_GxP.shape
+    before, after = x_XxBxY.shape[:axis], x_XxBxY.shape[axis + 1 :]
+    x_XxGxExY = x_XxBxY.reshape(*before, G, -1, *after)
+    pick = jax.vmap(lambda own_XxExY, place_P: own_XxExY.take(place_P, axis, mode="clip"), (axis, 0), axis)
+    return pick(x_XxGxExY, place_GxP).reshape(*before, G * P, *after)
+
+
+def _put_back(x_BxY: jax.Array, place_GxP: jax.Array, picked_BxY: jax.Array) -> jax.Array:
+    """Undoes `_pick` of the first axis, with other values."""
+    G, P = place_GxP.shape
+    rest = x_BxY.shape[1:]
+    put = jax.vmap(lambda own_ExY, place_P, picked_PxY: own_ExY.at[place_P].set(picked_PxY))
+    return put(x_BxY.reshape(G, -1, *rest), place_GxP, picked_BxY.reshape(G, P, *rest)).reshape(x_BxY.shape)
 
 
 def truncate(logits_XxV: jax.Array, *, temperature: float, top_p: float) -> jax.Array:
@@ -94,6 +144,8 @@ def sample(
 ) -> Samples:
     """Draws `branches` continuations of each right-padded prompt; stops early when all are done.
 
+    On each device the prompts that are not done go on by themselves once they are no more than half, and once more once
+    they are half of those. What is drawn does not depend on it, but for rounding.
     A prompt of length 0 is padding: nothing is drawn for it. All arguments after `key` are static under jit.
     """
     B, T = prompt_BxT.shape
@@ -105,39 +157,11 @@ def sample(
     last_B = jnp.maximum(prompt_length_B - 1, 0)
     last_Bx1xD = jnp.take_along_axis(hidden_BxTxD, last_B[:, None, None], axis=1)
     logits_BxNxV = jnp.broadcast_to(decoder.logits(last_Bx1xD), (B, N, decoder.config.vocab_size))
-
-    def draw(state: _DecodeState, logits_BxNxV: jax.Array) -> _DecodeState:
-        logp_BxNxV = truncate(logits_BxNxV, temperature=temperature, top_p=top_p)
-        noise_BxNxV = jax.random.gumbel(jax.random.fold_in(key, state.index), logp_BxNxV.shape)
-        token_BxN = _first_largest(logp_BxNxV + noise_BxNxV)  # jax.random.categorical's, which takes argmax.
-        logp_BxN = jnp.take_along_axis(logp_BxNxV, token_BxN[..., None], axis=-1)[..., 0]
-        token_BxN = jnp.where(state.done_BxN, pad_id, token_BxN).astype(jnp.int32)
-        stopped_BxN = jnp.isin(token_BxN, jnp.asarray(stop_ids, jnp.int32)) & ~state.done_BxN
-        return dataclasses.replace(
-            state,
-            index=state.index + 1,
-            token_BxN=token_BxN,
-            tokens_BxNxS=state.tokens_BxNxS.at[:, :, state.index].set(token_BxN),
-            logp_BxNxS=state.logp_BxNxS.at[:, :, state.index].set(jnp.where(state.done_BxN, 0.0, logp_BxN)),
-            length_BxN=state.length_BxN + ~state.done_BxN,
-            done_BxN=state.done_BxN | stopped_BxN,
-        )
-
-    def draw_until(end: int, state: _DecodeState) -> _DecodeState:
-        def unfinished(state: _DecodeState) -> jax.Array:
-            return (state.index < end) & ~jnp.all(state.done_BxN)
-
-        def advance(state: _DecodeState) -> _DecodeState:
-            slot = state.index - 1
-            positions_BxN = jnp.broadcast_to(prompt_length_B[:, None] + slot, (B, N))
-            hidden_BxNxD, cache = decoder.decode(state.token_BxN, positions_BxN, state.cache, slot, end)
-            return draw(dataclasses.replace(state, cache=cache), decoder.logits(hidden_BxNxD))
-
-        return jax.lax.while_loop(unfinished, advance, state)
-
     empty_BxN = jnp.broadcast_to(prompt_length_B[:, None] == 0, (B, N))
     state = _DecodeState(
         index=jnp.int32(0),
+        prompt_B=jnp.arange(B),
+        prompt_length_B=prompt_length_B,
         token_BxN=jnp.full((B, N), pad_id, jnp.int32),
         tokens_BxNxS=jnp.full((B, N, S), pad_id, jnp.int32),
         logp_BxNxS=jnp.zeros((B, N, S), jnp.float32),
@@ -145,8 +169,70 @@ def sample(
         done_BxN=empty_BxN,
         cache=cache,
     )
-    state = draw(state, logits_BxNxV)
-    step = loop_tokens(S)
-    for end in [*range(step, S, step), S]:
-        state = draw_until(end, state)
+    draw = functools.partial(
+        _draw, key=key, prompts=B, temperature=temperature, top_p=top_p, stop_ids=stop_ids, pad_id=pad_id
+    )
+
+    def advance(slots: int, state: _DecodeState) -> _DecodeState:
+        slot = state.index - 1
+        positions_BxN = jnp.broadcast_to(state.prompt_length_B[:, None] + slot, state.token_BxN.shape)
+        hidden_BxNxD, cache = decoder.decode(state.token_BxN, positions_BxN, state.cache, slot, slots)
+        return draw(dataclasses.replace(state, cache=cache), decoder.logits(hidden_BxNxD))
+
+    state = _draw_all(draw(state, logits_BxNxV), advance, _loop_ends(S), _HALVINGS)
     return Samples(state.tokens_BxNxS, state.length_BxN, state.logp_BxNxS, state.done_BxN & ~empty_BxN)
+
+
+def _draw(
+    state: _DecodeState,
+    logits_BxNxV: jax.Array,
+    *,
+    key: jax.Array,
+    prompts: int,
+    temperature: float,
+    top_p: float,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+) -> _DecodeState:
+    """Draws the next token of each continuation, whose noise is that of its place among all `prompts`."""
+    logp_BxNxV = truncate(logits_BxNxV, temperature=temperature, top_p=top_p)
+    noise_BxNxV = jax.random.gumbel(jax.random.fold_in(key, state.index), (prompts, *logp_BxNxV.shape[1:]))
+    if len(logp_BxNxV) < prompts:
+        noise_BxNxV = noise_BxNxV[state.prompt_B]
+    token_BxN = _first_largest(logp_BxNxV + noise_BxNxV)  # jax.random.categorical's, which takes argmax.
+    logp_BxN = jnp.take_along_axis(logp_BxNxV, token_BxN[..., None], axis=-1)[..., 0]
+    token_BxN = jnp.where(state.done_BxN, pad_id, token_BxN).astype(jnp.int32)
+    stopped_BxN = jnp.isin(token_BxN, jnp.asarray(stop_ids, jnp.int32)) & ~state.done_BxN
+    return dataclasses.replace(
+        state,
+        index=state.index + 1,
+        token_BxN=token_BxN,
+        tokens_BxNxS=state.tokens_BxNxS.at[:, :, state.index].set(token_BxN),
+        logp_BxNxS=state.logp_BxNxS.at[:, :, state.index].set(jnp.where(state.done_BxN, 0.0, logp_BxN)),
+        length_BxN=state.length_BxN + ~state.done_BxN,
+        done_BxN=state.done_BxN | stopped_BxN,
+    )
+
+
+def _draw_all(
+    state: _DecodeState, advance: Callable[[int, _DecodeState], _DecodeState], ends: Sequence[int], halvings: int
+) -> _DecodeState:
+    """Advances until all are done, or have as many tokens as the last of `ends`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    G = 1 if mesh.empty else sharding.row_shards(mesh)
+    E = len(state.done_BxN) // G
+    P = -(-E // 2) if halvings and E > 1 else 0
+
+    def waiting_GxE(state: _DecodeState) -> jax.Array:
+        return ~jnp.all(state.done_BxN, axis=1).reshape(G, E)
+
+    for end in ends:
+
+        def unfinished(state: _DecodeState, end: int = end) -> jax.Array:
+            return (state.index < end) & (jnp.max(jnp.sum(waiting_GxE(state), axis=1)) > P)
+
+        state = jax.lax.while_loop(unfinished, functools.partial(advance, end), state)
+    if not P:
+        return state
+    place_GxP = jnp.argsort(~waiting_GxE(state), axis=1, stable=True)[:, :P]
+    return state.put_back(place_GxP, _draw_all(state.pick(place_GxP), advance, ends[-1:], halvings - 1))

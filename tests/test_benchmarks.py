@@ -77,14 +77,22 @@ def test_the_table_by_hand():
 
 
 def test_scaling_is_shown_against_the_size_before():
-    def row(case: str, seconds: float) -> dict:
-        known = {"signal_tokens": 64.0, "k": 4, "compile_s": 1.0}
+    def row(case: str, seconds: float, flops: float) -> dict:
+        known = {"signal_tokens": 64.0, "k": 4, "compile_s": 1.0, "update_flops": flops}
         return {"case": case, "ours": summary.side(known, [turn(seconds)], {"peak_bytes": 0}, 1)}
 
+    failed = {"case": "scaling_k:4", "note": "failed: exit code 1: no memory"}
     table = summary.scaling_cells(
-        [row("scaling_signals:256", 2.0), row("scaling_signals:512", 3.0), row("scaling_k:2", 1)]
+        [
+            row("scaling_signals:256", 2.0, 8e9),
+            row("scaling_signals:512", 3.0, 10e9),
+            row("scaling_k:2", 1, 1e9),
+            failed,
+        ]
     )
-    assert [line[5] for line in table] == ["", "1.50", ""]
+    assert [line[5] for line in table] == ["", "1.50", "", ""]
+    assert [line[6] for line in table] == ["", "1.25", "", ""]
+    assert {len(line) for line in table} == {len(summary.SCALING_HEADERS)}
 
 
 def test_sizes_that_are_left_out_are_told():
@@ -266,8 +274,9 @@ def test_the_smallest_form_runs_without_peers(tmp_path):
     assert str(ROOT) not in (tmp_path / "out" / "bench.json").read_text()
 
 
-def test_readme_shows_what_was_measured():
-    results = json.loads((ROOT / "benchmarks" / "results" / "bench.json").read_text())
+@pytest.mark.parametrize("folder", [".", "avx2"])
+def test_readme_shows_what_was_measured(folder):
+    results = json.loads((ROOT / "benchmarks" / "results" / folder / "bench.json").read_text())
     assert summary.short(results) in (ROOT / "README.md").read_text()
     compared = [row for row in results["rows"] if "theirs" in row and row["case"] != "roofline"]
     assert all(row.get("agreement", {"agrees": True})["agrees"] for row in compared) and compared

@@ -117,8 +117,8 @@ def test_every_program_compiles_for_a_tpu_slice():
     assert found["device"] == "TPU v5 lite" and found["devices"] == 4
     for row in found["programs"]:
         assert row["fits"] and row["traffic"]["host_transfers"] == []
-        # Decoding ends when all texts have, which nothing says before.
-        assert len(row["traffic"]["unknown_loops"]) == row["program"].endswith(("sample", "respond"))
+        # Decoding ends when all texts have, which nothing says before; a device's last two prompts may become one.
+        assert bool(row["traffic"]["unknown_loops"]) == row["program"].endswith(("sample", "respond"))
         assert row["total_bytes"] < row["hbm_bytes"] and row["bound_s"] > 0
     joint = next(row for row in found["programs"] if row["program"] == "joint step")
     assert joint["traffic"]["collectives"]["all-gather"]["count"] > 1
@@ -131,7 +131,7 @@ def test_every_program_compiles_for_a_tpu_slice():
     abstract = jax.ShapeDtypeStruct((8, 128), np.float32, sharding=sharding.replicated(mesh))
     with jax.set_mesh(mesh):
         text = jax.jit(talks).lower(abstract).compile().as_text()
-    assert traffic.measure(text, 1).host_transfers
+    assert traffic.measure(text).host_transfers
 
 
 @pytest.mark.parametrize("topology", chips.TOPOLOGIES)
@@ -153,7 +153,7 @@ def test_what_goes_to_a_sparse_core_is_counted():
     )
     fn = jax.jit(lambda values, places: jax.ops.segment_sum(values, places, 10))
     with jax.set_mesh(mesh):
-        row, moved = compile_lib.compile_program(compile_lib.Program("", fn, (values, places), 1))
+        row, moved = compile_lib.compile_program(compile_lib.Program("", fn, (values, places)))
         with pytest.raises(jax.errors.JaxRuntimeError, match="async"):  # Else libtpu need not write anything down.
             fn.lower(values, places).compile().as_text()
     # Both are sorted, read and written, and then read.

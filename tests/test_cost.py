@@ -47,7 +47,8 @@ def test_flops_of_loops():
         return jax.lax.while_loop(lambda x: jnp.sum(x @ w) < 1, lambda x: x @ w, x)
 
     assert counted(decode, X, W) == 2 * PRODUCT
-    assert counted(decode, X, W, while_trips=5) == 5 * 2 * PRODUCT
+    assert counted(decode, X, W, while_trips=(5,)) == 5 * 2 * PRODUCT
+    assert counted(lambda x, w: decode(layers(decode(x, w), STACK_7), w), X, W, while_trips=(5, 0)) == 17 * PRODUCT
 
 
 def test_flops_of_a_conditional_are_those_of_its_heaviest_branch():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from popi_jax import sampler, scoring
+from popi_jax.model.decoder import Decoder
 from popi_jax.scoring import PrefixBatch
 from tests import tiny
 
@@ -55,6 +56,46 @@ def test_several_loops_draw_what_one_does(monkeypatch):
     np.testing.assert_array_equal(one.tokens_BxNxS, several.tokens_BxNxS)
     np.testing.assert_allclose(one.logp_BxNxS, several.logp_BxNxS, atol=1e-5)
     assert (several.length_BxN > 9).any() and several.finished_BxN.any()
+
+
+def decoded(monkeypatch, *args, **options):
+    """What is drawn turn by turn, and how many prompts each decoded token was for."""
+    widths = []
+
+    def spy(self, tokens_BxN, *args):
+        widths.append(len(tokens_BxN))
+        return decode(self, tokens_BxN, *args)
+
+    decode = Decoder.decode
+    with monkeypatch.context() as patched, jax.disable_jit():
+        patched.setattr(Decoder, "decode", spy)
+        return draw(*args, **options), widths
+
+
+def test_prompts_that_are_not_done_go_on_in_half_the_batch(monkeypatch):
+    prompt, length = prompts(B=5)
+    length[2] = 0  # Padding is done from the start.
+    given = (prompt, length, jax.random.key(13), 2, 8)
+    out, widths = decoded(monkeypatch, *given, stop_ids=(3, 5, 7, 11))
+    # A prompt waits for the longer of its two. Of 5 prompts 3 may wait in half the batch, 2 in half of that.
+    longest, _, third, fourth, _ = sorted(np.asarray(out.length_BxN).max(axis=1).tolist(), reverse=True)
+    assert 1 < fourth < third < longest  # Else the key makes no test of all three sizes.
+    assert widths == [5] * (fourth - 1) + [3] * (third - fourth) + [2] * (longest - third)
+
+    monkeypatch.setattr(sampler, "_HALVINGS", 0)
+    whole, widths = decoded(monkeypatch, *given, stop_ids=(3, 5, 7, 11))
+    assert widths == [5] * (longest - 1)
+    np.testing.assert_array_equal(out.tokens_BxNxS, whole.tokens_BxNxS)
+    np.testing.assert_array_equal(out.length_BxN, whole.length_BxN)
+    np.testing.assert_array_equal(out.finished_BxN, whole.finished_BxN)
+    np.testing.assert_allclose(out.logp_BxNxS, whole.logp_BxNxS, atol=1e-5)
+
+
+def test_turns_are_all_of_the_whole_batch():
+    assert sampler.turns(48) == (47, 0, 0)
+    assert sampler.turns(512) == (511, 0, 0) and sampler.turns(513) == (256, 256, 0, 0)
+    assert sampler.turns(4096) == (1023, 1024, 1024, 1024, 0, 0)
+    assert sampler.turns(1) == (0, 0, 0)
 
 
 def test_greedy_is_the_argmax_of_the_full_forward():

@@ -27,7 +27,7 @@ def compiled(f, *args, **kwargs):
 
 def loop_trips(text):
     """By loop, how often its body runs each time that it is reached."""
-    program = executed.walk(hlo.parse(text), 1000, lambda *_: 0.0)
+    program = executed.walk(hlo.parse(text), (1000, 7), lambda *_: 0.0)
     return [
         next(e.times for e in program.executions if e.computation.name == i.computation("body")) // run.times
         for run in program.executions
@@ -47,7 +47,7 @@ def test_a_scan_runs_as_often_as_it_is_long(written_down):
 def test_a_scan_reads_its_weights_once():
     def moved(length):
         text = compiled(layers, jnp.zeros((1, 512)), jnp.zeros((length, 512, 512)))
-        return traffic.measure(text, 1).hbm_bytes
+        return traffic.measure(text).hbm_bytes
 
     weights = 512 * 512 * 4
     a_turn = (moved(14) - moved(7)) / 7
@@ -60,10 +60,11 @@ def test_a_loop_that_ends_when_the_data_says_so_is_named():
         return jax.lax.while_loop(lambda s: (s[0] < 100) & (s[1] < 3.0), lambda s: (s[0] + 1, s[1] * 2), (0, x))
 
     text = compiled(decode, jnp.float32(1))
-    once, thrice = traffic.measure(text, 1), traffic.measure(text, 3)
+    once, thrice = traffic.measure(text), traffic.measure(text, (3,))
     assert len(once.unknown_loops) == 1
     assert thrice.hbm_bytes > once.hbm_bytes
     assert loop_trips(text) == [1000]
+    assert loop_trips(compiled(lambda x: decode(decode(x)[1]), jnp.float32(1))) == [1000, 7]
 
 
 def over(mesh, shape, *axes):
@@ -74,7 +75,7 @@ def over(mesh, shape, *axes):
 def test_a_product_over_a_split_dimension_is_an_all_reduce():
     mesh = sharding.make_mesh(2, 1, 4)
     a, b = over(mesh, (16, 64), None, "tensor"), over(mesh, (64, 32), "tensor")
-    found = traffic.measure(compiled(jnp.matmul, a, b, out_shardings=sharding.replicated(mesh)), 1)
+    found = traffic.measure(compiled(jnp.matmul, a, b, out_shardings=sharding.replicated(mesh)))
     assert found.collectives == {"all-reduce": Collective(1, 2 * 16 * 32 * 4 * 3 / 4)}
 
 
@@ -93,7 +94,7 @@ def test_bytes_that_a_device_sends(name, f, size):
     split = PartitionSpec("fsdp")
     f = jax.shard_map(f, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
     x = over(mesh, (16, 64), "fsdp")  # On each device 4 x 64 float32: 1024 bytes.
-    assert traffic.measure(compiled(f, x), 1).collectives == {name: Collective(1, size)}
+    assert traffic.measure(compiled(f, x)).collectives == {name: Collective(1, size)}
 
 
 def test_collectives_in_a_scan_count_for_every_turn():
@@ -110,22 +111,22 @@ def test_collectives_in_a_scan_count_for_every_turn():
         f = jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(), check_vma=False)
         text = compiled(f, over(mesh, (8, 16)), over(mesh, (7, 16, 16), None, "fsdp"))
         expected = Collective(turns, turns * 16 * 16 * 4 * 7 / 8)
-        assert traffic.measure(text, 1).collectives == {"all-gather": expected}
+        assert traffic.measure(text).collectives == {"all-gather": expected}
 
 
 def test_a_callback_is_a_transfer_to_the_host():
     def f(x):
         return jax.pure_callback(np.sin, jax.ShapeDtypeStruct((4,), jnp.float32), x) + 1
 
-    (name,) = traffic.measure(compiled(f, jnp.zeros(4)), 1).host_transfers
+    (name,) = traffic.measure(compiled(f, jnp.zeros(4))).host_transfers
     assert "callback" in name
-    assert traffic.measure(compiled(lambda x: jnp.sin(x) + 1, jnp.zeros(4)), 1).host_transfers == []
+    assert traffic.measure(compiled(lambda x: jnp.sin(x) + 1, jnp.zeros(4))).host_transfers == []
 
 
 # Literal texts -------------------------------------------------------------------------------------------------------
 
 
-def moved(body, before="", unknown_trips=1, devices=4):
+def moved(body, before="", unknown_trips=(), devices=4):
     """The traffic of an entry computation with this body."""
     text = f"HloModule m, num_partitions={devices}\n{before}\nENTRY %e () -> f32[] {{\n{body}\n}}\n"
     return traffic.measure(text, unknown_trips)
@@ -287,7 +288,7 @@ def test_turns_of_a_counted_loop(start, step, direction, limit, swapped, turns):
     ],
 )
 def test_turns_that_are_not_known_are_the_callers(start, step, direction, limit):
-    found = moved(*loop(start, step, direction, limit), unknown_trips=11)
+    found = moved(*loop(start, step, direction, limit), unknown_trips=(11,))
     copied = 8 if "copy" in start + limit else 0
     assert (found.hbm_bytes, found.unknown_loops) == (64 * 11 + copied, ["loop"])
 

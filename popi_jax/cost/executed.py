@@ -1,7 +1,7 @@
 """What an HLO module executes: its instructions, each with how often it runs in one call of the program."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from popi_jax.cost import trips
 from popi_jax.cost.hlo import Computation, Instruction, Module
@@ -37,7 +37,7 @@ class Program:
     unknown_loops: list[str]
 
 
-def walk(module: Module, unknown_trips: int, weight: Callable[[Computation, Instruction], float]) -> Program:
+def walk(module: Module, unknown_trips: Iterable[int], weight: Callable[[Computation, Instruction], float]) -> Program:
     """Walks a module from its entry.
 
     A loop's body and condition count as often as the body runs; loops in loops multiply. Of a conditional the heaviest
@@ -45,8 +45,8 @@ def walk(module: Module, unknown_trips: int, weight: Callable[[Computation, Inst
 
     Args:
         module: from hlo.parse.
-        unknown_trips: turns of a loop whose number the text does not say, such as a decode loop's, which ends when the
-            rows have.
+        unknown_trips: turns of each loop whose number the text does not say, in order, such as a decode loop's, which
+            ends when the rows have; one where none is left.
         weight: of one run of an instruction; used to compare the branches of a conditional.
     """
     walker = _Walker(unknown_trips, weight)
@@ -55,8 +55,8 @@ def walk(module: Module, unknown_trips: int, weight: Callable[[Computation, Inst
 
 
 class _Walker:
-    def __init__(self, unknown_trips: int, weight: Callable[[Computation, Instruction], float]):
-        self.unknown_trips, self.weight = unknown_trips, weight
+    def __init__(self, unknown_trips: Iterable[int], weight: Callable[[Computation, Instruction], float]):
+        self.unknown_trips, self.weight = iter(unknown_trips), weight
         self.unknown: list[str] = []
 
     def computation(self, scope: trips.Scope, times: int) -> list[Execution]:
@@ -72,7 +72,7 @@ class _Walker:
             turns = trips.count(scope, i)
             if turns is None:
                 self.unknown.append(i.name)
-                turns = self.unknown_trips
+                turns = next(self.unknown_trips, 1)
             inner = [trips.turn(scope, i, attribute) for attribute in ("condition", "body")]
             return [e for one in inner for e in self.computation(one, times * turns)]
         if i.opcode == "conditional":

@@ -1,12 +1,13 @@
 """FLOPs of a traced function's matrix products, loops included: the compiler's own count takes a loop's body once."""
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jax.extend import core
 
 
-def count(jaxpr: core.ClosedJaxpr, while_trips: int = 1) -> float:
+def count(jaxpr: core.ClosedJaxpr, while_trips: Iterable[int] = ()) -> float:
     """FLOPs of all matrix products, a multiplication and its addition as two; nothing else is counted.
 
     Shapes in a jaxpr are those of whole arrays, so this is the work of all devices together; what a device repeats of
@@ -17,38 +18,40 @@ def count(jaxpr: core.ClosedJaxpr, while_trips: int = 1) -> float:
 
     Args:
         jaxpr: from jax.make_jaxpr(f)(*args) or jax.jit(f).trace(*args).jaxpr.
-        while_trips: how often a `while` runs: its end depends on the data, which a scan's does not.
+        while_trips: how often each `while` runs, in order, for its end depends on the data, which a scan's does not;
+            once where none is left.
 
     Raises:
         ValueError: a kernel without a cost estimate whose grid is not known before it runs.
     """
-    return _count(jaxpr.jaxpr, while_trips)
+    return _count(jaxpr.jaxpr, iter(while_trips))
 
 
-def _count(jaxpr: core.Jaxpr, while_trips: int) -> float:
+def _count(jaxpr: core.Jaxpr, while_trips: Iterator[int]) -> float:
     return sum((_equation(eqn, while_trips) for eqn in jaxpr.eqns), 0.0)
 
 
-def _equation(eqn: core.JaxprEqn, while_trips: int) -> float:
+def _equation(eqn: core.JaxprEqn, while_trips: Iterator[int]) -> float:
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
         return _product(eqn)
     if name == "pallas_call" and params["cost_estimate"] is not None:
         return float(params["cost_estimate"].flops)
+    repeats = _repeats(eqn, while_trips)
     # Of a function with its own derivative only the primal is a jaxpr here: its rules are Python functions.
     inner = [_count(sub, while_trips) for sub in core.jaxprs_in_params(params)]
     if name == "cond":
         return max(inner)
-    return _repeats(eqn, while_trips) * sum(inner)
+    return repeats * sum(inner)
 
 
-def _repeats(eqn: core.JaxprEqn, while_trips: int) -> int:
+def _repeats(eqn: core.JaxprEqn, while_trips: Iterator[int]) -> int:
     """How often an equation runs the jaxprs in it: once unless it is a loop, a shard_map or a kernel."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
         return params["length"]
     if name == "while":
-        return while_trips
+        return next(while_trips, 1)
     if name == "shard_map":
         return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     if name == "pallas_call":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Iterable
 
 from popi_jax.cost import collectives as lib
 from popi_jax.cost import executed, hlo
@@ -39,7 +40,7 @@ class Traffic:
             block by block, and what tiles pad are not in it.
         collectives: by kind, such as "all-gather".
         host_transfers: names of the instructions that wait for or send to the host.
-        unknown_loops: names of the loops whose number of turns was not in the text: they count `unknown_trips`.
+        unknown_loops: names of the loops whose number of turns was not in the text: `unknown_trips` says them.
     """
 
     hbm_bytes: float
@@ -48,12 +49,12 @@ class Traffic:
     unknown_loops: list[str]
 
 
-def measure(text: str, unknown_trips: int) -> Traffic:
+def measure(text: str, unknown_trips: Iterable[int] = ()) -> Traffic:
     """Counts what a program moves.
 
     Args:
         text: optimised HLO, compiled.as_text().
-        unknown_trips: turns of a loop that ends when the data says so, such as decode's.
+        unknown_trips: turns of each loop that ends when the data says so, such as decode's; see executed.walk.
 
     Raises:
         ValueError: text that is not understood.
