@@ -59,7 +59,7 @@ class Samples:
 @dataclasses.dataclass(frozen=True)
 class _DecodeState:
     index: jax.Array  # Tokens drawn so far.
-    prompt_B: jax.Array  # Which prompts these are.
+    place_B: jax.Array  # Which of its device's prompts each is.
     prompt_length_B: jax.Array
     token_BxN: jax.Array  # The newest.
     tokens_BxNxS: jax.Array
@@ -84,6 +84,12 @@ class _DecodeState:
     def _of_prompts(self) -> dict[str, jax.Array]:
         fields = (field.name for field in dataclasses.fields(self))
         return {name: getattr(self, name) for name in fields if name not in ("index", "cache")}
+
+
+def _devices() -> int:
+    """Over how many devices the prompts are split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else sharding.row_shards(mesh)
 
 
 def _pick(x_XxBxY: jax.Array, place_GxP: jax.Array, axis: int = 0) -> jax.Array:
@@ -160,7 +166,7 @@ def sample(
     empty_BxN = jnp.broadcast_to(prompt_length_B[:, None] == 0, (B, N))
     state = _DecodeState(
         index=jnp.int32(0),
-        prompt_B=jnp.arange(B),
+        place_B=jnp.arange(B) % (B // _devices()),
         prompt_length_B=prompt_length_B,
         token_BxN=jnp.full((B, N), pad_id, jnp.int32),
         tokens_BxNxS=jnp.full((B, N, S), pad_id, jnp.int32),
@@ -198,7 +204,7 @@ def _draw(
     logp_BxNxV = truncate(logits_BxNxV, temperature=temperature, top_p=top_p)
     noise_BxNxV = jax.random.gumbel(jax.random.fold_in(key, state.index), (prompts, *logp_BxNxV.shape[1:]))
     if len(logp_BxNxV) < prompts:
-        noise_BxNxV = noise_BxNxV[state.prompt_B]
+        noise_BxNxV = _pick(noise_BxNxV, state.place_B.reshape(_devices(), -1))
     token_BxN = _first_largest(logp_BxNxV + noise_BxNxV)  # jax.random.categorical's, which takes argmax.
     logp_BxN = jnp.take_along_axis(logp_BxNxV, token_BxN[..., None], axis=-1)[..., 0]
     token_BxN = jnp.where(state.done_BxN, pad_id, token_BxN).astype(jnp.int32)
@@ -218,8 +224,7 @@ def _draw_all(
     state: _DecodeState, advance: Callable[[int, _DecodeState], _DecodeState], ends: Sequence[int], halvings: int
 ) -> _DecodeState:
     """Advances until all are done, or have as many tokens as the last of `ends`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    G = 1 if mesh.empty else sharding.row_shards(mesh)
+    G = _devices()
     E = len(state.done_BxN) // G
     P = -(-E // 2) if halvings and E > 1 else 0
 
