@@ -200,7 +200,7 @@ def scaling(job: Job) -> tuple[Measure, dict[str, Any]]:
     return stepper, {
         "signal_tokens": float(np.mean(tokens)),
         "k": system.config.sampling.k,
-        # What no implementation of the same step can do without, to hold its time's growth against.
+        # Padding included; to hold the time's growth against.
         "update_flops": flops(stepper.fn, stepper.state, system.base, stepper.batch()[0]),
     }
 
