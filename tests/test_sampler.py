@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from popi_jax import sampler, scoring
+from popi_jax import sampler, scoring, sharding
 from popi_jax.model.decoder import Decoder
 from popi_jax.scoring import PrefixBatch
 from tests import tiny
@@ -89,6 +89,25 @@ def test_prompts_that_are_not_done_go_on_in_half_the_batch(monkeypatch):
     np.testing.assert_array_equal(out.length_BxN, whole.length_BxN)
     np.testing.assert_array_equal(out.finished_BxN, whole.finished_BxN)
     np.testing.assert_allclose(out.logp_BxNxS, whole.logp_BxNxS, atol=1e-5)
+
+
+def test_devices_whose_prompts_are_done_at_different_times_draw_what_one_does():
+    prompt, length = prompts(B=16)
+    key = jax.random.key(11)
+    one = draw(prompt, length, key, 2, 24, stop_ids=(3, 5, 7, 11))
+    waits_GxE = np.asarray(one.length_BxN).max(axis=1).reshape(4, 4)
+    # No more than two of each device's four wait, then no more than one, and which they are differs.
+    assert len({frozenset(places) for places in np.argsort(waits_GxE)[:, 2:].tolist()}) == 3
+    _, two, one_waits, all_done = np.sort(waits_GxE).max(axis=0)
+    assert two < one_waits < all_done
+    mesh = sharding.make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        rows = jax.device_put((prompt, length), sharding.batch_sharding(mesh))
+        split = draw(*rows, key, 2, 24, stop_ids=(3, 5, 7, 11))
+    assert split.tokens_BxNxS.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 3)
+    np.testing.assert_array_equal(one.tokens_BxNxS, split.tokens_BxNxS)
+    np.testing.assert_array_equal(one.length_BxN, split.length_BxN)
+    np.testing.assert_allclose(one.logp_BxNxS, split.logp_BxNxS, atol=1e-5)
 
 
 def test_turns_are_all_of_the_whole_batch():
