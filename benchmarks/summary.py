@@ -37,7 +37,7 @@ def side(ready: Mapping[str, Any], turns: Sequence[Mapping[str, Any]], end: Mapp
         "peak_bytes": end["peak_bytes"],
         "before": {key: value for key, value in ready.items() if key != "event"},
         "turns": [{key: value for key, value in turn.items() if key != "event"} for turn in turns],
-    }
+    } | {key: end[key] for key in ("profile",) if key in end}
 
 
 def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,6 +153,21 @@ def scaling_cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     return table
 
 
+PROFILE_HEADERS = ("case", "products", "copies", "arithmetic", "the largest parts", "XLA busy")
+
+
+def profile_cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Where the time of our side of each case goes, from the first of its rows that says so."""
+    found = {row["case"]: row["ours"]["profile"] for row in reversed(rows) if "profile" in row.get("ours", {})}
+    table = []
+    for case, profile in reversed(found.items()):
+        kinds = [f"{profile['kinds'].get(kind, 0):.0%}" for kind in PROFILE_HEADERS[1:4]]
+        parts = sorted(profile["parts"].items(), key=lambda item: -item[1])[:5]
+        largest = ", ".join(f"{name} {share:.0%}" for name, share in parts)
+        table.append((case, *kinds, largest, f"{profile['busy']:.0%}"))
+    return table
+
+
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table."""
     lines = ["| " + " | ".join(line) + " |" for line in (headers, ["---"] * len(headers), *rows)]
@@ -174,6 +189,8 @@ def table(results: Mapping[str, Any]) -> str:
         parts.append(markdown(HEADERS, [cells(row) for row in compared]))
     if scaled:
         parts.append(markdown(SCALING_HEADERS, scaling_cells(scaled)))
+    if profiled := profile_cells(results["rows"]):
+        parts += ["Where our time goes, of what XLA executes:", markdown(PROFILE_HEADERS, profiled)]
     parts += [f"left out: {text}" for text in results["left_out"]]
     return "\n\n".join(parts) + "\n"
 

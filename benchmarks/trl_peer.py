@@ -235,7 +235,13 @@ def check_sampling(job: Job) -> None:
 def evaluation(job: Job, channel: Channel) -> None:
     """DPOTrainer.evaluate: the policy's and the reference's log-probabilities of every pair."""
     trainer = dpo_trainer(job, 1)
-    _serve(job, channel, lambda: {"margin": trainer.evaluate()["eval_rewards/margins"] / job.sizes.beta})
+
+    def evaluate(data: datasets.Dataset) -> dict[str, float]:
+        return {"margin": trainer.evaluate(data)["eval_rewards/margins"] / job.sizes.beta}
+
+    whole = trainer.eval_dataset
+    one_batch = whole.select(range(job.sizes.evaluation_batch))  # Nothing is compiled that the others would need.
+    _serve(job, channel, lambda: evaluate(whole), warm_up=lambda: evaluate(one_batch))
 
 
 def check_evaluation(job: Job) -> None:
@@ -251,10 +257,10 @@ def measure_roofline(job: Job, channel: Channel) -> None:
     _serve(job, channel, lambda: roofline.with_torch(job.sizes.matmul, job.sizes.copy_mb))
 
 
-def _serve(job: Job, channel: Channel, measure: Any) -> None:
+def _serve(job: Job, channel: Channel, measure: Any, warm_up: Any = None) -> None:
     load_s = time.perf_counter() - job.started
     started = time.perf_counter()
-    first = measure()
+    first = (warm_up or measure)()
     channel.ready(load_s=load_s, warmup_s=time.perf_counter() - started, first=first)
     while channel.wait():
         started = time.perf_counter()

@@ -159,7 +159,8 @@ def sample(
     index_1xT = jnp.arange(T)[None, :]
     segments_BxT = jnp.where(index_1xT < prompt_length_B[:, None], 0, -1)
     positions_BxT = jnp.broadcast_to(index_1xT, (B, T))
-    hidden_BxTxD, cache = decoder.prefill(prompt_BxT, positions_BxT, segments_BxT, N, S)
+    with jax.named_scope("prefill"):
+        hidden_BxTxD, cache = decoder.prefill(prompt_BxT, positions_BxT, segments_BxT, N, S)
     last_B = jnp.maximum(prompt_length_B - 1, 0)
     last_Bx1xD = jnp.take_along_axis(hidden_BxTxD, last_B[:, None, None], axis=1)
     logits_BxNxV = jnp.broadcast_to(decoder.logits(last_Bx1xD), (B, N, decoder.config.vocab_size))
@@ -185,7 +186,8 @@ def sample(
         hidden_BxNxD, cache = decoder.decode(state.token_BxN, positions_BxN, state.cache, slot, slots)
         return draw(dataclasses.replace(state, cache=cache), decoder.logits(hidden_BxNxD))
 
-    state = _draw_all(draw(state, logits_BxNxV), advance, _loop_ends(S), _HALVINGS)
+    with jax.named_scope("decode"):
+        state = _draw_all(draw(state, logits_BxNxV), advance, _loop_ends(S), _HALVINGS)
     return Samples(state.tokens_BxNxS, state.length_BxN, state.logp_BxNxS, state.done_BxN & ~empty_BxN)
 
 

@@ -284,15 +284,16 @@ class Decoder(nnx.Module):
             k_BxKvxNxDh, v_BxKvxNxDh = k_BxNxKvxDh.swapaxes(1, 2), v_BxNxKvxDh.swapaxes(1, 2)
             own_k = jax.lax.dynamic_update_slice(own_k, k_BxKvxNxDh[None, :, :, :, None], at)
             own_v = jax.lax.dynamic_update_slice(own_v, v_BxKvxNxDh[None, :, :, :, None], at)
-            attended_BxNxHxDh = attention.attend_decode(
-                q_BxNxHxDh,
-                prefix_k_BxKvxDhxT,
-                prefix_v_BxKvxTxDh,
-                cache.prefix_valid_BxT,
-                layers_slots(own_k, i),
-                layers_slots(own_v, i),
-                index,
-            )
+            with jax.named_scope("attend"):
+                attended_BxNxHxDh = attention.attend_decode(
+                    q_BxNxHxDh,
+                    prefix_k_BxKvxDhxT,
+                    prefix_v_BxKvxTxDh,
+                    cache.prefix_valid_BxT,
+                    layers_slots(own_k, i),
+                    layers_slots(own_v, i),
+                    index,
+                )
             return (layer.finish(x_BxNxD, attended_BxNxHxDh), own_k, own_v), None
 
         # The branches' cache rides in the carry and each layer writes one slot of it, so that XLA updates it in place.

@@ -1,0 +1,96 @@
+"""Where the benchmark says that time goes: by hand, and of a program whose products are most of its work."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import ours, profile, summary
+from popi_jax.cost import hlo
+
+TEXT = """HloModule jit_step
+
+%fused_dot (a: f32[2,4], b: f32[4,2]) -> f32[2,2] {
+  %a = f32[2,4]{1,0} parameter(0)
+  %b = f32[4,2]{1,0} parameter(1)
+  ROOT %dot.1 = f32[2,2]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%fused_slice (c: f32[3,4,2]) -> f32[4,2] {
+  %c = f32[3,4,2]{2,1,0} parameter(0)
+  %slice.1 = f32[1,4,2]{2,1,0} slice(%c), slice={[0:1], [0:4], [0:2]}
+  ROOT %bitcast.1 = f32[4,2]{1,0} bitcast(%slice.1)
+}
+
+ENTRY %main (x: f32[2,4], w: f32[3,4,2]) -> f32[2,2] {
+  %x = f32[2,4]{1,0} parameter(0)
+  %w = f32[3,4,2]{2,1,0} parameter(1)
+  %fusion.1 = f32[4,2]{1,0} fusion(%w), kind=kLoop, calls=%fused_slice, metadata={op_name="jit(step)/while/body/slice"}
+  %fusion.2 = f32[2,2]{1,0} fusion(%x, %fusion.1), kind=kCustom, calls=%fused_dot, metadata={op_name="jit(step)/transpose(jvp(mlp))/dot_general"}
+  ROOT %tanh.1 = f32[2,2]{1,0} tanh(%fusion.2), metadata={op_name="jit(step)/decode/while/body/attend/tanh"}
+}
+"""  # noqa: E501
+# Another program with operations of the same names, and one more, which was not executed.
+OTHER = TEXT.replace("mlp", "qkv").replace("  ROOT %tanh.1", "  %abs.1 = f32[2,2]{1,0} abs(%fusion.2)\n  ROOT %tanh.1")
+
+
+def test_shares_by_hand():
+    modules = [hlo.parse(OTHER), hlo.parse(TEXT)]
+    # Of 10 microseconds XLA is busy for 1 to 5 and 6 to 8: the product overlaps the copy.
+    events = [(7, "fusion.1", 1000, 2000), (7, "fusion.2", 2000, 3000), (7, "tanh.1", 6000, 2000)]
+    found = profile.shares(events, modules, seconds=1e-5)
+    assert found["busy"] == pytest.approx(0.6)
+    assert found["kinds"] == pytest.approx({"products": 3 / 7, "copies": 2 / 7, "arithmetic": 2 / 7})
+    assert found["parts"] == pytest.approx({"backward mlp": 3 / 7, "else": 2 / 7, "decode attend": 2 / 7})
+    with pytest.raises(ValueError, match="no compiled program"):
+        profile.shares(
+            [(7, "fusion.1", 0, 1), (7, "fusion.9", 0, 1), (7, "tanh.1", 0, 1), (7, "abs", 0, 1)], modules, 1
+        )
+
+
+def test_a_trace_tells_products_from_the_rest(tmp_path):
+    @jax.jit
+    def step(x, w):
+        with jax.named_scope("mlp"):
+            x = jax.lax.fori_loop(0, 20, lambda _, x: 1e-3 * (x @ w), x)
+        with jax.named_scope("attend"):
+            return jnp.sin(x)
+
+    x, w = jnp.ones((512, 512)), jnp.ones((512, 512))
+
+    def measure():
+        step(x, w).block_until_ready()
+
+    measure()
+    found = profile.where(measure, tmp_path)
+    assert found["kinds"]["products"] > 0.5 and found["parts"]["mlp"] > found["parts"]["attend"] > 0
+    assert sum(found["parts"].values()) == pytest.approx(1) and 0 < found["busy"] <= 1
+    assert 0 < found["seconds"] < 60
+
+
+def test_the_table_shows_a_case_once():
+    def row(case, **ours):
+        return {"case": case, "ours": ours}
+
+    known = {"kinds": {"products": 0.75, "arithmetic": 0.25}, "parts": {"mlp": 0.6, "else": 0.4}, "busy": 0.9}
+    rows = [row("a"), row("b", profile=known), {"case": "c", "note": "failed"}, row("b", profile=known | {"busy": 0.1})]
+    assert summary.profile_cells(rows) == [("b", "75%", "0%", "25%", "mlp 60%, else 40%", "90%")]
+    side = summary.side({}, [{"seconds": 1.0}], {"peak_bytes": 1, "profile": known}, 1)
+    assert side["profile"] == known
+
+
+def test_a_turn_in_which_something_was_compiled_is_taken_again():
+    taken = []
+
+    def measure(compiles):
+        taken.append(next(compiles))
+        if taken[-1]:
+            jax.jit(lambda x: x + len(taken))(jnp.ones(3))
+        return {"nats": len(taken)}
+
+    for compiles, turns in (([0, 0], 1), ([1, 0, 0], 2), ([1, 1, 1, 1], 3)):
+        taken.clear()
+        turn = ours.one_turn(functools.partial(measure, iter(compiles)))
+        assert (turn["nats"], len(taken)) == (turns, turns)
+        assert (turn["compile_s"] == 0) == (turns < 3) and turn["seconds"] > 0
