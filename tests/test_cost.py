@@ -83,7 +83,16 @@ def test_flops_of_functions_with_rules_of_their_own():
     h.defjvp(lambda primals, tangents: (h(*primals), tangents[0] @ primals[1]))
     assert counted(f, X, W) == PRODUCT
     assert counted(h, X, W) == PRODUCT
-    assert counted(jax.grad(lambda x, w: jnp.sum(f(x, w)), argnums=(0, 1)), X, W) == 3 * PRODUCT
+    assert counted(jax.grad(lambda x, w: jnp.sum(jnp.sin(f(x, w))), argnums=(0, 1)), X, W) == 3 * PRODUCT
+    # The rule gives w a gradient, too, which nothing asks for: in a loop, and where layers are computed again.
+    assert counted(jax.grad(lambda x, w: jnp.sum(jnp.sin(f(x, w)))), X, W) == 2 * PRODUCT
+
+    def frozen(x, stack, layer):
+        return jnp.sum(jax.lax.scan(lambda x, w: (jnp.sin(layer(x, w)), None), x, stack)[0])
+
+    assert counted(jax.jit(jax.grad(lambda x, stack: frozen(x, stack, f))), X, STACK_7) == 7 * 2 * PRODUCT
+    again = jax.checkpoint(lambda x, w: jnp.sin(f(x, w)))
+    assert counted(jax.grad(lambda x, stack: frozen(x, stack, again)), X, STACK_7) == 7 * 3 * PRODUCT
 
 
 def test_flops_in_a_shard_map_are_of_all_its_devices():

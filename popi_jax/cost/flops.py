@@ -5,11 +5,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
 def count(jaxpr: core.ClosedJaxpr, while_trips: Iterable[int] = ()) -> float:
     """FLOPs of all matrix products, a multiplication and its addition as two; nothing else is counted.
 
+    Nor is what no result needs, which the compiler leaves out: a gradient rule gives a frozen weight its gradient, too.
     Shapes in a jaxpr are those of whole arrays, so this is the work of all devices together; what a device repeats of
     another's is not in it. Inside a shard_map shapes are one device's: they count once for each device of the mesh axes
     that it is manual over. What jax.checkpoint computes again in the backward pass is in the jaxpr and counts. A Pallas
@@ -24,7 +26,8 @@ def count(jaxpr: core.ClosedJaxpr, while_trips: Iterable[int] = ()) -> float:
     Raises:
         ValueError: a kernel without a cost estimate whose grid is not known before it runs.
     """
-    return _count(jaxpr.jaxpr, iter(while_trips))
+    needed, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars), instantiate=True)
+    return _count(needed, iter(while_trips))
 
 
 def _count(jaxpr: core.Jaxpr, while_trips: Iterator[int]) -> float:
