@@ -274,7 +274,7 @@ def test_the_smallest_form_runs_without_peers(tmp_path):
     assert str(ROOT) not in (tmp_path / "out" / "bench.json").read_text()
 
 
-@pytest.mark.parametrize("folder", [".", "avx2"])
+@pytest.mark.parametrize("folder", [".", "evaluation", "adapters", "avx2"])
 def test_readme_shows_what_was_measured(folder):
     results = json.loads((ROOT / "benchmarks" / "results" / folder / "bench.json").read_text())
     assert summary.short(results) in (ROOT / "README.md").read_text()
