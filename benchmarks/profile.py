@@ -46,8 +46,9 @@ def where(measure: Callable[[], Any], folder: pathlib.Path) -> dict[str, Any]:
         seconds = time.perf_counter() - started  # Writing the trace is not part of it.
     (path,) = folder.glob("**/*.xplane.pb")
     events = list(_events(jax.profiler.ProfileData.from_file(str(path))))
-    texts = [e.hlo_modules()[0].to_string() for e in jax.devices()[0].client.live_executables()]
-    return {"seconds": seconds, **shares(events, [hlo.parse(text) for text in texts], seconds)}
+    compiled = [e.hlo_modules()[0] for e in jax.devices()[0].client.live_executables()]
+    programs = [(program_id(c.as_serialized_hlo_module_proto()), hlo.parse(c.to_string())) for c in compiled]
+    return {"seconds": seconds, **shares(events, programs, seconds)}
 
 
 Event = tuple[int, str, float, float]  # The program's number, the operation, start and duration in ns.
@@ -62,16 +63,44 @@ def _events(profile: jax.profiler.ProfileData) -> Iterator[Event]:
                     yield stats["program_id"], stats["hlo_op"], event.start_ns, event.duration_ns
 
 
-def shares(events: Sequence[Event], modules: Sequence[hlo.Module], seconds: float) -> dict[str, Any]:
-    """`where`'s shares, of events and the programs that they may be of."""
-    programs: dict[int, list[Event]] = collections.defaultdict(list)
+def program_id(proto: bytes) -> int:
+    """The number that the profiler knows a program by: field 5 of a serialized HloModuleProto, 0 where it has none.
+
+    Raises:
+        ValueError: a field before it that is neither a number nor a string of bytes.
+    """
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = proto[at]
+            value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+            if byte < 128:
+                return value
+
+    while at < len(proto):
+        field, wire = divmod(varint(), 8)
+        if wire not in (0, 2):
+            raise ValueError(f"field {field} of an HLO module has the wire type {wire}")
+        value = varint()
+        if field == 5:
+            return value
+        at += value if wire == 2 else 0
+    return 0
+
+
+def shares(events: Sequence[Event], programs: Sequence[tuple[int, hlo.Module]], seconds: float) -> dict[str, Any]:
+    """`where`'s shares, of events and the programs, with their numbers, that they may be of."""
+    by_program: dict[int, list[Event]] = collections.defaultdict(list)
     for event in events:
-        programs[event[0]].append(event)
+        by_program[event[0]].append(event)
     kinds: dict[str, float] = collections.defaultdict(float)
     parts: dict[str, float] = collections.defaultdict(float)
     spans = []
-    for own in programs.values():
-        module, known = _module({name for _, name, _, _ in own}, modules)
+    for number, own in by_program.items():
+        module, known = _module(number, {name for _, name, _, _ in own}, programs)
         for _, name, start, duration in own:
             if known[name].opcode in _CONTROL:
                 continue
@@ -86,16 +115,23 @@ def shares(events: Sequence[Event], modules: Sequence[hlo.Module], seconds: floa
     }
 
 
-def _module(names: set[str], modules: Sequence[hlo.Module]) -> tuple[hlo.Module, dict[str, hlo.Instruction]]:
-    """The program that executed these operations, and its instructions: the smallest that has them all."""
+def _module(
+    number: int, names: set[str], programs: Sequence[tuple[int, hlo.Module]]
+) -> tuple[hlo.Module, dict[str, hlo.Instruction]]:
+    """The program of this number, and its instructions, which these are among.
+
+    Another program's may have the same names and mean something else. A program that was read from a compilation cache
+    has the number that it had where it was compiled: the only one with all these names is it.
+    """
     found = []
-    for module in modules:
+    for own, module in programs:
         known = {name: i for c in module.computations.values() for name, i in c.instructions.items()}
         if names <= known.keys():
-            found.append((module, known))
-    if not found:
-        raise ValueError(f"no compiled program has all of {sorted(names)[:5]} ...")
-    return min(found, key=lambda one: len(one[1]))
+            found.append((own == number, module, known))
+    exact = [one for one in found if one[0]] or found
+    if len(exact) != 1:
+        raise ValueError(f"{len(exact)} compiled programs have all of {sorted(names)[:5]} ...; program {number} is one")
+    return exact[0][1:]
 
 
 def _kind(module: hlo.Module, i: hlo.Instruction) -> str:

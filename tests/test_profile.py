@@ -31,22 +31,34 @@ ENTRY %main (x: f32[2,4], w: f32[3,4,2]) -> f32[2,2] {
   ROOT %tanh.1 = f32[2,2]{1,0} tanh(%fusion.2), metadata={op_name="jit(step)/decode/while/body/attend/tanh"}
 }
 """  # noqa: E501
-# Another program with operations of the same names, and one more, which was not executed.
-OTHER = TEXT.replace("mlp", "qkv").replace("  ROOT %tanh.1", "  %abs.1 = f32[2,2]{1,0} abs(%fusion.2)\n  ROOT %tanh.1")
+# Another program with operations of the same names.
+OTHER = TEXT.replace("mlp", "qkv")
 
 
 def test_shares_by_hand():
-    modules = [hlo.parse(OTHER), hlo.parse(TEXT)]
+    programs = [(6, hlo.parse(OTHER)), (7, hlo.parse(TEXT)), (8, hlo.parse(OTHER))]
     # Of 10 microseconds XLA is busy for 1 to 5 and 6 to 8: the product overlaps the copy.
     events = [(7, "fusion.1", 1000, 2000), (7, "fusion.2", 2000, 3000), (7, "tanh.1", 6000, 2000)]
-    found = profile.shares(events, modules, seconds=1e-5)
+    found = profile.shares(events, programs, seconds=1e-5)
     assert found["busy"] == pytest.approx(0.6)
     assert found["kinds"] == pytest.approx({"products": 3 / 7, "copies": 2 / 7, "arithmetic": 2 / 7})
     assert found["parts"] == pytest.approx({"backward mlp": 3 / 7, "else": 2 / 7, "decode attend": 2 / 7})
-    with pytest.raises(ValueError, match="no compiled program"):
-        profile.shares(
-            [(7, "fusion.1", 0, 1), (7, "fusion.9", 0, 1), (7, "tanh.1", 0, 1), (7, "abs", 0, 1)], modules, 1
-        )
+    assert profile.shares(events, programs[1:2], 1)["parts"] == profile.shares(events, programs, 1)["parts"]
+    with pytest.raises(ValueError, match="0 compiled programs have all of"):
+        profile.shares([*events, (7, "sin.1", 0, 1)], programs, 1)
+    with pytest.raises(ValueError, match="2 compiled programs have all of"):
+        profile.shares(events, programs[::2], 1)
+
+
+def test_a_program_s_number():
+    compiled = [jax.jit(lambda x, n=n: x + n).lower(jnp.ones(3)).compile() for n in (1, 2)]
+    protos = [c.runtime_executable().hlo_modules()[0].as_serialized_hlo_module_proto() for c in compiled]
+    first, second = map(profile.program_id, protos)
+    assert second > first > 0
+    assert profile.program_id(b"\x0a\x02ab\x20\x01\x28\xac\x02\x30\x07") == 300  # 0xac 0x02: 44 + 2 * 128.
+    assert profile.program_id(b"\x0a\x02ab") == 0
+    with pytest.raises(ValueError, match="field 3 of an HLO module has the wire type 1"):
+        profile.program_id(b"\x19" + bytes(8))
 
 
 def test_a_trace_tells_products_from_the_rest(tmp_path):
