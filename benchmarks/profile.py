@@ -105,8 +105,9 @@ def shares(events: Sequence[Event], programs: Sequence[tuple[int, hlo.Module]], 
             if known[name].opcode in _CONTROL:
                 continue
             spans.append((start, start + duration))
-            kinds[_kind(module, known[name])] += duration
-            parts[_part(known[name])] += duration
+            kind, named_by = _what(module, known[name])
+            kinds[kind] += duration
+            parts[_part(named_by)] += duration
     total = sum(kinds.values())
     return {
         "busy": _covered(spans) / seconds / 1e9,
@@ -134,18 +135,22 @@ def _module(
     return exact[0][1:]
 
 
-def _kind(module: hlo.Module, i: hlo.Instruction) -> str:
+def _what(module: hlo.Module, i: hlo.Instruction) -> tuple[str, hlo.Instruction]:
+    """The kind of an operation, and the instruction that says where in the model it is.
+
+    A fusion of a product with what follows it has the name of what follows; most of its time is the product's.
+    """
     inside = [i]
     if "calls" in i.attributes:
         inside = list(module.computations[i.computation("calls")].instructions.values())
-    opcodes = {one.opcode for one in inside}
-    if opcodes & {"dot", "convolution"}:
-        return "products"
-    return "copies" if opcodes <= _COPIES else "arithmetic"
+    for one in inside:
+        if one.opcode in ("dot", "convolution"):
+            return "products", one if _OP_NAME.search(one.rest) else i
+    return ("copies" if {one.opcode for one in inside} <= _COPIES else "arithmetic"), i
 
 
 def _part(i: hlo.Instruction) -> str:
-    """The innermost of the named scopes that the operation was written in, after its phase."""
+    """The innermost of the named scopes that an instruction was written in, after its phase."""
     found = _OP_NAME.search(i.rest)
     path = found.group(1) if found else ""
     words = _WORD.findall(path)

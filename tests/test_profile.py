@@ -14,7 +14,7 @@ TEXT = """HloModule jit_step
 %fused_dot (a: f32[2,4], b: f32[4,2]) -> f32[2,2] {
   %a = f32[2,4]{1,0} parameter(0)
   %b = f32[4,2]{1,0} parameter(1)
-  ROOT %dot.1 = f32[2,2]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %dot.1 = f32[2,2]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(step)/transpose(jvp(mlp))/dot_general"}
 }
 
 %fused_slice (c: f32[3,4,2]) -> f32[4,2] {
@@ -27,7 +27,7 @@ ENTRY %main (x: f32[2,4], w: f32[3,4,2]) -> f32[2,2] {
   %x = f32[2,4]{1,0} parameter(0)
   %w = f32[3,4,2]{2,1,0} parameter(1)
   %fusion.1 = f32[4,2]{1,0} fusion(%w), kind=kLoop, calls=%fused_slice, metadata={op_name="jit(step)/while/body/slice"}
-  %fusion.2 = f32[2,2]{1,0} fusion(%x, %fusion.1), kind=kCustom, calls=%fused_dot, metadata={op_name="jit(step)/transpose(jvp(mlp))/dot_general"}
+  %fusion.2 = f32[2,2]{1,0} fusion(%x, %fusion.1), kind=kCustom, calls=%fused_dot, metadata={op_name="jit(step)/reduce_max"}
   ROOT %tanh.1 = f32[2,2]{1,0} tanh(%fusion.2), metadata={op_name="jit(step)/decode/while/body/attend/tanh"}
 }
 """  # noqa: E501
