@@ -269,6 +269,11 @@ def test_the_smallest_form_runs_without_peers(tmp_path):
     for row in results["rows"][1:]:
         assert row["ours"]["rates"][0] > 0 and row["ours"]["peak_bytes"] > 0
         assert all(value > 0 for value in row["roofline"].values()) and row["roofline"]
+        profile = row["ours"]["profile"]
+        assert 0 < profile["busy"] <= 1 and profile["kinds"]["products"] > 0
+        assert sum(profile["kinds"].values()) == pytest.approx(1) == pytest.approx(sum(profile["parts"].values()))
+    dpo, sampling = (row["ours"]["profile"]["parts"] for row in results["rows"][1:])
+    assert {"mlp", "backward mlp"} <= dpo.keys() and {"prefill mlp", "decode logits"} <= sampling.keys()
     assert results["machine"]["dtype"] == "float32" and results["data"] == "synthetic"
     assert (tmp_path / "out" / "speed.png").stat().st_size > 0
     assert str(ROOT) not in (tmp_path / "out" / "bench.json").read_text()
