@@ -268,7 +268,7 @@ def main() -> None:
         channel.done(**one_turn(measure))
     last: dict[str, Any] = {"peak_bytes": peak_bytes()}  # Before the profile, which is no part of the work.
     if job.case != "roofline":
-        last["profile"] = profile.where(measure, job.scratch / "trace")
+        last["profile"] = profile.where(measure)
     channel.end(**last)
 
 

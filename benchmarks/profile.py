@@ -6,6 +6,7 @@ XLA's profiler says how long each operation of a program took; the compiled prog
 import collections
 import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,12 +26,11 @@ _WORD = re.compile(r"\w+")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
-def where(measure: Callable[[], Any], folder: pathlib.Path) -> dict[str, Any]:
+def where(measure: Callable[[], Any]) -> dict[str, Any]:
     """Traces one measurement.
 
     Args:
         measure: what is measured, warmed up.
-        folder: for the trace.
 
     Returns:
         seconds: of the measurement, traced.
@@ -40,12 +40,13 @@ def where(measure: Callable[[], Any], folder: pathlib.Path) -> dict[str, Any]:
     """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
-    started = time.perf_counter()
-    with jax.profiler.trace(str(folder), profiler_options=options):
-        measure()
-        seconds = time.perf_counter() - started  # Writing the trace is not part of it.
-    (path,) = folder.glob("**/*.xplane.pb")
-    events = list(_events(jax.profiler.ProfileData.from_file(str(path))))
+    with tempfile.TemporaryDirectory() as folder:  # Of its own: a case has a worker for each peer.
+        started = time.perf_counter()
+        with jax.profiler.trace(folder, profiler_options=options):
+            measure()
+            seconds = time.perf_counter() - started  # Writing the trace is not part of it.
+        (path,) = pathlib.Path(folder).glob("**/*.xplane.pb")
+        events = list(_events(jax.profiler.ProfileData.from_file(str(path))))
     compiled = [e.hlo_modules()[0] for e in jax.devices()[0].client.live_executables()]
     programs = [(program_id(c.as_serialized_hlo_module_proto()), hlo.parse(c.to_string())) for c in compiled]
     return {"seconds": seconds, **shares(events, programs, seconds)}
