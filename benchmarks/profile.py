@@ -21,7 +21,8 @@ _COPIES = frozenset(
     " slice dynamic-slice dynamic-update-slice concatenate pad reverse gather".split()
 )
 _CONTROL = ("while", "call", "conditional")  # Their time is that of what they run.
-_PHASES, _PARTS = ("prefill", "decode"), ("qkv", "attend", "o", "mlp", "logits")
+_PHASES = ("prefill", "decode")
+_PARTS = ("embed", "qkv", "attend", "o", "mlp", "logits", "draw", "optimizer")
 _WORD = re.compile(r"\w+")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
@@ -103,12 +104,13 @@ def shares(events: Sequence[Event], programs: Sequence[tuple[int, hlo.Module]], 
     for number, own in by_program.items():
         module, known = _module(number, {name for _, name, _, _ in own}, programs)
         for _, name, start, duration in own:
-            if known[name].opcode in _CONTROL:
+            computation, instruction = known[name]
+            if instruction.opcode in _CONTROL:
                 continue
             spans.append((start, start + duration))
-            kind, named_by = _what(module, known[name])
+            kind, named_by = _what(module, instruction)
             kinds[kind] += duration
-            parts[_part(named_by)] += duration
+            parts[_part(_path(named_by) or _nearest_path(computation, instruction))] += duration
     total = sum(kinds.values())
     return {
         "busy": _covered(spans) / seconds / 1e9,
@@ -119,15 +121,15 @@ def shares(events: Sequence[Event], programs: Sequence[tuple[int, hlo.Module]], 
 
 def _module(
     number: int, names: set[str], programs: Sequence[tuple[int, hlo.Module]]
-) -> tuple[hlo.Module, dict[str, hlo.Instruction]]:
-    """The program of this number, and its instructions, which these are among.
+) -> tuple[hlo.Module, dict[str, tuple[hlo.Computation, hlo.Instruction]]]:
+    """The program of this number, and its instructions, which these are among, each after its computation.
 
     Another program's may have the same names and mean something else. A program that was read from a compilation cache
     has the number that it had where it was compiled: the only one with all these names is it.
     """
     found = []
     for own, module in programs:
-        known = {name: i for c in module.computations.values() for name, i in c.instructions.items()}
+        known = {name: (c, i) for c in module.computations.values() for name, i in c.instructions.items()}
         if names <= known.keys():
             found.append((own == number, module, known))
     exact = [one for one in found if one[0]] or found
@@ -146,15 +148,38 @@ def _what(module: hlo.Module, i: hlo.Instruction) -> tuple[str, hlo.Instruction]
         inside = list(module.computations[i.computation("calls")].instructions.values())
     for one in inside:
         if one.opcode in ("dot", "convolution"):
-            return "products", one if _OP_NAME.search(one.rest) else i
+            return "products", one if _path(one) else i
     return ("copies" if {one.opcode for one in inside} <= _COPIES else "arithmetic"), i
 
 
-def _part(i: hlo.Instruction) -> str:
-    """The innermost of the named scopes that an instruction was written in, after its phase."""
+def _path(i: hlo.Instruction) -> str:
+    """The named scopes that an instruction was written in, and the primitive; "" where XLA has lost them."""
     found = _OP_NAME.search(i.rest)
-    path = found.group(1) if found else ""
-    words = _WORD.findall(path)
+    return found.group(1) if found else ""
+
+
+def _nearest_path(computation: hlo.Computation, i: hlo.Instruction) -> str:
+    """That of the nearest instruction that reads the result and has one, else of the nearest that it is made from.
+
+    XLA drops the names of products that it turns round, among them most of attention's.
+    """
+    users: dict[str, list[str]] = collections.defaultdict(list)
+    for other in computation.instructions.values():
+        for operand in other.operands:
+            users[operand].append(other.name)
+    for neighbours in (users.__getitem__, lambda name: computation.instructions[name].operands):
+        seen, names = {i.name}, [i.name]
+        while names:
+            names = list(dict.fromkeys(n for name in names for n in neighbours(name) if n not in seen))
+            if path := next(filter(None, (_path(computation.instructions[name]) for name in names)), ""):
+                return path
+            seen.update(names)
+    return ""
+
+
+def _part(path: str) -> str:
+    """The innermost part of the model in a path, after its phase."""
+    words = _WORD.findall(path.partition("/")[2])  # The first is the program's name, which may be that of a part.
     phase = "backward" if "transpose(" in path else next((word for word in words if word in _PHASES), "")
     part = next((word for word in reversed(words) if word in _PARTS), "else")
     return f"{phase} {part}".strip()

@@ -184,7 +184,9 @@ def sample(
         slot = state.index - 1
         positions_BxN = jnp.broadcast_to(state.prompt_length_B[:, None] + slot, state.token_BxN.shape)
         hidden_BxNxD, cache = decoder.decode(state.token_BxN, positions_BxN, state.cache, slot, slots)
-        return draw(dataclasses.replace(state, cache=cache), decoder.logits(hidden_BxNxD))
+        logits_BxNxV = decoder.logits(hidden_BxNxD)
+        with jax.named_scope("draw"):
+            return draw(dataclasses.replace(state, cache=cache), logits_BxNxV)
 
     with jax.named_scope("decode"):
         state = _draw_all(draw(state, logits_BxNxV), advance, _loop_ends(S), _HALVINGS)
@@ -203,7 +205,8 @@ def _draw(
     pad_id: int,
 ) -> _DecodeState:
     """Draws the next token of each continuation, whose noise is that of its place among all `prompts`."""
-    logp_BxNxV = truncate(logits_BxNxV, temperature=temperature, top_p=top_p)
+    with jax.named_scope("logits"):
+        logp_BxNxV = truncate(logits_BxNxV, temperature=temperature, top_p=top_p)
     noise_BxNxV = jax.random.gumbel(jax.random.fold_in(key, state.index), (prompts, *logp_BxNxV.shape[1:]))
     if len(logp_BxNxV) < prompts:
         noise_BxNxV = _pick(noise_BxNxV, state.place_B.reshape(_devices(), -1))

@@ -201,7 +201,8 @@ def _flatten(hidden_BxNxSxD: jax.Array) -> jax.Array:
 
 
 def _log_softmax(decoder: Decoder, hidden_JxXxD: jax.Array, temperature: float) -> jax.Array:
-    return jax.nn.log_softmax(decoder.logits(hidden_JxXxD) / temperature, axis=-1)
+    with jax.named_scope("logits"):
+        return jax.nn.log_softmax(decoder.logits(hidden_JxXxD) / temperature, axis=-1)
 
 
 def _gather(logp_JxXxV: jax.Array, target_JxX: jax.Array) -> jax.Array:

@@ -184,7 +184,7 @@ def generator_step(
 ) -> tuple[TrainState, Metrics]:
     """One preference update of theta. Pure."""
     grads, terms, _ = _generator_sums(state, base, batch, settings)
-    state, norms = _update_theta(state, _divide(grads, terms["loss"][1]), settings)
+    state, norms = _update_theta(state, grads, terms, settings)
     return dataclasses.replace(state, step=state.step + 1), _means(terms) | norms
 
 
@@ -214,7 +214,7 @@ def joint_step(state: TrainState, base: Params, batch: JointBatch, *, settings: 
         theta_grads, learned_terms, _ = _generator_sums(state, base, learned, settings)
     grads, phi_terms, maxima = _inference_sums(state, base, inference, loss_R, rows.weight_R, settings)
     state, phi_norms = _update_phi(state, grads, phi_terms, settings)
-    state, theta_norms = _update_theta(state, _divide(theta_grads, learned_terms["loss"][1]), settings)
+    state, theta_norms = _update_theta(state, theta_grads, learned_terms, settings)
     return dataclasses.replace(state, step=state.step + 1), _means(terms | phi_terms) | maxima | phi_norms | theta_norms
 
 
@@ -294,33 +294,35 @@ def _accumulate(one: Callable, batch: Any) -> Any:
     return jax.lax.scan(add, zeros, batch)
 
 
-def _update_phi(state: TrainState, grads: Params, terms: Terms, settings: Settings):
+def _update_phi(state: TrainState, sums: Params, terms: Terms, settings: Settings):
     assert settings.tx_phi is not None
-    grads = _divide(grads, terms["surrogate"][1])
-    updates, opt_phi = settings.tx_phi.update(grads, state.opt_phi, state.phi)
-    state = dataclasses.replace(
-        state,
-        phi=rounding.add(state.phi, updates, rounding.step_key(state.step, "phi")),
-        opt_phi=opt_phi,
-        baseline=objective.update_baseline(state.baseline, terms["reward_less_kl"], settings.baseline_decay),
-    )
-    return state, {"grad_norm_inference": optax.tree.norm(grads), "update_norm_inference": optax.tree.norm(updates)}
+    phi, opt_phi, norms = _update("phi", state, settings.tx_phi, sums, terms["surrogate"])
+    baseline = objective.update_baseline(state.baseline, terms["reward_less_kl"], settings.baseline_decay)
+    state = dataclasses.replace(state, phi=phi, opt_phi=opt_phi, baseline=baseline)
+    return state, {f"{name}_inference": norm for name, norm in norms.items()}
 
 
-def _update_theta(state: TrainState, grads: Params, settings: Settings):
-    updates, opt_theta = settings.tx_theta.update(grads, state.opt_theta, state.theta)
-    theta = rounding.add(state.theta, updates, rounding.step_key(state.step, "theta"))
+def _update_theta(state: TrainState, sums: Params, terms: Terms, settings: Settings):
+    theta, opt_theta, norms = _update("theta", state, settings.tx_theta, sums, terms["loss"])
     state = dataclasses.replace(state, theta=theta, opt_theta=opt_theta)
-    return state, {"grad_norm_generator": optax.tree.norm(grads), "update_norm_generator": optax.tree.norm(updates)}
+    return state, {f"{name}_generator": norm for name, norm in norms.items()}
+
+
+def _update(
+    role: str, state: TrainState, tx: optax.GradientTransformation, sums: Params, loss: objective.SumCount
+) -> tuple[Params, Any, Metrics]:
+    """One role's parameters and optimizer state after an update by the mean gradient, and the norms of both."""
+    params, opt = getattr(state, role), getattr(state, f"opt_{role}")
+    with jax.named_scope("optimizer"):
+        grads = jax.tree.map(lambda g: g / jnp.maximum(loss[1], 1.0), sums)
+        updates, opt = tx.update(grads, opt, params)
+        params = rounding.add(params, updates, rounding.step_key(state.step, role))
+        return params, opt, {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
 
 
 def _float32(params: Params) -> Params:
     """As which the optimizer sees them: its moments are float32."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), params)
-
-
-def _divide(grads: Params, count: jax.Array) -> Params:
-    return jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
 
 
 def _means(terms: Terms) -> dict[str, jax.Array]:

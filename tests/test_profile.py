@@ -26,7 +26,7 @@ TEXT = """HloModule jit_step
 ENTRY %main (x: f32[2,4], w: f32[3,4,2]) -> f32[2,2] {
   %x = f32[2,4]{1,0} parameter(0)
   %w = f32[3,4,2]{2,1,0} parameter(1)
-  %fusion.1 = f32[4,2]{1,0} fusion(%w), kind=kLoop, calls=%fused_slice, metadata={op_name="jit(step)/while/body/slice"}
+  %fusion.1 = f32[4,2]{1,0} fusion(%w), kind=kLoop, calls=%fused_slice, metadata={op_name="jit(embed)/while/body/slice"}
   %fusion.2 = f32[2,2]{1,0} fusion(%x, %fusion.1), kind=kCustom, calls=%fused_dot, metadata={op_name="jit(step)/reduce_max"}
   ROOT %tanh.1 = f32[2,2]{1,0} tanh(%fusion.2), metadata={op_name="jit(step)/decode/while/body/attend/tanh"}
 }
@@ -48,6 +48,20 @@ def test_shares_by_hand():
         profile.shares([*events, (7, "sin.1", 0, 1)], programs, 1)
     with pytest.raises(ValueError, match="2 compiled programs have all of"):
         profile.shares(events, programs[::2], 1)
+
+
+def test_a_nameless_operation_is_part_of_what_reads_it():
+    nameless = TEXT.replace(', metadata={op_name="jit(step)/reduce_max"}', "").replace(
+        ', metadata={op_name="jit(step)/transpose(jvp(mlp))/dot_general"}', ""
+    )
+    found = profile.shares([(7, "fusion.2", 0, 1)], [(7, hlo.parse(nameless))], 1)
+    assert (found["kinds"], found["parts"]) == ({"products": 1}, {"decode attend": 1})
+    # Nothing that reads it has a name, either: what it is made from.
+    nameless = nameless.replace(', metadata={op_name="jit(step)/decode/while/body/attend/tanh"}', "")
+    named = nameless.replace("body/slice", "body/o/slice")
+    assert profile.shares([(7, "tanh.1", 0, 1)], [(7, hlo.parse(named))], 1)["parts"] == {"o": 1}
+    without = named.replace(', metadata={op_name="jit(embed)/while/body/o/slice"}', "")
+    assert profile.shares([(7, "tanh.1", 0, 1)], [(7, hlo.parse(without))], 1)["parts"] == {"else": 1}
 
 
 def test_a_program_s_number():

@@ -317,10 +317,11 @@ class Decoder(nnx.Module):
     def _embed(self, tokens_BxL: jax.Array) -> jax.Array:
         # Every device looks up its part of the model width for the tokens of all that share the table, then each gets
         # its own rows. Left to itself the compiler makes the stream's gradient whole on every device.
-        tokens_BxL = sharding.constrain(sharding.constrain(tokens_BxL, ("batch", "length")), ("few", "length"))
-        x_BxLxD = self.embed["embedding"][...][tokens_BxL].astype(self.config.compute_dtype)
-        x_BxLxD = sharding.constrain(x_BxLxD, ("few", "length", "embed"))
-        return sharding.constrain(x_BxLxD, ("batch", "length", "activation"))
+        with jax.named_scope("embed"):
+            tokens_BxL = sharding.constrain(sharding.constrain(tokens_BxL, ("batch", "length")), ("few", "length"))
+            x_BxLxD = self.embed["embedding"][...][tokens_BxL].astype(self.config.compute_dtype)
+            x_BxLxD = sharding.constrain(x_BxLxD, ("few", "length", "embed"))
+            return sharding.constrain(x_BxLxD, ("batch", "length", "activation"))
 
     def _forward(
         self, tokens_BxL: jax.Array, positions_BxL: jax.Array, segments_BxL: jax.Array, keep: bool
