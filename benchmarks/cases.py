@@ -15,7 +15,7 @@ PEERS: dict[str, tuple[str, ...]] = {
     "evaluation": ("trl",),
     "popi_iteration": ("trl", "trl_precomputed"),
 }
-CASES = (*PEERS, "scaling_signals", "scaling_k")
+CASES = (*PEERS, "scaling_signals", "scaling_k", "scaling_k_long")
 # What both sides of a row take together at `Sizes()`, where that is more than many machines have.
 _NEEDS_GIB = dict.fromkeys((("dpo_signals", "tunix"), ("dpo_signals_lora", "tunix")), 28)
 # Why a peer that one would expect is not there.
@@ -35,7 +35,8 @@ class Sizes:
         question, response: of synthetic texts, on average.
         signals: of each user: `sampling_signals` and `popi_signals` are what the prompt with them takes.
         micro_pairs: of the peer, in a micro-batch of the POPI iteration: 16 at once would not fit a small machine.
-        scaling_signals, scaling_k: what ours is measured at.
+        scaling_signals, scaling_k: what ours is measured at; of the case scaling_k_long, whose K are scaling_k's,
+            `long_signals` is what its one user's signals take.
         matmul, copy_mb: of the roofline: width of the square matrices, size of the array.
         limits: of config.limits.
     """
@@ -58,6 +59,7 @@ class Sizes:
     micro_pairs: int = 4
     scaling_signals: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
     scaling_k: tuple[int, ...] = (2, 4, 8, 16)
+    long_signals: int = 4096
     matmul: int = 4096
     copy_mb: int = 512
     lora_rank: int = 16
@@ -90,6 +92,7 @@ SMALLEST = Sizes(
     micro_pairs=2,
     scaling_signals=(128, 256),
     scaling_k=(2, 4),
+    long_signals=128,
     matmul=256,
     copy_mb=4,
     lora_rank=2,
@@ -101,7 +104,7 @@ SMALLEST = Sizes(
 
 
 def expand(cases: Sequence[str], sizes: Sizes, largest_signals: int) -> tuple[list[str], list[str]]:
-    """The runs of these cases, "scaling_signals" as one for each size; and what is left out, in words."""
+    """The runs of these cases, those that scale as one for each size; and what is left out, in words."""
     runs, left_out = [], []
     for case in cases:
         if case == "scaling_signals":
@@ -110,7 +113,9 @@ def expand(cases: Sequence[str], sizes: Sizes, largest_signals: int) -> tuple[li
                     left_out.append(f"scaling_signals at {size} tokens: --largest_signals is {largest_signals}")
                 else:
                     runs.append(f"{case}:{size}")
-        elif case == "scaling_k":
+        elif case == "scaling_k_long" and sizes.long_signals > largest_signals:
+            left_out.append(f"{case} at {sizes.long_signals} tokens: --largest_signals is {largest_signals}")
+        elif case in ("scaling_k", "scaling_k_long"):
             runs += [f"{case}:{k}" for k in sizes.scaling_k]
         else:
             runs.append(case)

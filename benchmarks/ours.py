@@ -182,16 +182,17 @@ def popi_iteration(job: Job) -> tuple[Measure, dict[str, Any]]:
 
 
 def scaling(job: Job) -> tuple[Measure, dict[str, Any]]:
-    """A joint step for one user with more signals, or for the POPI iteration's users with more summaries."""
+    """A joint step for one user with more signals, or with more summaries for that user or the POPI iteration's."""
     name, _, size = job.case.partition(":")
-    sizes, changes = job.sizes, {"train.users_per_step": 1, "model.remat": "dots"}
+    sizes = job.sizes
+    changes: dict[str, Any] = {} if name == "scaling_signals" else {"sampling.k": int(size)}
     if name == "scaling_k":
-        changes = {"train.users_per_step": sizes.popi_users, "sampling.k": int(size)}
+        changes |= {"train.users_per_step": sizes.popi_users}
         examples = rows.read_examples(job.rows, "popi")
     else:
         longest = json.loads((pathlib.Path(job.rows["model"]) / "config.json").read_text())["max_position_embeddings"]
-        limit = min(int(size), longest - sizes.summary)
-        changes |= {"limits.signals": limit}
+        limit = min(int(size) if name == "scaling_signals" else sizes.long_signals, longest - sizes.summary)
+        changes |= {"train.users_per_step": 1, "model.remat": "dots", "limits.signals": limit}
         examples = rows.long_signals(job.rows["model"], sizes, limit, 1)
     system = load(job, examples, **changes)
     stepper = Steps(job, system, "joint", examples)
@@ -216,8 +217,7 @@ PREPARE: dict[str, Callable[[Job], tuple[Measure, dict[str, Any]]]] = {
     "sampling": sampling,
     "evaluation": evaluation,
     "popi_iteration": popi_iteration,
-    "scaling_signals": scaling,
-    "scaling_k": scaling,
+    **dict.fromkeys(("scaling_signals", "scaling_k", "scaling_k_long"), scaling),
 }
 
 

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 
 GIB = 2**30
 
@@ -221,18 +222,28 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
         bars.invert_yaxis()
     bars.axvline(1, color="black", linewidth=0.8)
     bars.set_xlabel("times the peer's rate (median, least and greatest turn)")
-    for axes, kind, key in ((signals, "scaling_signals", "signal_tokens"), (summaries, "scaling_k", "k")):
-        rows = [row for row in results["rows"] if row["case"].startswith(kind) and "ours" in row]
-        x = [row["ours"]["before"][key] for row in rows]
-        y = [row["ours"]["seconds_spread"]["median"] for row in rows]
-        if rows:
-            axes.loglog(x, y, "o-", label="measured")
-            axes.loglog(x, [y[0] * value / x[0] for value in x], "--", color="gray", label="linear")
-            axes.set_xticks(x, [f"{value:.0f}" for value in x])
-            axes.minorticks_off()
-            axes.legend()
+    for axes, kinds, key in (
+        (signals, ("scaling_signals",), "signal_tokens"),
+        (summaries, ("scaling_k", "scaling_k_long"), "k"),
+    ):
+        for kind in kinds:
+            rows = [row for row in results["rows"] if row["case"].partition(":")[0] == kind and "ours" in row]
+            if rows:
+                _growth(axes, rows, key)
         axes.set_xlabel({"signal_tokens": "tokens of signals", "k": "K, summaries per user"}[key])
         axes.set_ylabel("seconds per iteration")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _growth(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str) -> None:
+    """Seconds over sizes, beside a line that grows as they do."""
+    x = [row["ours"]["before"][key] for row in rows]
+    y = [row["ours"]["seconds_spread"]["median"] for row in rows]
+    signals = f", {rows[0]['ours']['before']['signal_tokens']:.0f} tokens of signals" if key == "k" else ""
+    (line,) = axes.loglog(x, y, "o-", label=f"measured{signals}")
+    axes.loglog(x, [y[0] * value / x[0] for value in x], "--", color=line.get_color(), alpha=0.5, label="linear")
+    axes.set_xticks(x, [f"{value:.0f}" for value in x])
+    axes.minorticks_off()
+    axes.legend()

@@ -99,6 +99,9 @@ def test_sizes_that_are_left_out_are_told():
     runs, left_out = cases.expand(["sampling", "scaling_signals", "scaling_k"], cases.SMALLEST, 128)
     assert runs == ["sampling", "scaling_signals:128", "scaling_k:2", "scaling_k:4"]
     assert left_out == ["scaling_signals at 256 tokens: --largest_signals is 128"]
+    assert cases.expand(["scaling_k_long"], cases.SMALLEST, 128) == (["scaling_k_long:2", "scaling_k_long:4"], [])
+    left_out = ["scaling_k_long at 128 tokens: --largest_signals is 64"]
+    assert cases.expand(["scaling_k_long"], cases.SMALLEST, 64) == ([], left_out)
 
 
 def test_gradients_are_compared_as_vectors():
