@@ -282,12 +282,22 @@ def test_the_smallest_form_runs_without_peers(tmp_path):
     assert str(ROOT) not in (tmp_path / "out" / "bench.json").read_text()
 
 
-@pytest.mark.parametrize("folder", [".", "evaluation", "adapters", "avx2"])
+@pytest.mark.parametrize("folder", [".", "evaluation", "adapters", "growth", "avx2"])
 def test_readme_shows_what_was_measured(folder):
     results = json.loads((ROOT / "benchmarks" / "results" / folder / "bench.json").read_text())
     assert summary.short(results) in (ROOT / "README.md").read_text()
     compared = [row for row in results["rows"] if "theirs" in row and row["case"] != "roofline"]
     assert all(row.get("agreement", {"agrees": True})["agrees"] for row in compared) and compared
+
+
+def test_readme_shows_how_time_grows():
+    results = json.loads((ROOT / "benchmarks" / "results" / "growth" / "bench.json").read_text())
+    rows = [row for row in results["rows"] if row["case"].startswith("scaling")]
+    table = summary.scaling_cells(rows)
+    readme = (ROOT / "README.md").read_text()
+    for kind in ("scaling_k", "scaling_k_long", "scaling_signals"):
+        own = [line for line in table if line[0].partition(":")[0] == kind]
+        assert f"| {', '.join(line[5] for line in own[1:])} | {', '.join(line[6] for line in own[1:])} |" in readme
 
 
 @pytest.mark.parametrize("flags", [("--cases=speed",), ("--versus=nobody",), ("--repeats=0",)])
