@@ -241,9 +241,9 @@ def _growth(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str) -> None:
     """Seconds over sizes, beside a line that grows as they do."""
     x = [row["ours"]["before"][key] for row in rows]
     y = [row["ours"]["seconds_spread"]["median"] for row in rows]
-    signals = f", {rows[0]['ours']['before']['signal_tokens']:.0f} tokens of signals" if key == "k" else ""
-    (line,) = axes.loglog(x, y, "o-", label=f"measured{signals}")
-    axes.loglog(x, [y[0] * value / x[0] for value in x], "--", color=line.get_color(), alpha=0.5, label="linear")
+    label = f"{rows[0]['ours']['before']['signal_tokens']:.0f} tokens of signals" if key == "k" else "measured"
+    (line,) = axes.loglog(x, y, "o-", label=label)
+    axes.loglog(x, [y[0] * value / x[0] for value in x], "--", color=line.get_color(), alpha=0.5, label="if linear")
     axes.set_xticks(x, [f"{value:.0f}" for value in x])
     axes.minorticks_off()
-    axes.legend()
+    axes.legend(fontsize="small")
