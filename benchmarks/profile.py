@@ -102,15 +102,15 @@ def shares(events: Sequence[Event], programs: Sequence[tuple[int, hlo.Module]], 
     parts: dict[str, float] = collections.defaultdict(float)
     spans = []
     for number, own in by_program.items():
-        module, known = _module(number, {name for _, name, _, _ in own}, programs)
+        names = {name for _, name, _, _ in own}
+        module, known = _module(number, names, programs)
+        told = {name: _what(module, *known[name]) for name in names if known[name][1].opcode not in _CONTROL}
         for _, name, start, duration in own:
-            computation, instruction = known[name]
-            if instruction.opcode in _CONTROL:
-                continue
-            spans.append((start, start + duration))
-            kind, named_by = _what(module, instruction)
-            kinds[kind] += duration
-            parts[_part(_path(named_by) or _nearest_path(computation, instruction))] += duration
+            if name in told:
+                spans.append((start, start + duration))
+                kind, path = told[name]
+                kinds[kind] += duration
+                parts[_part(path)] += duration
     total = sum(kinds.values())
     return {
         "busy": _covered(spans) / seconds / 1e9,
@@ -138,18 +138,19 @@ def _module(
     return exact[0][1:]
 
 
-def _what(module: hlo.Module, i: hlo.Instruction) -> tuple[str, hlo.Instruction]:
-    """The kind of an operation, and the instruction that says where in the model it is.
+def _what(module: hlo.Module, computation: hlo.Computation, i: hlo.Instruction) -> tuple[str, str]:
+    """The kind of an operation, and the path that says where in the model it is.
 
     A fusion of a product with what follows it has the name of what follows; most of its time is the product's.
     """
     inside = [i]
     if "calls" in i.attributes:
         inside = list(module.computations[i.computation("calls")].instructions.values())
+    own = _path(i) or _nearest_path(computation, i)
     for one in inside:
         if one.opcode in ("dot", "convolution"):
-            return "products", one if _path(one) else i
-    return ("copies" if {one.opcode for one in inside} <= _COPIES else "arithmetic"), i
+            return "products", _path(one) or own
+    return ("copies" if {one.opcode for one in inside} <= _COPIES else "arithmetic"), own
 
 
 def _path(i: hlo.Instruction) -> str:

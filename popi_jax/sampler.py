@@ -184,15 +184,14 @@ def sample(
         slot = state.index - 1
         positions_BxN = jnp.broadcast_to(state.prompt_length_B[:, None] + slot, state.token_BxN.shape)
         hidden_BxNxD, cache = decoder.decode(state.token_BxN, positions_BxN, state.cache, slot, slots)
-        logits_BxNxV = decoder.logits(hidden_BxNxD)
-        with jax.named_scope("draw"):
-            return draw(dataclasses.replace(state, cache=cache), logits_BxNxV)
+        return draw(dataclasses.replace(state, cache=cache), decoder.logits(hidden_BxNxD))
 
     with jax.named_scope("decode"):
         state = _draw_all(draw(state, logits_BxNxV), advance, _loop_ends(S), _HALVINGS)
     return Samples(state.tokens_BxNxS, state.length_BxN, state.logp_BxNxS, state.done_BxN & ~empty_BxN)
 
 
+@jax.named_scope("draw")
 def _draw(
     state: _DecodeState,
     logits_BxNxV: jax.Array,

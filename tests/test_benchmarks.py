@@ -298,6 +298,11 @@ def test_readme_shows_how_time_grows():
     for kind in ("scaling_k", "scaling_k_long", "scaling_signals"):
         own = [line for line in table if line[0].partition(":")[0] == kind]
         assert f"| {', '.join(line[5] for line in own[1:])} | {', '.join(line[6] for line in own[1:])} |" in readme
+    first, last = (row["ours"] for row in (rows[-6], rows[-1]))
+    for key, times in (("seconds_spread", "median"), ("before", "signal_tokens")):
+        assert f"{last[key][times] / first[key][times]:.1f} times" in readme.replace("\n", " ")
+    attention = sum(share for part, share in last["profile"]["parts"].items() if part.endswith("attend"))
+    assert f"there attention is {attention:.0%} of the time" in readme
 
 
 @pytest.mark.parametrize("flags", [("--cases=speed",), ("--versus=nobody",), ("--repeats=0",)])
