@@ -20,6 +20,8 @@ def compare(folder: pathlib.Path, case: str) -> dict[str, Any]:
     ours, peer = (json.loads((folder / f"{case}_{side}.json").read_text(encoding="utf-8")) for side in ("ours", "peer"))
     if case == "sampling":
         return compare_tokens(ours["tokens"], peer["tokens"])
+    if case == "popi_iteration":
+        return compare_rewards(ours["rewards"], peer["rewards"])
     if case == "evaluation":
         differences = {name: relative(ours[name], peer[name]) for name in ours}
         return differences | {"agrees": max(differences.values()) <= TOLERANCE}
@@ -33,6 +35,12 @@ def compare(folder: pathlib.Path, case: str) -> dict[str, Any]:
 def relative(ours: float, peer: float) -> float:
     """|ours - peer| / |peer|."""
     return abs(ours - peer) / max(abs(peer), 1e-30)
+
+
+def compare_rewards(ours: list[float], peer: list[float]) -> dict[str, Any]:
+    """The relative difference of the rewards, each as it is."""
+    worst = max(relative(a, b) for a, b in zip(ours, peer, strict=True))
+    return {"rewards": worst, "agrees": worst <= TOLERANCE}
 
 
 def compare_tokens(ours: list[list[int]], peer: list[list[int]]) -> dict[str, Any]:

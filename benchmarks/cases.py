@@ -12,16 +12,12 @@ PEERS: dict[str, tuple[str, ...]] = {
     "roofline": ("torch",),
     **dict.fromkeys(DPO, DPO_PEERS),
     "sampling": ("transformers", "tunix"),
-    "evaluation": ("trl",),
-    "popi_iteration": ("trl", "trl_precomputed"),
+    "evaluation": ("trl", "tunix"),
+    "popi_iteration": ("trl", "trl_precomputed", "tunix"),
 }
 CASES = (*PEERS, "scaling_signals", "scaling_k", "scaling_k_long")
 # What both sides of a row take together at `Sizes()`, where that is more than many machines have.
 _NEEDS_GIB = dict.fromkeys((("dpo_signals", "tunix"), ("dpo_signals_lora", "tunix")), 28)
-# Why a peer that one would expect is not there.
-ABSENT = {
-    "tunix": "DPO steps and sampling alone are measured; its worker has neither evaluation nor popi_iteration yet",
-}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,14 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
 from benchmarks import cases, rows
-from popi_jax import pairs, rollout, steps
+from popi_jax import objective, pairs, rollout, steps
 from popi_jax.model import hub
+from popi_jax.pairs import Item
 from popi_jax.system import System
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ def write(job: "Job") -> None:
         _write_greedy(job, folder / "sampling_ours.json")
     elif job.case == "evaluation":
         _write_logps(job, folder / "evaluation_ours.json")
+    elif job.case == "popi_iteration":
+        _write_rewards(job, folder / "popi_iteration_ours.json")
 
 
 def _write_gradients(job: "Job", folder: pathlib.Path) -> None:
@@ -117,3 +121,18 @@ def _write_logps(job: "Job", path: pathlib.Path) -> None:
     logp_Rx2 = pairs.pair_logps(system, None, items, job.sizes.evaluation_batch)
     chosen, rejected = np.mean(logp_Rx2, axis=0).tolist()
     path.write_text(json.dumps({"logps_chosen": chosen, "logps_rejected": rejected}), encoding="utf-8")
+
+
+def _write_rewards(job: "Job", path: pathlib.Path) -> None:
+    """The reward of each user's persona as a summary; the reference reads the question alone."""
+    from benchmarks import ours
+
+    examples = rows.read_examples(job.rows, "popi")
+    system = ours.load(job, examples)
+    told = [Item(e.queries[0], e.persona) for e in examples]
+    bare = [Item(e.queries[0], None) for e in examples]
+    logps = (jnp.asarray(pairs.pair_logps(system, None, items, len(items))) for items in (told, bare))
+    loss_U = objective.preference_loss(system.config.objective.loss)(
+        objective.implicit_reward_margin(*logps), system.settings.beta
+    )
+    path.write_text(json.dumps({"rewards": (-loss_U).tolist()}), encoding="utf-8")

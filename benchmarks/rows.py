@@ -216,6 +216,7 @@ def peer_user(encoder: Encoder, example: Example) -> dict[str, Any]:
         "bare_message": bare["content"],
         "chosen": query.chosen,
         "rejected": query.rejected,
+        "persona": example.persona,
     }
 
 

@@ -148,7 +148,7 @@ def run_case(bench: Bench, case: str, versus: list[str]) -> list[dict[str, Any]]
         row = measure(bench, case, peer)
         found.append(row)
         # One of a worker's peers, which differ in speed and memory alone; not one that has just failed.
-        if case in (*cases.DPO, "sampling", "evaluation") and "theirs" in row and cases.worker(peer) not in checked:
+        if case != "roofline" and "theirs" in row and cases.worker(peer) not in checked:
             checked.add(cases.worker(peer))
             row["agreement"] = check(bench, case, peer)
     return found
@@ -158,7 +158,6 @@ def run(bench: Bench, wanted: list[str], versus: list[str], largest_signals: int
     """Runs the cases; writes what is there after each, so that an end before its time loses little."""
     model = bench_rows(bench)
     runs, left_out = cases.expand(wanted, bench.sizes, largest_signals)
-    left_out += [f"{name}: {why}" for name, why in cases.ABSENT.items()]
     results: dict[str, Any] = {
         "schema": 1,
         "machine": machine.describe(sys.argv[1:]),

@@ -20,6 +20,7 @@ import transformers
 import trl
 
 from benchmarks import cases, roofline
+from benchmarks.peer_reward import render
 from benchmarks.protocol import Channel
 
 STEPS = 10_000  # More than any run takes: the driver ends it.
@@ -39,11 +40,6 @@ class Job:
     def load_model(self) -> Any:
         """The checkpoint, float32."""
         return transformers.AutoModelForCausalLM.from_pretrained(self.rows["model"], dtype=torch.float32)
-
-    def render(self, message: str) -> str:
-        """The prompt of one user turn."""
-        messages = [{"role": "user", "content": message}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def arguments(self, **more: Any) -> dict[str, Any]:
         """Training arguments of all trainers."""
@@ -102,7 +98,10 @@ class DPO(trl.DPOTrainer):
 def pair_texts(job: Job, rows: list[dict[str, Any]]) -> datasets.Dataset:
     """Preference pairs as the trainer takes them: texts, the prompt rendered."""
     return datasets.Dataset.from_list(
-        [{"prompt": job.render(row["message"]), "chosen": row["chosen"], "rejected": row["rejected"]} for row in rows]
+        [
+            {"prompt": render(job.tokenizer, row["message"]), "chosen": row["chosen"], "rejected": row["rejected"]}
+            for row in rows
+        ]
     )
 
 
@@ -192,7 +191,7 @@ def check_dpo(job: Job) -> None:
 def generate(job: Job, model: Any, **options: Any) -> torch.Tensor:
     """New tokens of transformers' generate, [rows, new], for all users at once."""
     job.tokenizer.padding_side = "left"
-    texts = [job.render(user["message"]) for user in job.rows["sampling"]]
+    texts = [render(job.tokenizer, user["message"]) for user in job.rows["sampling"]]
     inputs = job.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     with torch.inference_mode():
         out = model.generate(
@@ -252,6 +251,13 @@ def check_evaluation(job: Job) -> None:
     _write_check(job, {f"logps_{part}": found[f"eval_logps/{part}"] for part in ("chosen", "rejected")})
 
 
+def check_rewards(job: Job) -> None:
+    """The rewards of the POPI iteration, of summaries that are given."""
+    from benchmarks import trl_popi
+
+    _write_check(job, trl_popi.TorchGenerator(job).check())
+
+
 def measure_roofline(job: Job, channel: Channel) -> None:
     """See roofline.py."""
     _serve(job, channel, lambda: roofline.with_torch(job.sizes.matmul, job.sizes.copy_mb))
@@ -286,7 +292,8 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     job = Job(flags.case, flags.variant, flags.work, rows)
     if flags.check:
-        {"sampling": check_sampling, "evaluation": check_evaluation}.get(job.case, check_dpo)(job)
+        checks = {"sampling": check_sampling, "evaluation": check_evaluation, "popi_iteration": check_rewards}
+        checks.get(job.case, check_dpo)(job)
         channel.ready()
     elif job.case == "popi_iteration":
         from benchmarks import trl_popi

@@ -12,7 +12,7 @@ import json
 import pathlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from tunix.models.llama3 import params as params_lib
 from tunix.sft.dpo import dpo_trainer as dpo_lib
 
 from benchmarks import cases
+from benchmarks.peer_reward import render
 from benchmarks.protocol import Channel
 
 STEPS = 10_000  # More than any run takes: the driver ends it.
@@ -76,6 +77,14 @@ class Job:
         )
         return params_lib.create_model_from_safe_tensors(self.rows["model"], config, dtype=jnp.float32)
 
+    def load_tokenizer(self) -> Any:
+        """The checkpoint's, with a pad that no text has."""
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self.rows["model"])
+        if tokenizer.pad_token_id in self.rows["stop_ids"]:
+            # Tunix masks every id that is the pad's, and SmolLM2's ends each turn of a prompt as well.
+            tokenizer.pad_token = tokenizer.unk_token
+        return tokenizer
+
 
 def with_adapters(job: Job, model: model_lib.Llama3) -> Any:
     """The model with qwix's adapters on the case's targets."""
@@ -94,20 +103,31 @@ def padded(rows: list[list[int]], width: int, left: bool) -> tuple[np.ndarray, n
     return ids_BxL, mask_BxL
 
 
-def micro_batches(job: Job) -> list[dpo_lib.TrainingInput]:
-    """The case's pairs, as ids: of texts the trainer takes each id that is the pad's, as SmolLM2's end, for padding."""
-    pairs = job.rows[f"dpo_{cases.context_kind(job.case)}"]
+def batches(pairs: Sequence[dict[str, Any]], size: int, prompt_width: int = 0) -> list[dpo_lib.TrainingInput]:
+    """Pairs as ids, `size` to a batch: of texts the trainer takes each id that is the pad's for padding.
+
+    All are of one width, for Tunix compiles its steps for each: the longest prompt's, which is at least `prompt_width`.
+    """
     prompts, chosen, rejected = ([pair[f"{part}_ids"] for pair in pairs] for part in ("prompt", "chosen", "rejected"))
     # The trainer stacks chosen and rejected ones, so both are as wide as the longest of all.
     response = max(map(len, chosen + rejected))
-    prompt_ids, prompt_mask = padded(prompts, max(map(len, prompts)), left=True)
+    prompt_ids, prompt_mask = padded(prompts, max(prompt_width, *map(len, prompts)), left=True)
     chosen_ids, chosen_mask = padded(chosen, response, left=False)
     rejected_ids, rejected_mask = padded(rejected, response, left=False)
     arrays = (prompt_ids, prompt_mask, chosen_ids, chosen_mask, rejected_ids, rejected_mask)
-    # All of one width, for the trainer compiles its step for each.
-    return [
-        dpo_lib.TrainingInput(*parts) for parts in zip(*(np.split(x, job.micro_batches) for x in arrays), strict=True)
-    ]
+    starts = range(0, len(pairs), size)
+    return [dpo_lib.TrainingInput(*(x[start : start + size] for x in arrays)) for start in starts]
+
+
+def micro_batches(job: Job) -> list[dpo_lib.TrainingInput]:
+    """The DPO case's pairs."""
+    pairs = job.rows[f"dpo_{cases.context_kind(job.case)}"]
+    return batches(pairs, len(pairs) // job.micro_batches)
+
+
+def adamw(job: Job, clip: float) -> optax.GradientTransformation:
+    """AdamW of clipped gradients, as the other side's."""
+    return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(job.sizes.learning_rate, weight_decay=0.0))
 
 
 def dpo_trainer(job: Job, optimizer: optax.GradientTransformation) -> dpo_lib.DPOTrainer:
@@ -144,8 +164,7 @@ def take_turns(job: Job, channel: Channel, trainer: dpo_lib.DPOTrainer) -> Itera
 
 def dpo(job: Job, channel: Channel) -> None:
     """Steps of DPOTrainer.train, from its inputs, the reference's log-probabilities among them, to its optimizer."""
-    adamw = optax.adamw(job.sizes.learning_rate, weight_decay=0.0)
-    trainer = dpo_trainer(job, optax.chain(optax.clip_by_global_norm(10.0), adamw))
+    trainer = dpo_trainer(job, adamw(job, 10.0))
     trainer.train(take_turns(job, channel, trainer))
 
 
@@ -197,19 +216,9 @@ class Sampling:
     """Tunix's Sampler on the users' prompts, each of them `copies` times."""
 
     def __init__(self, job: Job, copies: int):
-        self.job, model = job, job.load_model()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(job.rows["model"])
-        if tokenizer.pad_token_id in job.rows["stop_ids"]:
-            # The sampler masks every id that is the pad's, and SmolLM2's ends each turn of a prompt as well.
-            tokenizer.pad_token = tokenizer.unk_token
+        self.job, model, tokenizer = job, job.load_model(), job.load_tokenizer()
         self.users = job.rows["sampling"]
-        self.texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": user["message"]}], tokenize=False, add_generation_prompt=True
-            )
-            for user in self.users
-            for _ in range(copies)
-        ]
+        self.texts = [render(tokenizer, user["message"]) for user in self.users for _ in range(copies)]
         self.longest = max(len(user["prompt_ids"]) for user in self.users)
         config = model.config
         cache = sampler_lib.CacheConfig(
@@ -242,14 +251,7 @@ def sampling(job: Job, channel: Channel) -> None:
         lengths = [len(row) for row in sample.tokens(out)]
         return {"items": sum(lengths), "decode_steps": max(lengths) - 1}
 
-    load_s = time.perf_counter() - job.started
-    started = time.perf_counter()
-    first = [measure() for _ in range(WARMUP)]
-    channel.ready(load_s=load_s, warmup_s=time.perf_counter() - started, first=first[0])
-    while channel.wait():
-        started = time.perf_counter()
-        values = measure()
-        channel.done(time.perf_counter() - started, **values)
+    _serve(job, channel, measure, measure)
 
 
 def check_sampling(job: Job) -> None:
@@ -263,6 +265,59 @@ def check_sampling(job: Job) -> None:
     _write_check(
         job, {"tokens": sample.tokens(out), "tokens_identical": read == [user["prompt_ids"] for user in sample.users]}
     )
+
+
+class Evaluation:
+    """DPOTrainer's evaluation, from its inputs to its metrics; reference and policy are the checkpoint."""
+
+    def __init__(self, job: Job, size: int):
+        self.trainer = dpo_trainer(job, optax.identity())
+        self.trainer.is_managed_externally = True  # It would close its metrics at the end of `train` otherwise.
+        self.batches = batches(job.rows["evaluation"], size)
+
+    def __call__(self, some: list[dpo_lib.TrainingInput], *names: str) -> list[float]:
+        """Means, over these batches, of the metrics of these names: `train` evaluates before its first step."""
+        self.trainer.train([], some)
+        logger = self.trainer.metrics_logger
+        return [float(logger.get_metric_history("", name, "eval")[-1]) for name in names]
+
+
+def evaluation(job: Job, channel: Channel) -> None:
+    """Log-probabilities of every pair, the policy's and the reference's."""
+    evaluate = Evaluation(job, job.sizes.evaluation_batch)
+
+    def measure(some: list[dpo_lib.TrainingInput]) -> dict[str, float]:
+        (rewards,) = evaluate(some, "rewards/margin")
+        return {"margin": rewards / job.sizes.beta}
+
+    # The last batch may have fewer pairs than the first, and all others are as one of these.
+    ends = [evaluate.batches[0], evaluate.batches[-1]]
+    _serve(job, channel, lambda: measure(evaluate.batches), lambda: measure(ends))
+
+
+def check_evaluation(job: Job) -> None:
+    """Mean log-probabilities; of batches of one size, for the trainer means their means."""
+    evaluate = Evaluation(job, 1)
+    values = evaluate(evaluate.batches, "log_probs/chosen", "log_probs/rejected")
+    _write_check(job, dict(zip(("logps_chosen", "logps_rejected"), values, strict=True)))
+
+
+def check_rewards(job: Job) -> None:
+    """The rewards of the POPI iteration, of summaries that are given."""
+    from benchmarks import tunix_popi
+
+    _write_check(job, tunix_popi.NnxGenerator(job).check())
+
+
+def _serve(job: Job, channel: Channel, measure: Any, warm_up: Any) -> None:
+    load_s = time.perf_counter() - job.started
+    started = time.perf_counter()
+    first = [warm_up() for _ in range(WARMUP)]
+    channel.ready(load_s=load_s, warmup_s=time.perf_counter() - started, first=first[0])
+    while channel.wait():
+        started = time.perf_counter()
+        values = measure()
+        channel.done(time.perf_counter() - started, **values)
 
 
 def _write_check(job: Job, values: dict[str, Any]) -> None:
@@ -281,10 +336,15 @@ def main() -> None:
     rows = json.loads((flags.work / "rows.json").read_text(encoding="utf-8"))
     job = Job(flags.case, flags.variant, flags.work, rows)
     if flags.check:
-        (check_sampling if job.case == "sampling" else check_dpo)(job)
+        checks = {"sampling": check_sampling, "evaluation": check_evaluation, "popi_iteration": check_rewards}
+        checks.get(job.case, check_dpo)(job)
         channel.ready()
+    elif job.case == "popi_iteration":
+        from benchmarks import tunix_popi
+
+        tunix_popi.popi_iteration(job, channel)
     else:
-        (sampling if job.case == "sampling" else dpo)(job, channel)
+        {"sampling": sampling, "evaluation": evaluation}.get(job.case, dpo)(job, channel)
     channel.end(versions={name: importlib.metadata.version(name) for name in PACKAGES})
 
 

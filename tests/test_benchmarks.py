@@ -119,6 +119,12 @@ def test_tokens_are_compared_one_by_one():
     assert agreement.compare_tokens([[1]], [[1]])["agrees"]
 
 
+def test_rewards_are_compared_one_by_one():
+    found = agreement.compare_rewards([-2.0, -4.0], [-2.0, -4.001])
+    assert found == {"rewards": pytest.approx(2.5e-4, rel=1e-3), "agrees": False}
+    assert agreement.compare_rewards([-2.0, -4.0], [-2.0, -4.0001])["agrees"]
+
+
 def test_the_command_is_told_without_folders():
     told = machine.describe(["--data=data/of/mine/student_phd.json", "--repeats=3"])
     assert told["command"] == "python -m benchmarks.run --data=student_phd.json --repeats=3"
@@ -138,8 +144,8 @@ def test_rows_are_the_same_for_both_sides():
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        (("cases", "protocol", "roofline", "trl_peer", "trl_popi"), ("jax", "popi_jax")),
-        (("cases", "protocol", "tunix_peer"), ("torch", "trl", "popi_jax")),
+        (("cases", "peer_reward", "protocol", "roofline", "trl_peer", "trl_popi"), ("jax", "popi_jax")),
+        (("cases", "peer_reward", "protocol", "tunix_peer", "tunix_popi"), ("torch", "trl", "popi_jax")),
     ],
 )
 def test_the_peers_sides_need_nothing_that_their_environments_lack(modules, absent):
@@ -316,8 +322,8 @@ def test_mistakes_are_one_line(tmp_path, flags):
 @pytest.mark.torch
 @pytest.mark.skipif(not PEERS.exists(), reason=".venv-peers is missing; make bench makes it")
 def test_both_sides_compute_the_same(tmp_path):
-    """TRL's own losses and gradients, transformers' greedy tokens, TRL's log-probabilities; on the tiny model."""
-    wanted = (*cases.DPO, "sampling", "evaluation")
+    """TRL's losses, gradients and log-probabilities, transformers' greedy tokens, the composed iteration's rewards."""
+    wanted = (*cases.DPO, "sampling", "evaluation", "popi_iteration")
     flags = (f"--cases={','.join(wanted)}", "--versus=trl,transformers", f"--peers={PEERS}", f"--work={tmp_path / 'w'}")
     done = run_bench(tmp_path, *flags)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -332,8 +338,9 @@ def test_both_sides_compute_the_same(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not TUNIX.exists(), reason=".venv-tunix is missing; make bench makes it")
 def test_tunix_computes_the_same(tmp_path):
-    """Its DPOTrainer's losses and gradients, its Sampler's greedy tokens of the same ids; on the tiny model."""
-    wanted = ("dpo_signals", "dpo_summaries_lora", "sampling")  # The other DPO steps differ in their rows alone.
+    """Its losses, gradients and log-probabilities, greedy tokens of the same ids, the composed iteration's rewards."""
+    # The other DPO steps differ in their rows alone.
+    wanted = ("dpo_signals", "dpo_summaries_lora", "sampling", "evaluation", "popi_iteration")
     flags = (f"--cases={','.join(wanted)}", "--versus=tunix", f"--tunix={TUNIX}", f"--work={tmp_path / 'w'}")
     done = run_bench(tmp_path, *flags)
     assert done.returncode == 0, done.stderr[-3000:]
