@@ -269,20 +269,25 @@ def test_workers_take_turns(tmp_path):
 
 def test_the_smallest_form_runs_without_peers(tmp_path):
     nowhere = (f"--peers={tmp_path / 'nothing'}", f"--tunix={tmp_path / 'nowhere'}")
-    done = run_bench(tmp_path, "--cases=dpo_summaries_lora,sampling", *nowhere)
+    done = run_bench(tmp_path, "--cases=dpo_summaries_lora,sampling,scaling_k_long", *nowhere)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "skipped: nothing is missing; make bench makes it" in done.stdout
     assert "skipped: nowhere is missing; make bench makes it" in done.stdout
     results = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert [row["case"] for row in results["rows"]] == ["roofline", "dpo_summaries_lora", "sampling"]
-    for row in results["rows"][1:]:
+    dpo, sampling, *scaling = results["rows"][1:]
+    assert [row["case"] for row in (dpo, sampling)] == ["dpo_summaries_lora", "sampling"]
+    assert [row["case"] for row in scaling] == ["scaling_k_long:2", "scaling_k_long:4"]
+    few, many = (row["ours"]["before"] for row in scaling)
+    assert (few["k"], many["k"]) == (2, 4) and few["update_flops"] < many["update_flops"] < 2 * few["update_flops"]
+    assert few["signal_tokens"] == many["signal_tokens"] > cases.SMALLEST.long_signals / 2
+    for row in (dpo, sampling):
         assert row["ours"]["rates"][0] > 0 and row["ours"]["peak_bytes"] > 0
         assert all(value > 0 for value in row["roofline"].values()) and row["roofline"]
         profile = row["ours"]["profile"]
         assert 0 < profile["busy"] <= 1 and profile["kinds"]["products"] > 0
         assert sum(profile["kinds"].values()) == pytest.approx(1) == pytest.approx(sum(profile["parts"].values()))
-    dpo, sampling = (row["ours"]["profile"]["parts"] for row in results["rows"][1:])
-    assert {"mlp", "backward mlp"} <= dpo.keys() and {"prefill mlp", "decode logits"} <= sampling.keys()
+    assert {"mlp", "backward mlp"} <= dpo["ours"]["profile"]["parts"].keys()
+    assert {"prefill mlp", "decode logits"} <= sampling["ours"]["profile"]["parts"].keys()
     assert results["machine"]["dtype"] == "float32" and results["data"] == "synthetic"
     assert (tmp_path / "out" / "speed.png").stat().st_size > 0
     assert str(ROOT) not in (tmp_path / "out" / "bench.json").read_text()
