@@ -19,9 +19,6 @@ from benchmarks.peer_reward import Generator, render
 from benchmarks.protocol import Channel
 from benchmarks.tunix_peer import STEPS, WARMUP, Job, adamw, batches
 
-# A summary's text may take a few tokens more in its place than it was drawn in; more yet compiles again.
-SLACK = 16
-
 
 class NnxGenerator(Generator):
     """Scores with the model that its DPOTrainer trains."""
@@ -37,10 +34,12 @@ class NnxGenerator(Generator):
         self.trainer.is_managed_externally = True  # It would end with its first `train` otherwise.
         self.width = 0
         super().__init__(job.rows, job.load_tokenizer())
-        self.width = max(len(self.told("", user)["prompt_ids"]) for user in self.users) + sizes.summary + SLACK
+        # Of all iterations, for each width is compiled; a summary's text may take more tokens than it was drawn in.
+        self.width = max(len(self.told("", user)["prompt_ids"]) for user in self.users) + sizes.summary
 
     def batches(self, pairs: Sequence[dict[str, Any]]) -> list[dpo_lib.TrainingInput]:
-        """The pairs in micro-batches."""
+        """The pairs in micro-batches, as wide as any before."""
+        self.width = max(self.width, *(len(pair["prompt_ids"]) for pair in pairs))
         return batches(pairs, self.job.sizes.micro_pairs, self.width)
 
     def logps(self, pairs: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -113,7 +112,7 @@ class Iteration:
         for _ in range(WARMUP):
             yield batch
             self.generator.step()
-        self.channel.ready(load_s=load_s, warmup_s=time.perf_counter() - started)
+        self.channel.ready(load_s=load_s, warmup_s=time.perf_counter() - started, width=self.generator.width)
         while self.channel.wait():
             started = time.perf_counter()
             yield batch
@@ -121,7 +120,9 @@ class Iteration:
             grpo_s = time.perf_counter() - started
             self.generator.step()
             taken = time.perf_counter() - started
-            self.channel.done(taken, grpo_s=grpo_s, reward_s=self.generator.reward_s, dpo_s=taken - grpo_s)
+            # A turn that is wider than the one before holds compiling.
+            extra = {"reward_s": self.generator.reward_s, "width": self.generator.width}
+            self.channel.done(taken, grpo_s=grpo_s, dpo_s=taken - grpo_s, **extra)
 
 
 def popi_iteration(job: Job, channel: Channel) -> None:
