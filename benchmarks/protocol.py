@@ -4,15 +4,20 @@ A worker loads, warms up and says "ready"; for each "run" it takes one measureme
 input it says "end" with its peak memory. Two workers that take turns are measured under the same conditions.
 """
 
+import ctypes
 import dataclasses
 import json
 import os
 import pathlib
+import platform
 import resource
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+# Set where both sides fit a machine only if each, once measured, gives the memory that it has freed back to the system.
+GIVE_BACK = "BENCHMARK_GIVE_BACK"
 
 
 class WorkerError(Exception):
@@ -29,6 +34,12 @@ def peak_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def give_back() -> None:
+    """Gives back what malloc keeps for later; with another C library than glibc nothing."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Channel:
     """A worker's end. What a library prints goes to stderr, so that it cannot break the protocol."""
 
@@ -36,13 +47,18 @@ class Channel:
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
 
+    def _rest(self, event: str, values: dict[str, Any]) -> None:
+        if os.environ.get(GIVE_BACK):
+            give_back()
+        self._say(event, values)
+
     def _say(self, event: str, values: dict[str, Any]) -> None:
         self._out.write(json.dumps({"event": event} | values) + "\n")
         self._out.flush()
 
     def ready(self, **values: Any) -> None:
         """Loaded and warmed up; `values` say what that took."""
-        self._say("ready", values)
+        self._rest("ready", values)
 
     def wait(self) -> bool:
         """Waits for the driver; False when it wants no more measurements."""
@@ -50,7 +66,7 @@ class Channel:
 
     def done(self, seconds: float, **values: Any) -> None:
         """One measurement."""
-        self._say("done", {"seconds": seconds} | values)
+        self._rest("done", {"seconds": seconds} | values)
 
     def end(self, **values: Any) -> None:
         """The last word."""

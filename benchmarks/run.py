@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 
 from benchmarks import agreement, cases, machine, rows, summary
-from benchmarks.protocol import Worker, WorkerError
+from benchmarks.protocol import GIVE_BACK, Worker, WorkerError
 from popi_jax import cli, runfiles
 from popi_jax.errors import UserError
 
@@ -34,11 +34,14 @@ ENVIRONMENT |= {"PYTHONPATH": str(ROOT)}
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """One run: how large, where its files lie, and the environment of each of the peers' workers."""
+    """One run: how large, where its files lie, the environment of each of the peers' workers, and whether a side that
+    waits gives freed memory back.
+    """
 
     sizes: cases.Sizes
     work: pathlib.Path
     environments: Mapping[str, pathlib.Path]
+    gives_back: bool = False
 
     def environment(self, peer: str) -> pathlib.Path:
         """The environment that a peer's worker runs in."""
@@ -48,20 +51,22 @@ class Bench:
         """Whether the peer's environment is there."""
         return (self.environment(peer) / "bin" / "python").exists()
 
-    def beside(self, peer: str) -> "Bench":
+    def beside(self, case: str, peer: str) -> "Bench":
         """This run beside a peer: both sides of Tunix's rows work on what `rows.write_tunix_rows` leaves."""
-        return dataclasses.replace(self, work=self.work / "tunix") if cases.worker(peer) == "tunix_peer" else self
+        work = self.work / "tunix" if cases.worker(peer) == "tunix_peer" else self.work
+        return dataclasses.replace(self, work=work, gives_back=(case, peer) in cases.GIVE_BACK)
 
     def ours(self, case: str, *more: str) -> Worker:
         """Our worker for this case."""
         command = [sys.executable, "-m", "benchmarks.ours", f"--work={self.work}", f"--case={case}", *more]
-        return Worker(command, self._log(case, "ours", more), ENVIRONMENT)
+        return Worker(command, self._log(case, "ours", more), ENVIRONMENT | self._memory())
 
     def theirs(self, case: str, peer: str, *more: str) -> Worker:
         """The peer's worker for this case."""
         command = [str(self.environment(peer).absolute() / "bin" / "python"), "-m", f"benchmarks.{cases.worker(peer)}"]
         command += [f"--work={self.work}", f"--case={case}", f"--variant={peer}", *more]
-        environment = ENVIRONMENT | {
+        environment = ENVIRONMENT | self._memory()
+        environment |= {
             "OMP_NUM_THREADS": str(machine.cores()),
             "HF_HOME": str(self.work / "hf"),
             "HF_HUB_OFFLINE": "1",
@@ -69,6 +74,9 @@ class Bench:
             "TQDM_DISABLE": "1",
         }
         return Worker(command, self._log(case, peer, more), environment)
+
+    def _memory(self) -> dict[str, str]:
+        return {GIVE_BACK: "1"} if self.gives_back else {}
 
     def _log(self, case: str, side: str, more: tuple[str, ...]) -> pathlib.Path:
         name = "_".join((case.replace(":", "_"), side, *(flag.strip("-") for flag in more)))
@@ -104,7 +112,7 @@ def measure(bench: Bench, case: str, peer: str | None, note: str = "") -> dict[s
     row: dict[str, Any] = {"case": case, "peer": peer or "", "unit": unit, "roofline": {}}
     workers = [bench.ours(case)]
     if peer is not None:
-        bench = bench.beside(peer)
+        bench = bench.beside(case, peer)
         workers = [bench.ours(case), bench.theirs(case, peer)]
     try:
         found = take_turns(workers, repeats)
@@ -115,12 +123,13 @@ def measure(bench: Bench, case: str, peer: str | None, note: str = "") -> dict[s
         return row | {"note": note}
     row["theirs"] = summary.side(*found[1], items)
     row["peer_versions"] = found[1][2]["versions"]
+    row["gives_back"] = bench.gives_back
     return row | summary.compare(row["ours"], row["theirs"])
 
 
 def check(bench: Bench, case: str, peer: str) -> dict[str, Any]:
     """Whether both sides compute the same on the same rows; see agreement.py."""
-    bench = bench.beside(peer)
+    bench = bench.beside(case, peer)
     try:
         for worker in (bench.ours(case, "--check"), bench.theirs(case, peer, "--check")):
             take_turns([worker], 0)

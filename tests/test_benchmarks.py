@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 
@@ -172,6 +173,11 @@ def test_a_peer_s_name_chooses_worker_and_environment(tmp_path):
     assert (python, module) == (str(tunix / "bin" / "python"), "benchmarks.tunix_peer")
     assert "--variant=tunix" in rest
     assert bench.theirs("dpo_signals", "trl_checkpointing").command[2] == "benchmarks.trl_peer"
+    # Where memory is short both sides give theirs back, and nowhere else.
+    for peer, given in (("tunix", "1"), ("trl", None)):
+        beside = bench.beside("popi_iteration", peer)
+        for worker in (beside.ours("popi_iteration"), beside.theirs("popi_iteration", peer)):
+            assert worker.environment.get(protocol.GIVE_BACK) == given
 
 
 def test_a_peer_without_its_environment_is_skipped_beside_one_that_has(tmp_path, monkeypatch):
@@ -249,6 +255,36 @@ while channel.wait():
     channel.done(1.0, name=sys.argv[2])
 channel.end()
 """
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
+def test_a_worker_that_waits_gives_back_what_it_freed(tmp_path):
+    """64 MiB in pieces that malloc keeps: the last piece lies above them."""
+    code = """
+import ctypes, pathlib
+from benchmarks.protocol import Channel
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+pieces = [libc.malloc(2**16) for _ in range(2**10)]
+for piece in pieces:
+    ctypes.memset(ctypes.c_void_p(piece), 1, 2**16)
+for piece in pieces[:-1]:
+    libc.free(piece)
+channel = Channel()
+channel.ready()
+held = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+channel.wait()
+channel.done(1.0, held=held)
+"""
+    held = {}
+    for given in ("1", ""):
+        environment = {"PYTHONPATH": str(ROOT), protocol.GIVE_BACK: given}
+        worker = protocol.Worker([sys.executable, "-c", code], tmp_path / "log", environment)
+        worker.start()
+        worker.read()
+        held[given] = worker.run()["held"]
+        worker.stop()
+    assert held[""] - held["1"] > 2**25
 
 
 def test_workers_take_turns(tmp_path):
