@@ -13,6 +13,7 @@ import platform
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,7 @@ class Channel:
 
     def _rest(self, event: str, values: dict[str, Any]) -> None:
         if os.environ.get(GIVE_BACK):
+            time.sleep(1)  # Threads of XLA's may still be freeing buffers of what has been measured.
             give_back()
         self._say(event, values)
 
