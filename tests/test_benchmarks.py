@@ -329,12 +329,27 @@ def test_the_smallest_form_runs_without_peers(tmp_path):
     assert str(ROOT) not in (tmp_path / "out" / "bench.json").read_text()
 
 
-@pytest.mark.parametrize("folder", [".", "evaluation", "adapters", "growth", "avx2"])
+@pytest.mark.parametrize(
+    "folder", [".", "evaluation", "adapters", "tunix_evaluation", "tunix_iteration", "growth", "avx2"]
+)
 def test_readme_shows_what_was_measured(folder):
     results = json.loads((ROOT / "benchmarks" / "results" / folder / "bench.json").read_text())
     assert summary.short(results) in (ROOT / "README.md").read_text()
     compared = [row for row in results["rows"] if "theirs" in row and row["case"] != "roofline"]
     assert all(row.get("agreement", {"agrees": True})["agrees"] for row in compared) and compared
+
+
+def test_readme_shows_what_giving_memory_back_costs():
+    def iteration(folder: str, peer: str) -> dict:
+        results = json.loads((ROOT / "benchmarks" / "results" / folder / "bench.json").read_text())
+        return next(row for row in results["rows"] if (row["case"], row["peer"]) == ("popi_iteration", peer))
+
+    tunix, trl = iteration("tunix_iteration", "tunix"), iteration("", "trl")
+    assert tunix["gives_back"] and len({turn["width"] for turn in tunix["theirs"]["turns"]}) == 1
+    readme = (ROOT / "README.md").read_text().replace("\n", " ")
+    assert f"Tunix takes {tunix['theirs']['peak_bytes'] / 2**30:.1f} GiB for that iteration" in readme
+    assert f"ours takes {tunix['ours']['seconds_spread']['median']:.1f} s an iteration" in readme
+    assert f"instead of {trl['ours']['seconds_spread']['median']:.1f} s beside TRL" in readme
 
 
 def test_readme_shows_how_time_grows():
