@@ -18,8 +18,8 @@ PEERS: dict[str, tuple[str, ...]] = {
 CASES = (*PEERS, "scaling_signals", "scaling_k", "scaling_k_long")
 # What both sides of a row take together at `Sizes()`, where that is more than many machines have.
 _NEEDS_GIB = dict.fromkeys((("dpo_signals", "tunix"), ("dpo_signals_lora", "tunix")), 28)
-# Rows whose sides do not both fit in 24 GiB unless each, once measured, gives freed memory back.
-GIVE_BACK = (("popi_iteration", "tunix"),)
+# GiB below which both sides of a row fit only if each, once measured, gives freed memory back.
+GIVE_BACK_BELOW = {("popi_iteration", "tunix"): 32}
 
 
 @dataclasses.dataclass(frozen=True)

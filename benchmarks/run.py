@@ -54,7 +54,8 @@ class Bench:
     def beside(self, case: str, peer: str) -> "Bench":
         """This run beside a peer: both sides of Tunix's rows work on what `rows.write_tunix_rows` leaves."""
         work = self.work / "tunix" if cases.worker(peer) == "tunix_peer" else self.work
-        return dataclasses.replace(self, work=work, gives_back=(case, peer) in cases.GIVE_BACK)
+        short = machine.memory_gib() < cases.GIVE_BACK_BELOW.get((case, peer), 0)
+        return dataclasses.replace(self, work=work, gives_back=short)
 
     def ours(self, case: str, *more: str) -> Worker:
         """Our worker for this case."""

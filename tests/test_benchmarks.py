@@ -164,7 +164,7 @@ def make_environment(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def test_a_peer_s_name_chooses_worker_and_environment(tmp_path):
+def test_a_peer_s_name_chooses_worker_and_environment(tmp_path, monkeypatch):
     trl, tunix = make_environment(tmp_path / "trl"), tmp_path / "tunix"
     bench = run.Bench(cases.SMALLEST, tmp_path, {"trl_peer": trl, "tunix_peer": tunix})
     assert bench.has("trl_precomputed") and bench.has("transformers")
@@ -174,7 +174,8 @@ def test_a_peer_s_name_chooses_worker_and_environment(tmp_path):
     assert "--variant=tunix" in rest
     assert bench.theirs("dpo_signals", "trl_checkpointing").command[2] == "benchmarks.trl_peer"
     # Where memory is short both sides give theirs back, and nowhere else.
-    for peer, given in (("tunix", "1"), ("trl", None)):
+    for peer, memory, given in (("tunix", 24.0, "1"), ("tunix", 64.0, None), ("trl", 24.0, None)):
+        monkeypatch.setattr(machine, "memory_gib", lambda memory=memory: memory)
         beside = bench.beside("popi_iteration", peer)
         for worker in (beside.ours("popi_iteration"), beside.theirs("popi_iteration", peer)):
             assert worker.environment.get(protocol.GIVE_BACK) == given
