@@ -20,7 +20,7 @@ class Generator:
     """pi_theta as the reward sees it: log-probabilities of both responses under a prompt."""
 
     def __init__(self, rows: dict[str, Any], tokenizer: Any):
-        """As it stands: the reference, which reads the question alone, is scored once, before any step."""
+        """Scores the reference, which reads the question alone: the model as it is before any step."""
         self.tokenizer, self.users, self.mark = tokenizer, rows["popi"], rows["mark"]
         self.beta = rows["sizes"]["beta"]
         self.pairs: list[dict[str, Any]] = []  # Those of the last rewards, for the step that follows.

@@ -14,9 +14,10 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+Measure = Callable[[], dict[str, Any]]
 # Set where both sides fit a machine only if each, once measured, gives the memory that it has freed back to the system.
 GIVE_BACK = "BENCHMARK_GIVE_BACK"
 
@@ -48,11 +49,10 @@ class Channel:
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
 
-    def _rest(self, event: str, values: dict[str, Any]) -> None:
+    def _make_room(self) -> None:
         if os.environ.get(GIVE_BACK):
             time.sleep(1)  # Threads of XLA's may still be freeing buffers of what has been measured.
             give_back()
-        self._say(event, values)
 
     def _say(self, event: str, values: dict[str, Any]) -> None:
         self._out.write(json.dumps({"event": event} | values) + "\n")
@@ -60,7 +60,8 @@ class Channel:
 
     def ready(self, **values: Any) -> None:
         """Loaded and warmed up; `values` say what that took."""
-        self._rest("ready", values)
+        self._make_room()
+        self._say("ready", values)
 
     def wait(self) -> bool:
         """Waits for the driver; False when it wants no more measurements."""
@@ -68,7 +69,25 @@ class Channel:
 
     def done(self, seconds: float, **values: Any) -> None:
         """One measurement."""
-        self._rest("done", {"seconds": seconds} | values)
+        self._make_room()
+        self._say("done", {"seconds": seconds} | values)
+
+    def serve(self, started: float, measure: Measure, warm_up: Measure | None = None, warm_ups: int = 1) -> None:
+        """Warms up, by `measure` itself unless told otherwise, and measures as often as the driver wants.
+
+        Args:
+            started: when the worker began to load, by time.perf_counter.
+            measure: one measurement; returns what to say of it.
+            warm_up, warm_ups: what to do before, and how often.
+        """
+        load_s = time.perf_counter() - started
+        began = time.perf_counter()
+        first = [(warm_up or measure)() for _ in range(warm_ups)]
+        self.ready(load_s=load_s, warmup_s=time.perf_counter() - began, first=first[0])
+        while self.wait():
+            began = time.perf_counter()
+            values = measure()
+            self.done(time.perf_counter() - began, **values)
 
     def end(self, **values: Any) -> None:
         """The last word."""

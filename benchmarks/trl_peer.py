@@ -222,7 +222,7 @@ def sampling(job: Job, channel: Channel) -> None:
         lengths = drawn_lengths(job, generate(job, model, **options))
         return {"items": sum(lengths), "decode_steps": max(lengths) - 1}
 
-    _serve(job, channel, measure)
+    channel.serve(job.started, measure)
 
 
 def check_sampling(job: Job) -> None:
@@ -240,7 +240,7 @@ def evaluation(job: Job, channel: Channel) -> None:
 
     whole = trainer.eval_dataset
     one_batch = whole.select(range(job.sizes.evaluation_batch))  # Nothing is compiled that the others would need.
-    _serve(job, channel, lambda: evaluate(whole), warm_up=lambda: evaluate(one_batch))
+    channel.serve(job.started, lambda: evaluate(whole), warm_up=lambda: evaluate(one_batch))
 
 
 def check_evaluation(job: Job) -> None:
@@ -260,18 +260,7 @@ def check_rewards(job: Job) -> None:
 
 def measure_roofline(job: Job, channel: Channel) -> None:
     """See roofline.py."""
-    _serve(job, channel, lambda: roofline.with_torch(job.sizes.matmul, job.sizes.copy_mb))
-
-
-def _serve(job: Job, channel: Channel, measure: Any, warm_up: Any = None) -> None:
-    load_s = time.perf_counter() - job.started
-    started = time.perf_counter()
-    first = (warm_up or measure)()
-    channel.ready(load_s=load_s, warmup_s=time.perf_counter() - started, first=first)
-    while channel.wait():
-        started = time.perf_counter()
-        values = measure()
-        channel.done(time.perf_counter() - started, **values)
+    channel.serve(job.started, lambda: roofline.with_torch(job.sizes.matmul, job.sizes.copy_mb))
 
 
 def _write_check(job: Job, values: dict[str, Any]) -> None:

@@ -251,7 +251,7 @@ def sampling(job: Job, channel: Channel) -> None:
         lengths = [len(row) for row in sample.tokens(out)]
         return {"items": sum(lengths), "decode_steps": max(lengths) - 1}
 
-    _serve(job, channel, measure, measure)
+    channel.serve(job.started, measure, warm_ups=WARMUP)
 
 
 def check_sampling(job: Job) -> None:
@@ -292,7 +292,7 @@ def evaluation(job: Job, channel: Channel) -> None:
 
     # The last batch may have fewer pairs than the first, and all others are as one of these.
     ends = [evaluate.batches[0], evaluate.batches[-1]]
-    _serve(job, channel, lambda: measure(evaluate.batches), lambda: measure(ends))
+    channel.serve(job.started, lambda: measure(evaluate.batches), lambda: measure(ends), WARMUP)
 
 
 def check_evaluation(job: Job) -> None:
@@ -307,17 +307,6 @@ def check_rewards(job: Job) -> None:
     from benchmarks import tunix_popi
 
     _write_check(job, tunix_popi.NnxGenerator(job).check())
-
-
-def _serve(job: Job, channel: Channel, measure: Any, warm_up: Any) -> None:
-    load_s = time.perf_counter() - job.started
-    started = time.perf_counter()
-    first = [warm_up() for _ in range(WARMUP)]
-    channel.ready(load_s=load_s, warmup_s=time.perf_counter() - started, first=first[0])
-    while channel.wait():
-        started = time.perf_counter()
-        values = measure()
-        channel.done(time.perf_counter() - started, **values)
 
 
 def _write_check(job: Job, values: dict[str, Any]) -> None:

@@ -340,7 +340,7 @@ def test_readme_shows_what_was_measured(folder):
     assert all(row.get("agreement", {"agrees": True})["agrees"] for row in compared) and compared
 
 
-def test_readme_shows_what_giving_memory_back_costs():
+def test_readme_shows_what_tunix_was_measured_on():
     def iteration(folder: str, peer: str) -> dict:
         results = json.loads((ROOT / "benchmarks" / "results" / folder / "bench.json").read_text())
         return next(row for row in results["rows"] if (row["case"], row["peer"]) == ("popi_iteration", peer))
@@ -348,6 +348,10 @@ def test_readme_shows_what_giving_memory_back_costs():
     tunix, trl = iteration("tunix_iteration", "tunix"), iteration("", "trl")
     assert tunix["gives_back"] and len({turn["width"] for turn in tunix["theirs"]["turns"]}) == 1
     readme = (ROOT / "README.md").read_text().replace("\n", " ")
+    for folder in ("tunix_evaluation", "tunix_iteration"):
+        roofline = json.loads((ROOT / "benchmarks" / "results" / folder / "bench.json").read_text())["roofline"]
+        rates = " and ".join(f"{roofline[side]['flops'] / 1e9:.0f}" for side in ("ours", "torch"))
+        assert f"; {rates} GFLOP/s)" in readme
     assert f"Tunix takes {tunix['theirs']['peak_bytes'] / 2**30:.1f} GiB for that iteration" in readme
     assert f"ours takes {tunix['ours']['seconds_spread']['median']:.1f} s an iteration" in readme
     assert f"instead of {trl['ours']['seconds_spread']['median']:.1f} s beside TRL" in readme
