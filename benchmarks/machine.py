@@ -7,7 +7,7 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
-from popi_jax import metrics
+from popi_jax.training import metrics
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 # They decide how fast a CPU multiplies; not every library uses the widest on every maker's.

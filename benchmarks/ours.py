@@ -19,13 +19,18 @@ import numpy as np
 
 from benchmarks import cases, ours_check, profile, roofline, rows
 from benchmarks.protocol import Channel, peak_bytes
-from popi_jax import batches, evaluate, host_memory, metrics, preflight, rollout, sampler, train
-from popi_jax import compile as compile_lib
-from popi_jax import system as system_lib
 from popi_jax.data.schema import Example
-from popi_jax.pairs import Item
-from popi_jax.references import References
-from popi_jax.system import System
+from popi_jax.evaluation import evaluate
+from popi_jax.modes import compile as compile_lib
+from popi_jax.modes import host_memory, train
+from popi_jax.modes import setup as system_lib
+from popi_jax.modes.setup import System
+from popi_jax.rollout import limits as preflight
+from popi_jax.rollout import sampler
+from popi_jax.rollout import text as rollout
+from popi_jax.rollout.pairs import Item
+from popi_jax.rollout.references import References
+from popi_jax.training import batches, metrics
 
 Measure = Callable[[], dict[str, Any]]  # One measurement: what it worked through, beside its time.
 

@@ -11,10 +11,12 @@ import numpy as np
 import safetensors.numpy
 
 from benchmarks import cases, rows
-from popi_jax import objective, pairs, rollout, steps
 from popi_jax.model import hub
-from popi_jax.pairs import Item
-from popi_jax.system import System
+from popi_jax.modes.setup import System
+from popi_jax.rollout import pairs
+from popi_jax.rollout import text as rollout
+from popi_jax.rollout.pairs import Item
+from popi_jax.training import objective, steps
 
 if TYPE_CHECKING:
     from benchmarks.ours import Job

@@ -20,8 +20,8 @@ from absl import flags
 
 from benchmarks import agreement, cases, machine, rows, summary
 from benchmarks.protocol import GIVE_BACK, Worker, WorkerError
-from popi_jax import cli, runfiles
 from popi_jax.errors import UserError
+from popi_jax.modes import cli, runfiles
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NO_PEERS = "skipped: {} is missing; make bench makes it"

@@ -22,9 +22,10 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from popi_jax import cli, compilation_cache, decomposition, evaluate, personalize, report, runfiles, stats, train
 from popi_jax.data import prepared, stylebook_exact
 from popi_jax.errors import UserError
+from popi_jax.evaluation import decomposition, evaluate, report, stats
+from popi_jax.modes import cli, compilation_cache, personalize, runfiles, train
 
 # Names of popi with another schedule than the config's own, which "popi" itself has.
 SCHEDULES = {

@@ -16,9 +16,9 @@ from typing import Any
 
 from absl import flags
 
-from popi_jax import cli, runfiles
-from popi_jax import compile as compile_lib
 from popi_jax.errors import UserError
+from popi_jax.modes import cli, runfiles
+from popi_jax.modes import compile as compile_lib
 
 CASES = (
     "llama3_3b:lora@v5e:2x2",

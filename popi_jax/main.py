@@ -7,8 +7,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from popi_jax import cli, compilation_cache, runfiles
 from popi_jax.errors import UserError, first_line
+from popi_jax.modes import cli, compilation_cache, runfiles
 
 MODES = ("train", "evaluate", "summarize", "generate", "export", "compile")
 
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         _join(_DISTRIBUTED.value)
     compilation_cache.enable()
     # Imported late, so that a mistake in the flags is told at once.
-    from popi_jax import personalize, train
+    from popi_jax.modes import personalize, train
 
     if _MODE.value == "train":
         train.train(config, workdir)
@@ -65,7 +65,7 @@ def _compile(config) -> None:
         raise UserError("--mode=compile needs --topology: a TPU slice, such as v5e:4x4, or here")
     if _WORKDIR.value is not None:
         raise UserError("--mode=compile leaves no run in --workdir; give --output=FILE.json for its report")
-    from popi_jax import compile as compile_lib
+    from popi_jax.modes import compile as compile_lib
 
     jax.config.update("jax_enable_compilation_cache", False)  # It reports how long compilation takes.
     report = compile_lib.report(config, _TOPOLOGY.value)

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from popi_jax import compilation_cache
+from popi_jax.modes import compilation_cache
 
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
-from popi_jax import compilation_cache
+from popi_jax.modes import compilation_cache
 compilation_cache.enable()
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if "cache_hits" in event else None)

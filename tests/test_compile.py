@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from configs import llama3_3b, llama3_8b, quickstart
-from popi_jax import batches, packing, rollout, sharding, train
-from popi_jax import compile as compile_lib
-from popi_jax import system as system_lib
 from popi_jax.cost import chips, traffic
-from popi_jax.data import prepared
+from popi_jax.data import packing, prepared
 from popi_jax.errors import UserError
-from popi_jax.model import hub
-from popi_jax.references import References
+from popi_jax.model import hub, sharding
+from popi_jax.modes import compile as compile_lib
+from popi_jax.modes import setup as system_lib
+from popi_jax.modes import train
+from popi_jax.rollout import text as rollout
+from popi_jax.rollout.references import References
+from popi_jax.training import batches
 
 
 def small() -> object:

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from configs import base
-from popi_jax import batches, decomposition, evaluate, pairs
 from popi_jax.data import stylebook, stylebook_exact, stylebook_text
-from popi_jax.decomposition import Measured, estimate_information, one_wording
 from popi_jax.errors import UserError
+from popi_jax.evaluation import decomposition, evaluate
+from popi_jax.evaluation.decomposition import Measured, estimate_information, one_wording
+from popi_jax.rollout import pairs
+from popi_jax.training import batches
 
 
 def population(users=400, triples=6, seed=0):

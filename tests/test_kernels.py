@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from popi_jax import scoring, sharding, system
 from popi_jax.errors import UserError
-from popi_jax.model import attention, kernels
+from popi_jax.model import attention, kernels, sharding
 from popi_jax.model.config import ModelConfig
 from popi_jax.model.policy import Policy
-from popi_jax.scoring import PrefixBatch
+from popi_jax.modes import setup as system
+from popi_jax.training import scoring
+from popi_jax.training.scoring import PrefixBatch
 from tests import tiny
 
 # In blocks of 128, so that short lines have several.

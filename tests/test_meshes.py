@@ -14,15 +14,20 @@ import optax
 import pytest
 
 from configs import quickstart
-from popi_jax import checkpoint, evaluate, pairs, rollout, sampler, scoring, sharding, steps, train
-from popi_jax import system as system_lib
+from popi_jax import checkpoint
 from popi_jax.data.encoding import Encoder
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError
-from popi_jax.model import hub
+from popi_jax.evaluation import evaluate
+from popi_jax.model import hub, sharding
 from popi_jax.model.config import ModelConfig
 from popi_jax.model.tokenizer import Tokenizer
-from popi_jax.references import References
+from popi_jax.modes import setup as system_lib
+from popi_jax.modes import train
+from popi_jax.rollout import pairs, sampler
+from popi_jax.rollout import text as rollout
+from popi_jax.rollout.references import References
+from popi_jax.training import scoring, steps
 from tests import tiny
 
 # Every axis is divisible by 8; the heads by 8 kv heads of two query heads each.

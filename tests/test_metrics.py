@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto import event_pb2
 
-from popi_jax import metrics
 from popi_jax.errors import UserError
+from popi_jax.training import metrics
 
 
 def values(step: int) -> dict[str, float]:

@@ -9,7 +9,9 @@ import ml_collections
 import numpy as np
 import pytest
 
-from popi_jax import packing, pairs, scoring
+from popi_jax.data import packing
+from popi_jax.rollout import pairs
+from popi_jax.training import scoring
 from tests import tiny
 
 BUCKETS = (4, 8, 16)

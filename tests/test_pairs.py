@@ -3,10 +3,10 @@
 import numpy as np
 
 from configs import quickstart
-from popi_jax import pairs
-from popi_jax import system as system_lib
 from popi_jax.data.schema import Query
-from popi_jax.pairs import Item
+from popi_jax.modes import setup as system_lib
+from popi_jax.rollout import pairs
+from popi_jax.rollout.pairs import Item
 
 
 def test_a_users_queries_read_once_what_is_told_of_the_user():

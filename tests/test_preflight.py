@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 
 from configs import quickstart
-from popi_jax import packing, pairs, preflight
-from popi_jax import system as system_lib
-from popi_jax.data import prepared
+from popi_jax.data import packing, prepared
+from popi_jax.modes import setup as system_lib
+from popi_jax.rollout import limits as preflight
+from popi_jax.rollout import pairs
 
 
 @pytest.fixture(scope="module")

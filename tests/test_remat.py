@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from popi_jax import system as system_lib
 from popi_jax.cost import flops
 from popi_jax.errors import UserError
 from popi_jax.model import remat
 from popi_jax.model.config import LORA_TARGETS, LoraConfig, ModelConfig
 from popi_jax.model.policy import Policy
+from popi_jax.modes import setup as system_lib
 
 # So long that attention's scores outweigh the rest, as they do where rematerialisation matters.
 B, L = 4, 128

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from popi_jax import plots, report
 from popi_jax.errors import UserError
+from popi_jax.evaluation import plots, report
 
 
 def row(method: str, seed: int, accuracy: float, **more) -> dict:

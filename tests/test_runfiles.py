@@ -6,8 +6,8 @@ import math
 import pytest
 
 from configs import quickstart
-from popi_jax import runfiles
 from popi_jax.errors import UserError
+from popi_jax.modes import runfiles
 
 
 def config(**changes):

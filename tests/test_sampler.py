@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from popi_jax import sampler, scoring, sharding
+from popi_jax.model import sharding
 from popi_jax.model.decoder import Decoder
-from popi_jax.scoring import PrefixBatch
+from popi_jax.rollout import sampler
+from popi_jax.training import scoring
+from popi_jax.training.scoring import PrefixBatch
 from tests import tiny
 
 POLICY = tiny.policy(tiny.LORA)

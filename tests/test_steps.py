@@ -10,9 +10,10 @@ import optax
 import pytest
 
 from configs import quickstart
-from popi_jax import scoring, sharding, steps
-from popi_jax import system as system_lib
-from popi_jax.steps import GeneratorBatch, InferenceBatch, Settings
+from popi_jax.model import sharding
+from popi_jax.modes import setup as system_lib
+from popi_jax.training import scoring, steps
+from popi_jax.training.steps import GeneratorBatch, InferenceBatch, Settings
 from tests import tiny
 
 U, K, M = 4, 3, 2

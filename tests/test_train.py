@@ -18,9 +18,12 @@ import pytest
 from configs import psoups_smollm2, quickstart
 from configs import users as users_config
 from experiments import results_table
-from popi_jax import batches, checkpoint, evaluate, personalize, train
-from popi_jax import system as system_lib
+from popi_jax import checkpoint
 from popi_jax.errors import UserError
+from popi_jax.evaluation import evaluate
+from popi_jax.modes import personalize, train
+from popi_jax.modes import setup as system_lib
+from popi_jax.training import batches
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = f"--config={ROOT}/configs/quickstart.py:runlocal"

@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 
-from popi_jax import packing
+from popi_jax.data import packing
 from popi_jax.model.config import LoraConfig, ModelConfig
 from popi_jax.model.policy import Policy
-from popi_jax.scoring import PackedBatch, PrefixBatch
+from popi_jax.training.scoring import PackedBatch, PrefixBatch
 
 CONFIG = ModelConfig(
     vocab_size=30,

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from popi_jax import sharding
-from popi_jax.model import attention, kernels, remat
+from popi_jax.model import attention, kernels, remat, sharding
 from popi_jax.model import lora as lora_lib
 from popi_jax.model.config import LoraConfig, ModelConfig
 from popi_jax.model.product import product

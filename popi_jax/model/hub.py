@@ -21,8 +21,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from popi_jax import sharding
 from popi_jax.errors import UserError
+from popi_jax.model import sharding
 from popi_jax.model import tokenizer as tokenizer_lib
 from popi_jax.model.config import ModelConfig
 from popi_jax.model.policy import Policy

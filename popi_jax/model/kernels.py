@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from popi_jax import sharding
 from popi_jax.errors import UserError
-from popi_jax.model import attention, remat
+from popi_jax.model import attention, remat, sharding
 
 # (q_BxLxHxDh, k_BxLxKvxDh, v_BxLxKvxDh, segments_BxL) -> out_BxLxHxDh
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]

@@ -9,14 +9,17 @@ from typing import Any
 import jax
 import rich.progress
 
-from popi_jax import preflight, rollout, runfiles, steps, train
-from popi_jax import system as system_lib
 from popi_jax.data import prepared, prompts, users
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError
 from popi_jax.model import hub
-from popi_jax.references import References
-from popi_jax.system import System
+from popi_jax.modes import runfiles, train
+from popi_jax.modes import setup as system_lib
+from popi_jax.modes.setup import System
+from popi_jax.rollout import limits as preflight
+from popi_jax.rollout import text as rollout
+from popi_jax.rollout.references import References
+from popi_jax.training import steps
 
 
 def trained(config, workdir: pathlib.Path, step: int | None) -> tuple[System, steps.TrainState]:

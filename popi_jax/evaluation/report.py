@@ -15,11 +15,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from popi_jax import metrics, plots, runfiles
 from popi_jax.errors import UserError
-from popi_jax.plots import Summary
+from popi_jax.evaluation import plots
+from popi_jax.evaluation.plots import Summary
+from popi_jax.modes import runfiles
+from popi_jax.training import metrics
 
-_CSS = pathlib.Path(__file__).parent / "assets" / "report.css"
+_CSS = pathlib.Path(__file__).parents[1] / "assets" / "report.css"
 COLUMNS = (
     "method",
     "accuracy",

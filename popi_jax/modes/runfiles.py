@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from popi_jax import metrics
 from popi_jax.errors import UserError
+from popi_jax.training import metrics
 
 # What may change between two starts of one run and leaves its results as they are, but for rounding.
 _ASIDE = (

@@ -14,10 +14,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from popi_jax import packing, sampler, sharding
+from popi_jax.data import packing
 from popi_jax.data.schema import Example
+from popi_jax.model import sharding
 from popi_jax.model.policy import Policy
-from popi_jax.system import System
+from popi_jax.modes.setup import System
+from popi_jax.rollout import sampler
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,14 +9,19 @@ from typing import Any, Self
 
 import jax
 
-from popi_jax import batches, checkpoint, decomposition, evaluate, metrics, preflight, report, runfiles, sharding, steps
-from popi_jax import system as system_lib
+from popi_jax import checkpoint
 from popi_jax.data import prepared
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError
-from popi_jax.pairs import Item
-from popi_jax.references import References
-from popi_jax.system import Plan, System
+from popi_jax.evaluation import decomposition, evaluate, report
+from popi_jax.model import sharding
+from popi_jax.modes import runfiles
+from popi_jax.modes import setup as system_lib
+from popi_jax.modes.setup import Plan, System
+from popi_jax.rollout import limits as preflight
+from popi_jax.rollout.pairs import Item
+from popi_jax.rollout.references import References
+from popi_jax.training import batches, metrics, steps
 
 STEP_FUNCTIONS: dict[str, Callable] = {
     "joint": steps.joint_step,

@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from popi_jax import packing, sharding, steps
+from popi_jax.data import packing
 from popi_jax.data.schema import Query
-from popi_jax.scoring import PackedBatch
-from popi_jax.system import System
+from popi_jax.model import sharding
+from popi_jax.modes.setup import System
+from popi_jax.training import steps
+from popi_jax.training.scoring import PackedBatch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,14 +10,14 @@ import jax
 import ml_collections
 import optax
 
-from popi_jax import objective, packing, sharding, steps
-from popi_jax.data import templates
+from popi_jax.data import packing, templates
 from popi_jax.data.encoding import Encoder
 from popi_jax.errors import UserError
-from popi_jax.model import hub, kernels, remat
+from popi_jax.model import hub, kernels, remat, sharding
 from popi_jax.model.config import LoraConfig, ModelConfig
 from popi_jax.model.policy import Policy
 from popi_jax.model.tokenizer import Tokenizer
+from popi_jax.training import objective, steps
 
 STREAMS = ("init", "sample", "queries", "evaluate", "respond", "personalize")
 METHODS = ("popi", "base", "population", "raw_signals", "zero_shot_summary", "oracle")

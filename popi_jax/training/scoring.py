@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from popi_jax import sharding
-from popi_jax.model import attention
+from popi_jax.model import attention, sharding
 from popi_jax.model.decoder import Decoder
 from popi_jax.model.remat import remat
 

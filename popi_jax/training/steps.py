@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from popi_jax import objective, rounding, scoring
 from popi_jax.model.policy import Policy
-from popi_jax.scoring import PackedBatch, PrefixBatch
+from popi_jax.training import objective, rounding, scoring
+from popi_jax.training.scoring import PackedBatch, PrefixBatch
 
 Params = Any
 Terms = dict[str, objective.SumCount]

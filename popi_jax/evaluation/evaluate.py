@@ -12,12 +12,15 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from popi_jax import pairs, rollout, runfiles, stats
 from popi_jax.data.schema import Example, Query
 from popi_jax.errors import UserError
-from popi_jax.pairs import Item
-from popi_jax.references import References, reference_item
-from popi_jax.system import SUMMARIZED, System, stream_key
+from popi_jax.evaluation import stats
+from popi_jax.modes import runfiles
+from popi_jax.modes.setup import SUMMARIZED, System, stream_key
+from popi_jax.rollout import pairs
+from popi_jax.rollout import text as rollout
+from popi_jax.rollout.pairs import Item
+from popi_jax.rollout.references import References, reference_item
 
 
 @dataclasses.dataclass(frozen=True)

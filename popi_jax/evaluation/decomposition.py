@@ -14,13 +14,14 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from popi_jax import evaluate, pairs, stats
 from popi_jax.data import stylebook, stylebook_exact, stylebook_text
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError
-from popi_jax.pairs import Item
-from popi_jax.references import References
-from popi_jax.system import SUMMARIZED, System, stream_key
+from popi_jax.evaluation import evaluate, stats
+from popi_jax.modes.setup import SUMMARIZED, System, stream_key
+from popi_jax.rollout import pairs
+from popi_jax.rollout.pairs import Item
+from popi_jax.rollout.references import References
 
 USERS, TRIPLES = 64, 32
 

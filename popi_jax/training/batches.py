@@ -14,15 +14,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from popi_jax import evaluate, packing, pairs, rollout, runfiles, sharding, steps
-from popi_jax import system as system_lib
+from popi_jax.data import packing
 from popi_jax.data.schema import Example, Query
 from popi_jax.errors import UserError
-from popi_jax.pairs import Item
-from popi_jax.references import References, reference_item
-from popi_jax.rollout import Drawn
-from popi_jax.scoring import PrefixBatch
-from popi_jax.system import System
+from popi_jax.evaluation import evaluate
+from popi_jax.model import sharding
+from popi_jax.modes import runfiles
+from popi_jax.modes import setup as system_lib
+from popi_jax.modes.setup import System
+from popi_jax.rollout import pairs
+from popi_jax.rollout import text as rollout
+from popi_jax.rollout.pairs import Item
+from popi_jax.rollout.references import References, reference_item
+from popi_jax.rollout.text import Drawn
+from popi_jax.training import steps
+from popi_jax.training.scoring import PrefixBatch
 
 _WRITTEN = ("user", "summary", "finished")  # The fields of a line of written_summaries.jsonl.
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from popi_jax import pairs
-from popi_jax.pairs import Item
-from popi_jax.system import System
+from popi_jax.modes.setup import System
+from popi_jax.rollout import pairs
+from popi_jax.rollout.pairs import Item
 
 
 class References:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from popi_jax.model.attention import ROW
-from popi_jax.scoring import PackedBatch
+from popi_jax.training.scoring import PackedBatch
 
 Ids = list[int]
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from popi_jax import host_memory
 from popi_jax.errors import UserError
-from popi_jax.runfiles import Stopped
+from popi_jax.modes import host_memory
+from popi_jax.modes.runfiles import Stopped
 
 
 def run(entry: Callable[[list[str]], None]) -> None:

@@ -19,12 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from popi_jax import packing, pairs, rollout, sampler, scoring, sharding, steps, train
-from popi_jax import system as system_lib
 from popi_jax.cost import bound, chips, flops, printed, traffic
+from popi_jax.data import packing
 from popi_jax.errors import UserError, first_line
-from popi_jax.model import hub, remat
-from popi_jax.system import Plan
+from popi_jax.model import hub, remat, sharding
+from popi_jax.modes import setup as system_lib
+from popi_jax.modes import train
+from popi_jax.modes.setup import Plan
+from popi_jax.rollout import pairs, sampler
+from popi_jax.rollout import text as rollout
+from popi_jax.training import scoring, steps
 
 HERE = "here"  # The topology that is this machine's own devices.
 

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 
 import jax
 
-from popi_jax import evaluate, packing
+from popi_jax.data import packing
 from popi_jax.data.schema import Example
-from popi_jax.system import SUMMARIZED, System
+from popi_jax.evaluation import evaluate
+from popi_jax.modes.setup import SUMMARIZED, System
 
 _BUCKETS = 8  # Of each kind; each is compiled for itself: as many shapes as a run of some length can bear.
 

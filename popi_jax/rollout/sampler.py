@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from popi_jax import sharding
+from popi_jax.model import sharding
 from popi_jax.model.decoder import Cache, Decoder
 
 # A token's attention reads every slot of the branches' cache that the compiled loop knows, filled or not. So a long
