@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -13,10 +12,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from popi_jax.errors import UserError
+from popi_jax.data import files
 from popi_jax.evaluation import plots
 from popi_jax.evaluation.plots import Summary
-from popi_jax.modes import runfiles
 from popi_jax.training import metrics
 
 COLUMNS = (
@@ -54,7 +52,7 @@ def write(workdir: pathlib.Path) -> None:
     Raises:
         UserError: a file is not JSON.
     """
-    results = _read_json(workdir / "results.json")
+    results = files.read_json(workdir / "results.json")
     summaries = plots.summarize(results["rows"]) if results else []
     figures = {
         "results": plots.results_figure(summaries) if len(summaries) > 1 else None,
@@ -67,15 +65,15 @@ def write(workdir: pathlib.Path) -> None:
     columns, rows = _table(summaries)
     page = _TEMPLATES.get_template("report.html").render(
         results=results,
-        environment=_read_json(workdir / "environment.json"),
+        environment=files.read_json(workdir / "environment.json"),
         tiles=_tiles(summaries),
         columns=columns,
         rows=list(zip(summaries, rows, strict=True)),
         note=NOTE,
-        samples=runfiles.read_jsonl(workdir / "samples.jsonl"),
+        samples=files.read_jsonl(workdir / "samples.jsonl"),
         svgs={name: _svg(figure) for name, figure in drawn.items()},
     )
-    (workdir / "report.html").write_text(page, encoding="utf-8")
+    files.write_text(workdir / "report.html", page)
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
@@ -152,12 +150,3 @@ def _svg(figure: Figure) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # HTML parsers know both namespaces.
     return text.replace("xlink:href", "href")
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); remove the file and run again") from error
