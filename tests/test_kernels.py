@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from configs import quickstart
+from popi_jax.config import parse
 from popi_jax.data.batch import PrefixBatch
 from popi_jax.errors import UserError
 from popi_jax.model import attention, kernels, sharding
 from popi_jax.model.config import ModelConfig
 from popi_jax.model.policy import Policy
-from popi_jax.modes import setup as system
+from popi_jax.modes import setup
 from popi_jax.training import scoring
 from tests import tiny
 
@@ -207,4 +208,4 @@ def test_a_run_refuses_what_it_cannot_do(name, shown):
     config = quickstart.get_config("runlocal")
     config.model.attention = name
     with pytest.raises(UserError, match=f"config.model.attention .*{shown}"):
-        system.load(config)
+        setup.load(parse(config))

@@ -102,7 +102,7 @@ def test_an_unknown_name_is_one_line():
         dataclasses.replace(CONFIG, remat="layers")
     config = quickstart.get_config("runlocal")
     config.model.remat = "True"  # What the flag --config.model.remat=True gives.
-    with pytest.raises(UserError, match="config.model.remat is 'True'; choose one of 'none', 'dots', 'full'"):
+    with pytest.raises(UserError, match="config.model.remat is 'True'; choose one of none, dots, full"):
         parse(config)
     with pytest.raises(TypeError, match="remat"):
         config.model.remat = True
