@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from popi_jax import metrics
+from popi_jax.modes import runfiles
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 # These decide how fast a CPU multiplies. Not every library uses the widest of them on every maker's CPUs.
@@ -36,7 +36,7 @@ def describe(arguments: Sequence[str]) -> dict[str, Any]:
         "load_before": [round(x, 2) for x in os.getloadavg()],
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "git": metrics.git_commit(),
+        "git": runfiles.git_commit(),
         # Paths without their folders.
         "command": " ".join(["python -m benchmarks.run", *(re.sub(r"=.*/", "=", text) for text in arguments)]),
         "dtype": "float32",

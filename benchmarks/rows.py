@@ -12,11 +12,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from benchmarks.cases import Sizes
 from configs import psoups_smollm2
+from popi_jax import config
 from popi_jax.data import psoups, templates
 from popi_jax.data.encoding import Encoder
 from popi_jax.data.schema import Example, Query, Signal
@@ -34,7 +34,7 @@ WORDS = (
 ).split()
 
 
-def make_config(model: str, sizes: Sizes) -> ml_collections.ConfigDict:
+def make_config(model: str, sizes: Sizes) -> config.Config:
     """The experiment to measure: configs/psoups_smollm2.py with the sizes' lengths."""
     c = psoups_smollm2.get_config()
     c.name = "benchmark"
@@ -56,7 +56,7 @@ def make_config(model: str, sizes: Sizes) -> ml_collections.ConfigDict:
     c.optim.lr_inference = c.optim.lr_generator = sizes.learning_rate
     c.train.users_per_step = sizes.pairs
     c.eval.users_per_batch = sizes.evaluation_batch
-    return c
+    return config.parse(c)
 
 
 def words(rng: np.random.Generator, tokenizer: Tokenizer, tokens: int) -> str:
@@ -100,8 +100,7 @@ def long_signals(model: str, sizes: Sizes, tokens: int, users: int) -> list[Exam
 
         def length(count: int) -> int:
             # Without the encoder, which refuses prompts that are too long.
-            fields = tuple(prompts.pair_fields)
-            messages = templates.inference_messages(signals(count), prompts.inference_instruction, fields)
+            messages = templates.inference_messages(signals(count), prompts.inference_instruction, prompts.pair_fields)
             return len(tokenizer.render(messages))
 
         most = bisect.bisect_right(range(1, tokens), tokens, key=length)
@@ -118,10 +117,10 @@ def nearest(examples: Sequence[Example], length: Callable[[Example], int], targe
 
 def build(model: str, sizes: Sizes, data: pathlib.Path | None) -> dict[str, Any]:
     """All rows of all cases; JSON."""
-    config = make_config(model, sizes)
+    settings = make_config(model, sizes)
     folder = hub.resolve(model)
     tokenizer = Tokenizer.load(folder)
-    encoder = Encoder(tokenizer, config.prompts, config.limits)
+    encoder = Encoder(tokenizer, settings.prompts, settings.limits)
     if data is None:
         examples = synthetic(tokenizer, sizes, 4 * sizes.evaluation_pairs)
     else:
@@ -201,9 +200,7 @@ def peer_pair(encoder: Encoder, example: Example, context: str) -> dict[str, Any
 def peer_user(encoder: Encoder, example: Example) -> dict[str, Any]:
     """A user for a peer: the prompt of the inference model, and the query with a place for the summary."""
     query, prompts = example.queries[0], encoder.prompts
-    (signals,) = templates.inference_messages(
-        example.signals, prompts.inference_instruction, tuple(prompts.pair_fields)
-    )
+    (signals,) = templates.inference_messages(example.signals, prompts.inference_instruction, prompts.pair_fields)
     (informed,) = templates.generator_messages(query.prompt, MARK, prompts.generator_instruction)
     (bare,) = templates.generator_messages(query.prompt, None, prompts.generator_instruction)
     return {

@@ -9,7 +9,6 @@ go into OUTPUT. Run nothing else meanwhile: times from a busy machine mean littl
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import sys
 import tempfile
@@ -21,8 +20,9 @@ from absl import flags
 from benchmarks import agreement, cases, machine, rows, summary
 from benchmarks.process import MALLOC, Worker, WorkerError
 from benchmarks.worker import GIVE_BACK
-from popi_jax import cli, runfiles
+from popi_jax.data import files
 from popi_jax.errors import UserError
+from popi_jax.modes import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NO_PEERS = "skipped: {} is missing; make bench makes it"
@@ -171,8 +171,8 @@ def run(bench: Bench, results: dict[str, Any], runs: list[str], versus: list[str
                 )
             if row.get("note"):
                 print(f"   {row['note']}", flush=True)
-        runfiles.write_text(output / "bench.json", json.dumps(results, indent=1) + "\n")
-        runfiles.write_text(output / "table.md", summary.table(results))
+        files.write_json(output / "bench.json", results)
+        files.write_text(output / "table.md", summary.table(results))
         summary.plot(results, output / "speed.png")
     print("\n" + summary.table(results))
     print(output / "bench.json")

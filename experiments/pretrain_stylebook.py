@@ -32,7 +32,6 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from configs import quickstart
-from popi_jax import scoring
 from popi_jax.data import stylebook, templates
 from popi_jax.data import stylebook_text as text
 from popi_jax.data.schema import Example, Query, Signal
@@ -42,6 +41,7 @@ from popi_jax.model.config import ModelConfig
 from popi_jax.model.decoder import Decoder
 from popi_jax.model.policy import Policy
 from popi_jax.model.tokenizer import Tokenizer
+from popi_jax.training import scoring
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

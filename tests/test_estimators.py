@@ -2,7 +2,7 @@
 
 The policy is a table of logits over 3 tokens for each of the 7 prefixes that can occur; token 0 ends a summary, three
 tokens at most, so 15 summaries exist, of lengths 1 to 3. What is exact here is numpy in float64 and shares nothing with
-popi_jax.objective: objectives are sums over the 15 summaries, their gradients central differences of those sums.
+popi_jax.training.objective: objectives are sums over the 15 summaries, and gradients central differences of those.
 
 Legend: P prefixes, V vocabulary, S length, Z all summaries, J all K-tuples of summaries, W parameters (P * V).
 """
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from popi_jax import objective
+from popi_jax.training import objective
 
 V, S, END, KL_COEF, BASELINE = 3, 3, 0, 0.7, 6.5
 PREFIXES = [(), (1,), (2,), (1, 1), (1, 2), (2, 1), (2, 2)]

@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import resource, sys, threading
 import numpy as np
-from popi_jax import host_memory
+from popi_jax.modes import host_memory
 
 def fill():
     np.ones(1 << 25)

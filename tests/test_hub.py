@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from popi_jax import sharding
 from popi_jax.errors import UserError
-from popi_jax.model import hub
+from popi_jax.model import hub, sharding
 from popi_jax.model.policy import Policy
 
 FIXTURES = pathlib.Path(__file__).resolve().parent / "fixtures"
@@ -255,7 +254,7 @@ def test_stylebook_is_the_folder_in_the_package():
 PEAK = """
 import pathlib, sys, threading, time
 import jax
-from popi_jax import sharding
+from popi_jax.model import sharding
 from popi_jax.model import hub
 
 def held():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from popi_jax import objective
+from popi_jax.training import objective
 
 LOG2 = 0.6931471805599453
 LOG_4_3 = 0.28768207245178085  # log(4/3)

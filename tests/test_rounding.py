@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import optax
 
-from popi_jax import rounding, steps
 from popi_jax.model.policy import Policy
+from popi_jax.training import rounding, steps
 from tests import test_steps, tiny
 
 ADAM = optax.adam(1e-3)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from popi_jax import scoring
+from popi_jax.training import scoring
 from tests import tiny
 
 POLICY = tiny.policy(tiny.LORA)

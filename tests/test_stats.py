@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from popi_jax import stats
+from popi_jax.evaluation import stats
 
 
 def test_two_groups_have_four_equally_likely_draws():

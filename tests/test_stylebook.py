@@ -10,7 +10,6 @@ import pytest
 
 from configs import quickstart
 from experiments import pretrain_stylebook
-from popi_jax import sampler
 from popi_jax.data import stylebook, templates
 from popi_jax.data import stylebook_exact as exact
 from popi_jax.data import stylebook_text as text
@@ -19,6 +18,7 @@ from popi_jax.errors import UserError
 from popi_jax.model import hub
 from popi_jax.model.policy import Policy
 from popi_jax.model.tokenizer import Tokenizer
+from popi_jax.rollout import sampler
 
 
 def _config(**changes):

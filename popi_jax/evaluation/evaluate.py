@@ -1,0 +1,248 @@
+"""Preference accuracy on test users, with several summaries per user, intervals, and what personalization costs.
+
+Shapes: R test triples (a value averages over the triple's summaries).
+"""
+
+import collections
+import dataclasses
+import math
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from popi_jax.config import SUMMARIZED, Config
+from popi_jax.data import files
+from popi_jax.data.prepared import ExampleSource
+from popi_jax.data.schema import Example, Query
+from popi_jax.errors import UserError
+from popi_jax.evaluation import stats
+from popi_jax.model.weights import Tree
+from popi_jax.rollout import contexts, text
+from popi_jax.rollout.contexts import Context
+from popi_jax.rollout.pairs import Item, PairScorer
+from popi_jax.rollout.references import References, reference_item
+from popi_jax.rollout.text import TextSampler
+from popi_jax.training.rng import stream_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One test triple scored under one context.
+
+    Attributes:
+        row: which triple of the evaluation: records of the same row differ in their summary alone.
+        finished: see Context.
+        h: h_theta(x, z), in nats, the reference shown what objective.reference_context says (POPI section 2).
+        h_signals_ref: h with the reference shown the raw signals (AlignX's convention).
+        context_tokens: tokens of the context's text.
+    """
+
+    row: int
+    user: str
+    group: str
+    persona: str
+    provenance: str
+    context: str | None
+    context_tokens: int
+    finished: bool
+    signal_tokens: int
+    h: float
+    h_signals_ref: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Evaluates a generator and an inference model on users.
+
+    Attributes:
+        config: method, seed, objective and eval are read.
+        sampler: draws summaries and responses.
+        scorer: scores pairs.
+        references: knows log pi_ref.
+    """
+
+    config: Config
+    sampler: TextSampler
+    scorer: PairScorer
+    references: References
+
+    def contexts(self, phi: Tree | None, examples: Sequence[Example], key: jax.Array) -> list[list[Context]]:
+        """What the generator is told of each user, see `rollout.contexts.of_users`."""
+        return contexts.of_users(self.config, self.sampler, phi, examples, key)
+
+    def records(self, phi: Tree | None, theta: Tree | None, examples: Sequence[Example], step: int) -> list[Record]:
+        """Scores every query of every example under every context of its user.
+
+        The base method has no implicit reward (its policy is the reference): its h is log pi_ref(y+|x) -
+        log pi_ref(y-|x), so that it prefers the response which it finds likelier.
+        """
+        config, encoder = self.config, self.sampler.encoder
+        user_contexts = self.contexts(phi, examples, stream_key(config.seed, "evaluate", step))
+        found: list[tuple[int, Example, Query, Context]] = []
+        row = 0
+        for example, own in zip(examples, user_contexts, strict=True):
+            for query in example.queries:
+                found += [(row, example, query, context) for context in own]
+                row += 1
+        items = [Item(query, context.text) for _, _, query, context in found]
+        signals = {example.user: encoder.raw_signals(example) for example in examples}
+        logps = self.scorer.logps(theta, items)
+        which = config.objective.reference_context
+        asked = [
+            reference_item(which, item, signals[example.user])
+            for (_, example, *_), item in zip(found, items, strict=True)
+        ]
+        shown_signals = [Item(query, signals[example.user]) for _, example, query, _ in found]
+        # References on sampled summaries are of no use to a later evaluation.
+        self.references.remember(shown_signals + (asked if which != "summary" else []))
+        ref_logps, signal_ref_logps = self.references.lookup(asked), self.references.lookup(shown_signals)
+        if config.method == "base":
+            ref_logps, signal_ref_logps = np.zeros_like(ref_logps), np.zeros_like(signal_ref_logps)
+        h, h_signals_ref = (logps - ref_logps) @ (1, -1), (logps - signal_ref_logps) @ (1, -1)
+        return [
+            Record(
+                row=row,
+                user=example.user,
+                group=query.group or example.user,
+                persona=example.persona,
+                provenance=query.provenance,
+                context=context.text,
+                context_tokens=encoder.cost(context.text),
+                finished=context.finished,
+                signal_tokens=encoder.cost(signals[example.user]),
+                h=float(h[i]),
+                h_signals_ref=float(h_signals_ref[i]),
+            )
+            for i, (row, example, query, context) in enumerate(found)
+        ]
+
+    def periodic(self, phi: Tree | None, theta: Tree | None, test: ExampleSource, step: int) -> dict[str, float]:
+        """Metrics of a periodic evaluation, on eval.users of the test users (0: all)."""
+        users = self.config.eval.users
+        examples = [test[i] for i in range(min(users, len(test)) if users else len(test))]
+        row = result_row(self.records(phi, theta, examples, step), self.config, self.config.method)
+        names = ("accuracy", "accuracy_signals_ref", "loss", "nats", "summary_tokens_mean")
+        return {f"eval_{name}": float(row[name]) for name in names}  # type: ignore[arg-type]
+
+    def respond(
+        self, phi: Tree | None, theta: Tree | None, examples: Sequence[Example], step: int
+    ) -> list[dict[str, object]]:
+        """The lines of samples.jsonl: users with their summary, and the generator's own response beside y+ and y-."""
+        config, encoder = self.config, self.sampler.encoder
+        examples = [e for e in examples if e.queries][: config.eval.samples]
+        if not examples:
+            return []
+        context_key, response_key = jax.random.split(stream_key(config.seed, "respond", step))
+        texts = [own[0].text for own in self.contexts(phi, examples, context_key)]
+        queries = [example.queries[0] for example in examples]
+        items = [Item(query, told) for query, told in zip(queries, texts, strict=True)]
+        drawn = self.sampler.draw(
+            theta,
+            [encoder.prompt(query.prompt, told) for query, told in zip(queries, texts, strict=True)],
+            response_key,
+            dataclasses.replace(text.in_use(config), batch_size=len(queries)),
+            branches=1,
+            max_tokens=config.eval.response_tokens,
+        )
+        logps = self.scorer.logps(theta, items, len(items))
+        return [
+            {
+                "user": example.user,
+                "persona": example.persona,
+                "signals": encoder.raw_signals(example),
+                "signal_tokens": encoder.cost(encoder.raw_signals(example)),
+                "summary": told if config.method in SUMMARIZED else "",
+                "prompt": query.prompt,
+                "response": response[0],
+                "chosen": query.chosen,
+                "rejected": query.rejected,
+                "logp_chosen": float(logp[0]),
+                "logp_rejected": float(logp[1]),
+            }
+            for example, told, query, response, logp in zip(
+                examples, texts, queries, drawn.texts_UxK, logps, strict=True
+            )
+        ]
+
+
+def row_values(records: Sequence[Record], values: Sequence[float]) -> tuple[np.ndarray, list[str]]:
+    """Averages values over the records (summaries) of each row; also returns the rows' groups."""
+    by_row: dict[int, list[float]] = collections.defaultdict(list)
+    groups: dict[int, str] = {}
+    for record, value in zip(records, values, strict=True):
+        by_row[record.row].append(value)
+        groups[record.row] = record.group
+    rows = sorted(by_row)
+    return np.array([np.mean(by_row[row]) for row in rows]), [groups[row] for row in rows]
+
+
+def correct(records: Sequence[Record]) -> tuple[np.ndarray, list[str]]:
+    """The accuracy of every row (mean over its summaries; strict, a tie is wrong), and the rows' groups."""
+    return row_values(records, [float(record.h > 0) for record in records])
+
+
+def nats(records: Sequence[Record], beta: float) -> tuple[np.ndarray, list[str]]:
+    """-log sigmoid(beta h) of every row, mean over its summaries, in nats; and the rows' groups."""
+    return row_values(records, [float(np.logaddexp(0.0, -beta * record.h)) for record in records])
+
+
+def result_row(records: Sequence[Record], config: Config, method: str) -> dict[str, object]:
+    """One row of results.json."""
+    accuracy_R, groups_R = correct(records)
+    interval = stats.bootstrap_mean_ci(accuracy_R, groups_R, config.eval.bootstrap, seed=0)
+    signals_ref_R, _ = row_values(records, [float(record.h_signals_ref > 0) for record in records])
+    beta = config.objective.beta
+    nats_R, _ = nats(records, beta)
+    loss_R = nats_R / beta
+    if config.objective.loss == "ipo":
+        loss_R, _ = row_values(records, [(record.h - 0.5 / beta) ** 2 * beta / 2 for record in records])
+    context_mean = float(np.mean([record.context_tokens for record in records]))
+    by_persona = collections.defaultdict(list)
+    for record in records:
+        by_persona[record.persona].append(float(record.h > 0))
+    return {
+        "method": method,
+        "seed": config.seed,
+        "n": len(accuracy_R),
+        "accuracy": interval.mean,
+        "accuracy_ci95": [interval.low, interval.high],
+        "accuracy_signals_ref": float(signals_ref_R.mean()),
+        "context_tokens_mean": context_mean,
+        "summary_tokens_mean": context_mean if method in SUMMARIZED else 0.0,
+        "summaries_cut": float(np.mean([not record.finished for record in records])),
+        "raw_signal_tokens_mean": float(np.mean([record.signal_tokens for record in records])),
+        "loss": float(loss_R.mean()),
+        "nats": float(nats_R.mean()),
+        "informativeness_nats": None,
+        "reference_context": config.objective.reference_context,
+        "logp_reduction": config.objective.logp_reduction,
+        "accuracy_by_persona": {k: float(np.mean(v)) for k, v in sorted(by_persona.items())}
+        if 1 < len(by_persona) <= 16
+        else {},
+    }
+
+
+def write_records(path: pathlib.Path, records: Sequence[Record]) -> None:
+    """Writes records as JSON lines: what paired comparisons between runs read."""
+    files.write_jsonl(path, [dataclasses.asdict(record) for record in records])
+
+
+def read_records(path: pathlib.Path) -> list[Record]:
+    """Reads what `write_records` wrote; UserError where another version of this code did."""
+    try:
+        return [Record(**record) for record in files.read_jsonl(path)]
+    except TypeError as error:
+        raise UserError(f"{path}: of another version ({error}); choose another --workdir") from error
+
+
+def informativeness(
+    population: Sequence[Record], informed: Sequence[Record], beta: float, resamples: int
+) -> stats.Interval:
+    """I(o; z|t) in nats: the population generator's loss minus the loss with z, paired by row (POPI section 2)."""
+    without_R, groups_R = nats(population, beta)
+    with_R, _ = nats(informed, beta)
+    if len(without_R) != len(with_R):
+        return stats.Interval(math.nan, math.nan, math.nan)
+    return stats.paired_bootstrap_difference(without_R, with_R, groups_R, resamples, seed=0)

@@ -1,0 +1,167 @@
+"""From settings to everything that a mode works with: mesh, weights, tokenizer, programs; and a run's checkpoints."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from popi_jax import checkpoint
+from popi_jax.config import Config
+from popi_jax.data.encoding import Encoder
+from popi_jax.data.schema import Example
+from popi_jax.data.shapes import Shapes
+from popi_jax.errors import UserError
+from popi_jax.evaluation.evaluate import Evaluator
+from popi_jax.model import hub, kernels, sharding
+from popi_jax.model.config import LoraConfig, ModelConfig
+from popi_jax.model.policy import Policy
+from popi_jax.model.tokenizer import Tokenizer
+from popi_jax.model.weights import Tree
+from popi_jax.modes import programs
+from popi_jax.modes.programs import Programs
+from popi_jax.rollout import limits
+from popi_jax.rollout.pairs import Packer, PairScorer
+from popi_jax.rollout.references import References
+from popi_jax.rollout.text import TextSampler
+from popi_jax.training import schedule, steps
+from popi_jax.training.rng import stream_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A loaded run.
+
+    Attributes:
+        config: its settings.
+        programs: its compiled programs; they know the mesh.
+        base: the frozen checkpoint: the references, and with LoRA also the trunk.
+        model_fingerprint: tells these weights from others.
+        encoder: what the models read. Its `overflow` says what the limits have cost so far.
+        tokenizer_path: the tokenizer's folder.
+        buckets: the lengths that prompts and bins are padded to, see `fitted`.
+    """
+
+    config: Config
+    programs: Programs
+    base: Tree
+    model_fingerprint: str
+    encoder: Encoder
+    tokenizer_path: str
+    buckets: tuple[int, ...]
+
+    def fitted(self, sources: Mapping[str, Iterable[Example]]) -> "Run":
+        """The run with buckets for these examples; UserError where one of them exceeds a limit."""
+        return dataclasses.replace(self, buckets=limits.buckets(self.config, self.encoder, sources))
+
+    @property
+    def shapes(self) -> Shapes:
+        """The source of all shapes."""
+        return Shapes(self.config, self.programs.mesh, self.buckets)
+
+    @property
+    def sampler(self) -> TextSampler:
+        """Draws text."""
+        return TextSampler(self.programs.sample, self.base, self.encoder, self.shapes)
+
+    @property
+    def scorer(self) -> PairScorer:
+        """Scores pairs."""
+        return PairScorer(self.programs.score, self.base, Packer(self.encoder, self.shapes))
+
+    def references(self, folder: pathlib.Path) -> References:
+        """The reference's log-probabilities that this folder keeps."""
+        config = self.config
+        identity = (
+            f"{self.model_fingerprint}|{self.encoder.tokenizer.fingerprint}|{config.prompts.generator_instruction}"
+            f"|{config.objective.logp_reduction}|{config.model.compute_dtype}|{config.model.frozen_dtype}"
+        )
+        return References(self.scorer, folder, identity)
+
+    def evaluator(self, references: References) -> Evaluator:
+        """Evaluates with these references."""
+        return Evaluator(self.config, self.sampler, self.scorer, references)
+
+    def initial_state(self) -> steps.TrainState:
+        """The state before the first step."""
+        return self.programs.init_state(stream_key(self.config.seed, "init", 0), self.base)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint's record must say to be of this model."""
+        lora = self.config.lora.model_dump(mode="json")
+        # Full or LoRA, and its rank, by their keys: told from the weights' shapes alone, the difference would read as
+        # dozens of weights that are missing.
+        return {
+            "model": self.model_fingerprint,
+            "tokenizer": self.encoder.tokenizer.fingerprint,
+            "config": {"lora": lora},
+        }
+
+    def restore(self, workdir: pathlib.Path, step: int | None = None) -> tuple[steps.TrainState, dict[str, Any]] | None:
+        """The newest (or given) checkpoint of the workdir with its record; None if there is none."""
+        # Orbax sees plain dicts: their paths outlive the class.
+        fields = vars(self.programs.abstract_state())
+        restored = checkpoint.restore(workdir / "checkpoints", fields, step=step, expect=self.identity)
+        return None if restored is None else (steps.TrainState(**restored.state), restored.meta)
+
+
+def load(config: Config) -> Run:
+    """Loads everything that the config names; UserError for settings that do not fit the devices or the model."""
+    mesh = make_mesh(config)
+    checkpoint_read = hub.load(config.model.path, mesh=mesh, **model_options(config, mesh))
+    tokenizer_path = config.model.tokenizer or str(checkpoint_read.tokenizer_path)
+    tokenizer = Tokenizer.load(tokenizer_path)
+    encoder = Encoder(tokenizer, config.prompts, config.limits)
+    encoder.summary_stop()  # Its mistakes are told now.
+    model = checkpoint_read.config
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"{tokenizer_path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.model.path} only"
+            f" {model.vocab_size}; set config.model.tokenizer to the model's own"
+        )
+    return Run(
+        config=config,
+        programs=make_programs(config, mesh, model),
+        base=checkpoint_read.params,
+        model_fingerprint=checkpoint_read.fingerprint,
+        encoder=encoder,
+        tokenizer_path=tokenizer_path,
+        buckets=config.limits.buckets,
+    )
+
+
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The config's mesh over these devices, or all of this machine's; UserError where its batches do not fit it."""
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    schedule.check_micro_batches(Shapes(config, mesh, config.limits.buckets))
+    return mesh
+
+
+def model_options(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """The part of a ModelConfig that no checkpoint says; UserError where these devices have no such attention."""
+    platform = mesh.devices.flat[0].platform
+    return {
+        "compute_dtype": config.model.compute_dtype,
+        "remat": config.model.remat,
+        "frozen_dtype": config.model.frozen_dtype,
+        "trained_dtype": config.model.trained_dtype,
+        "attention": kernels.resolve(config.model.attention, platform, config.model.compute_dtype),
+    }
+
+
+def make_programs(config: Config, mesh: Mesh, model: ModelConfig) -> Programs:
+    """The programs of a run with a model of this shape; UserError for limits beyond its context."""
+    longest = max(config.limits.signals + config.limits.summary, config.limits.prompt + config.limits.response)
+    if longest > model.max_length:
+        raise UserError(
+            f"config.limits: prompts and answers of {longest} tokens exceed the context of {config.model.path},"
+            f" {model.max_length} tokens; lower config.limits.signals, .prompt, .response or .summary"
+        )
+    lora = None
+    if config.lora.rank:
+        lora = LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets)
+    policy = Policy(model, lora, mesh)
+    return Programs(policy, programs.make_settings(config, policy))

@@ -1,0 +1,140 @@
+"""Preference pairs as rows: packs them for a train step, and scores them: log pi(y+|x, z) and log pi(y-|x, z).
+
+Shapes: R rows; C bins of L tokens.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from popi_jax.data import packing
+from popi_jax.data.batch import PackedBatch
+from popi_jax.data.encoding import Encoder
+from popi_jax.data.packing import PairShape, Row, Tree
+from popi_jax.data.schema import Query
+from popi_jax.data.shapes import Bins, Shapes, bins_shardings
+from popi_jax.model import sharding, weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One thing to score: a query, and what the generator is told of the user (None: nothing)."""
+
+    query: Query
+    context: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Planted:
+    """Rows in bins, not yet laid out: all rows, the index of the first equal one of each, the trees of each bin."""
+
+    rows: list[Row]
+    first_R: list[int]
+    trees: list[list[Tree]]
+    length: int
+
+    @property
+    def bins(self) -> Bins:
+        """What the shape of their arrays depends on."""
+        return Bins(self.length, [sum(tree.scored_tokens for tree in own) for own in self.trees])
+
+
+@dataclasses.dataclass(frozen=True)
+class Packer:
+    """Puts pairs into bins. Equal items are read once, and so is what several queries are told of the same user."""
+
+    encoder: Encoder
+    shapes: Shapes
+
+    def row(self, item: Item | None) -> Row:
+        """A prompt with y+ and y-; None is a row of padding."""
+        if item is None:
+            return Row([], [[], []])
+        prefix, chosen, rejected = self.encoder.pair(item.query, item.context)
+        return Row(prefix, [chosen, rejected])
+
+    def plant(self, items: Sequence[Item | None]) -> Planted:
+        """Distributes the items' rows over bins.
+
+        What is told of a user is read once for all queries that follow it, where that is less to read.
+        """
+        rows = [self.row(item) for item in items]
+        first_R = packing.first_equals(items)
+        chosen = sorted(set(first_R))
+        longest, limit = max(rows[r].tokens for r in chosen), self.encoder.limits.bin
+        capacity = limit if longest <= limit else packing.bucket(longest, self.shapes.buckets)
+        sharing: dict[str | None, list[int]] = {}
+        for r in chosen:
+            item = items[r]
+            if item is not None:
+                sharing.setdefault(item.context, []).append(r)
+        trees = packing.plant(rows, sharing.values(), capacity)
+        length = self.shapes.bin_length([tree.tokens for tree in trees])
+        bins = packing.fill_bins([tree.tokens for tree in trees], length)
+        return Planted(rows, first_R, [[trees[i] for i in own] for own in bins], length)
+
+    def pack(self, planted: Planted, shape: PairShape, micro_batches: int) -> PackedBatch:
+        """Lays out a train step's rows as a stack of micro-batches; still on the host.
+
+        The micro-batches share out the bins: each knows all rows, and has the lengths of those that its bins hold.
+        """
+        packed = [
+            # Dealt out in turn, for the first are the fullest.
+            packing.pack_bins(
+                planted.rows, planted.trees[start::micro_batches], shape, pad_id=self._pad_id, first_R=planted.first_R
+            )
+            for start in range(micro_batches)
+        ]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *packed)
+
+    def pack_rows(self, rows: Sequence[Row], trees: Sequence[Sequence[Tree]], shape: PairShape) -> PackedBatch:
+        """Lays out these rows alone, each once, filled up with rows of padding."""
+        return packing.pack_bins(
+            [*rows, *[self.row(None)] * (shape.rows - len(rows))], trees, shape, pad_id=self._pad_id
+        )
+
+    @property
+    def _pad_id(self) -> int:
+        return self.encoder.tokenizer.pad_id
+
+
+@dataclasses.dataclass(frozen=True)
+class PairScorer:
+    """Log-probabilities of pairs.
+
+    Attributes:
+        score: programs.score, the compiled `scoring.response_logps`.
+        base: the frozen weights.
+        packer: puts the pairs into bins.
+    """
+
+    score: Callable[..., jax.Array]
+    base: weights.Tree
+    packer: Packer
+
+    def logps(self, theta: weights.Tree | None, items: Sequence[Item], at_a_time: int | None = None) -> np.ndarray:
+        """Log pi(y+|x,z) and log pi(y-|x,z) of every item, [n, 2]; theta None is the reference.
+
+        About `at_a_time` items (None: an evaluation's batch) are scored together, all in one shape. Many summaries of a
+        trained model are the same text: equal items are scored once.
+        """
+        shapes = self.packer.shapes
+        planted = self.packer.plant(items)
+        unique = sorted(set(planted.first_R))
+        n_bins = shapes.scoring_bins(len(planted.trees), len(unique), at_a_time or shapes.config.eval.rows)
+        parts = [planted.trees[start : start + n_bins] for start in range(0, len(planted.trees), n_bins)]
+        members = [[r for own in part for tree in own for r in tree.members] for part in parts]
+        bins = [Bins(planted.length, planted.bins.scored[i * n_bins : (i + 1) * n_bins]) for i in range(len(parts))]
+        # Rounded, so that other calls have as many rows.
+        shape = shapes.scoring(packing.coarse(max(map(len, members))), n_bins, bins)
+        sharding_of = bins_shardings(sharding.batch_sharding(shapes.mesh), shapes.mesh)
+        logps = np.zeros((len(items), 2), np.float32)
+        for part, chosen in zip(parts, members, strict=True):
+            place = {r: n for n, r in enumerate(chosen)}
+            own = [[tree.renumbered(place) for tree in part_bin] for part_bin in part]
+            packed = self.packer.pack_rows([planted.rows[r] for r in chosen], own, shape)
+            out = self.score(self.base, theta, jax.device_put(packed, sharding_of))
+            logps[chosen] = sharding.to_host(out)[: len(chosen)]
+        return logps[planted.first_R]

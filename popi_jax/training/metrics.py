@@ -1,0 +1,260 @@
+"""A run's account of itself: metrics.jsonl (the truth), TensorBoard, progress, a table of its parameters, a trace.
+
+Only process 0 writes. Keys that end in `_s` (wall_s, tokens_per_s, ...) are times and rates of this machine; all else
+in metrics.jsonl is the same, bit for bit, whether or not the run was interrupted.
+"""
+
+import collections
+import contextlib
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self, TextIO
+
+import jax
+import jax.numpy as jnp
+import rich.progress
+import tensorboardX
+from rich.console import Console
+from rich.table import Table
+
+from popi_jax.data import files
+from popi_jax.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+SHOWN = ("loss", "reward", "accuracy", "kl")  # By the progress display, where the step has them.
+
+
+class MetricWriter:
+    """Appends one JSON object a line to metrics.jsonl, and the same scalars to TensorBoard.
+
+    Args:
+        workdir: made if missing.
+        resume_step: the step that the run goes on from; later lines, and a last one cut short, are dropped.
+        wall_s: seconds that the run took before this start.
+    """
+
+    def __init__(self, workdir: pathlib.Path, resume_step: int, wall_s: float = 0.0) -> None:
+        self._started = time.monotonic() - wall_s
+        self._paused_s = 0.0  # Spent on other things than steps: evaluations, checkpoints.
+        self._before = (resume_step, self._training_s())  # The last line with tokens: step, and when it was written.
+        self._file: TextIO | None = None
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            _drop_after(workdir / METRICS_FILE, resume_step)
+            self._file = (workdir / METRICS_FILE).open("a", encoding="utf-8")
+            self._board = tensorboardX.SummaryWriter(
+                str(workdir / "tensorboard"),
+                purge_step=resume_step + 1,
+                filename_suffix=f".{resume_step}",  # The name holds the second only: a quick restart would overwrite.
+            )
+
+    def wall_s(self) -> float:
+        """Seconds that the run has taken, all its starts together."""
+        return time.monotonic() - self._started
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Within, time is not training's: tokens_per_s leaves it out."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused_s += time.monotonic() - started
+
+    def _training_s(self) -> float:
+        return self.wall_s() - self._paused_s
+
+    def write(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+        """Writes one line: {"step", "wall_s", ...values}; on disk when it returns. What is not finite becomes null.
+
+        Returns:
+            The values, and where they have `tokens`, tokens_per_s of training since the last such line.
+        """
+        wall_s, training_s = self.wall_s(), self._training_s()
+        values = dict(values)
+        if "tokens" in values:
+            step_before, training_before = self._before
+            values["tokens_per_s"] = values["tokens"] * (step - step_before) / max(training_s - training_before, 1e-9)
+            self._before = (step, training_s)
+        if self._file is None:
+            return values
+        line: dict[str, Any] = {"step": step, "wall_s": round(wall_s, 3)}
+        line |= {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")  # A float's repr reads back to the same bits.
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, float(value), step)
+        return values
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+class CompileClock:
+    """Seconds of this process, since the clock was made, for compiling or for reading what was compiled before."""
+
+    _total_s = 0.0
+    _listening = False
+
+    def __init__(self) -> None:
+        if not CompileClock._listening:  # A listener cannot be taken off again: one for all clocks.
+            jax.monitoring.register_event_duration_secs_listener(CompileClock._hear)
+            CompileClock._listening = True
+        self._started_s = CompileClock._total_s
+
+    @staticmethod
+    def _hear(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            CompileClock._total_s += duration_secs
+
+    def seconds(self) -> float:
+        """The time so far."""
+        return CompileClock._total_s - self._started_s
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, [] where there is no such file; UserError names a line that is no JSON object."""
+    return files.read_jsonl(workdir / METRICS_FILE, "remove the line")
+
+
+def check_finite(step: int, values: Mapping[str, float]) -> None:
+    """Raises UserError that names the step and the metrics that are NaN or infinite: such a run learns no more."""
+    bad = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(
+            f"step {step}: {', '.join(bad)}; nothing was saved of this step: run again in another --workdir"
+            " with a lower config.optim.lr_inference or config.optim.lr_generator (or the clip_* beside them)"
+        )
+
+
+class Progress:
+    """Shows how the run goes: a bar on a terminal, elsewhere a line every few seconds.
+
+    Args:
+        total: steps of the whole run.
+        start: steps already taken.
+        name: of the run.
+        console: where to; stdout by default.
+    """
+
+    def __init__(self, total: int, start: int, name: str, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._total, self._name = total, name
+        self._recent = collections.deque([(time.monotonic(), start)], maxlen=20)  # A moving window: compiling is slow.
+        self._said = 0.0
+        self._bar: rich.progress.Progress | None = None
+        if jax.process_index() == 0 and self._console.is_terminal:
+            columns = ("{task.description}", rich.progress.BarColumn(), "{task.completed}/{task.total}")
+            self._bar = rich.progress.Progress(
+                *columns, "{task.fields[shown]}", rich.progress.TimeElapsedColumn(), console=self._console
+            )
+            self._task = self._bar.add_task(name, total=total, completed=start, shown="compiling")
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows the metrics of `step` (loss, reward, accuracy, kl, tokens_per_s) and the time left."""
+        if jax.process_index() != 0:
+            return
+        now = time.monotonic()
+        first, step_first = self._recent[0]
+        self._recent.append((now, step))
+        parts = [f"{name} {values[name]:.4g}" for name in SHOWN if name in values]
+        if "tokens_per_s" in values:
+            parts.append(f"{values['tokens_per_s']:,.0f} tokens/s")
+        left = (now - first) / max(step - step_first, 1) * (self._total - step)
+        parts.append(f"{_duration(left)} left")
+        shown = "  ".join(parts)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, shown=shown)
+        elif now - self._said >= 10 or step == self._total:
+            self._said = now
+            self._console.print(f"{self._name} step {step}/{self._total}  {shown}", highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class Profiler:
+    """A profiler trace of the steps first..last, 0-based, as far as this start of the run takes them."""
+
+    def __init__(self, folder: pathlib.Path, steps_traced: Sequence[int]):
+        self._folder, self._span, self._tracing = folder, steps_traced, False
+
+    def enter(self, step: int, state: Any = None) -> None:
+        """Starts or ends the trace where `step` is about to be the first in, or beyond, the span.
+
+        It ends when `state`, which the steps before leave, is there: what they still do belongs to it.
+        """
+        inside = bool(self._span) and self._span[0] <= step <= self._span[1]
+        if inside and not self._tracing:
+            jax.profiler.start_trace(str(self._folder))
+        elif self._tracing and not inside:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+        self._tracing = inside
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.enter(-1)
+
+
+def parameter_overview(params: Any, statistics: Callable[[list[jax.Array]], Any]) -> str:
+    """A table of every parameter: path, shape, type, mean and standard deviation; then the total.
+
+    `statistics` is `mean_and_std`, compiled. Every process must call it: they are computed where the parameters lie.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    stats = jax.device_get(statistics([leaf for _, leaf in leaves]))
+    table = Table("parameter", "shape", "type", box=None, pad_edge=False)
+    table.add_column("mean", justify="right")
+    table.add_column("std", justify="right")
+    for (path, leaf), (mean, std) in zip(leaves, stats, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        table.add_row(name, "x".join(map(str, leaf.shape)) or "scalar", leaf.dtype.name, f"{mean:.3g}", f"{std:.3g}")
+    console = Console(width=120, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    count = sum(leaf.size for _, leaf in leaves)
+    megabytes = sum(leaf.size * leaf.dtype.itemsize for _, leaf in leaves) / 1e6
+    return f"{capture.get()}{count:,} parameters, {megabytes:,.1f} MB"
+
+
+def mean_and_std(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+    """Mean and standard deviation of each array, float32."""
+    wide = [leaf.astype(jnp.float32) for leaf in leaves]
+    return [(leaf.mean(), leaf.std()) for leaf in wide]
+
+
+def _drop_after(path: pathlib.Path, step: int) -> None:
+    """Removes the lines of later steps, and a last line that a killed process has not finished."""
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    files.write_text(path, text[: text.rfind("\n") + 1])
+    kept = []
+    for number, line in enumerate(files.read_jsonl(path, "remove the line"), start=1):
+        if not isinstance(line.get("step"), int):
+            raise UserError(f"{path}:{number}: field 'step' is missing or no integer; remove the line")
+        kept += [line] if line["step"] <= step else []
+    files.write_jsonl(path, kept)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,294 @@
+"""The train steps: pure functions of (state, frozen base, batch); modes/programs.py jits each once.
+
+A batch has U users with K summaries each and M queries per user, so R = U * K * M generator rows, user-major: row
+(u, k, m) shows the generator query m and summary k of user u. Without summaries (population, say) K is 1.
+What a step is given is a stack of micro-batches: its arrays have the shapes that are named here with an axis A before
+them, A of the inference model's own and A of the generator's. A micro-batch of the inference model has users that
+follow each other; one of the generator has bins of rows, and knows of each row of the step whether its bins hold it.
+S is the tokens of a summary at most, N the branches of a line (scoring.py).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from popi_jax.config import StepKind
+from popi_jax.data.batch import Batch, GeneratorBatch, InferenceBatch
+from popi_jax.model.policy import Policy
+from popi_jax.training import objective, rng, rounding, scoring
+
+Params = Any
+Terms = dict[str, objective.SumCount]
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a step is compiled for; configs/base.py says what each means.
+
+    tx_phi None: the method has no inference model of its own, see TrainState.
+    """
+
+    policy: Policy
+    tx_phi: optax.GradientTransformation | None
+    tx_theta: optax.GradientTransformation
+    loss: str
+    beta: float
+    logp_reduction: str
+    advantage: str
+    baseline_decay: float
+    kl: str
+    kl_coef: float
+    temperature: float
+    seed: int  # Of stochastic rounding, see model.trained_dtype.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that training changes. phi is q_phi's adapter (or weights), theta is pi_theta's; see Policy.bind.
+
+    phi and opt_phi are None for a method without an inference model of its own, which is spared their memory.
+    The same tree of shardings or of shapes is a TrainState too, hence the types.
+    """
+
+    step: Any  # int32 scalar: steps taken.
+    phi: Params | None
+    theta: Params
+    opt_phi: Any
+    opt_theta: Any
+    baseline: Any  # float32 scalar: the moving average of the rewards; advantage = "reinforce" alone reads it.
+
+
+def init_state(key: jax.Array, base: Params, settings: Settings) -> TrainState:
+    """The state before the first step; both roles start as the base model."""
+    key_phi, key_theta = jax.random.split(key)
+    phi, opt_phi, theta = None, None, settings.policy.init_delta(base, key_theta)
+    if settings.tx_phi is not None:
+        phi = settings.policy.init_delta(base, key_phi)
+        opt_phi = settings.tx_phi.init(_float32(phi))
+    return TrainState(
+        step=jnp.int32(0),
+        phi=phi,
+        theta=theta,
+        opt_phi=opt_phi,
+        opt_theta=settings.tx_theta.init(_float32(theta)),
+        # What a generator without an opinion earns: from 0, the first advantages would all be far too low.
+        baseline=-objective.preference_loss(settings.loss)(jnp.float32(0.0), settings.beta),
+    )
+
+
+def generator_loss(
+    theta: Params, base: Params, batch: GeneratorBatch, settings: Settings
+) -> tuple[jax.Array, tuple[jax.Array, Terms]]:
+    """The weighted sum of l(h_theta(x, z)) over the rows; also l of each row, and the terms to log as (sum, count)."""
+    logp_Rx2 = scoring.response_logps(settings.policy.bind(base, theta), batch.bins, settings.logp_reduction)
+    ref_logp_Rx2, weight_R = jnp.asarray(batch.ref_logp_Rx2), jnp.asarray(batch.weight_R)
+    h_R = objective.implicit_reward_margin(logp_Rx2, ref_logp_Rx2)
+    loss_R = objective.preference_loss(settings.loss)(h_R, settings.beta)
+    terms = {
+        "loss": objective.weighted_total(loss_R, weight_R),
+        "accuracy": objective.weighted_total(objective.preference_accuracy(h_R), weight_R),
+        "nats": objective.weighted_total(objective.preference_nats(h_R, settings.beta), weight_R),
+        "margin": objective.weighted_total(h_R, weight_R),
+    }
+    return terms["loss"][0], (loss_R, terms)
+
+
+def summary_rewards(loss_R: jax.Array, weight_R: jax.Array, users: int, summaries: int) -> jax.Array:
+    """r_k = - mean over the user's queries of l(h(x_m, z_k)), [U, K] (POPI section 3); 0 where there is no query."""
+    loss_UxKxM, weight_UxKxM = (x_R.reshape(users, summaries, -1) for x_R in (loss_R, weight_R))
+    total_UxK = jnp.sum(jnp.where(weight_UxKxM > 0, loss_UxKxM, 0.0) * weight_UxKxM, axis=-1)
+    return -total_UxK / jnp.maximum(jnp.sum(weight_UxKxM, axis=-1), 1.0)
+
+
+def inference_loss(
+    phi: Params, base: Params, batch: InferenceBatch, reward_UxK: jax.Array, baseline: jax.Array, settings: Settings
+) -> tuple[jax.Array, tuple[Terms, dict[str, jax.Array]]]:
+    """The score-function surrogate plus lambda KL, summed over summaries (POPI section 3).
+
+    Returns:
+        The sum; and the terms to log: those that are (sum, count), among them "surrogate" with the loss's own count,
+        and those to take a maximum of.
+    """
+    policy, lines = settings.policy, batch.lines
+    valid_U, mask_UxKxS = lines.valid_B, lines.mask_BxNxS
+    scores = scoring.score(
+        policy.bind(base, phi), lines, temperature=settings.temperature, reference=policy.bind(base, None)
+    )
+    assert scores.ref_logp_BxNxS is not None  # A reference was given.
+    out = objective.inference_loss(
+        advantage=settings.advantage,
+        kl=settings.kl,
+        kl_coef=settings.kl_coef,
+        reward_UxK=reward_UxK,
+        baseline=baseline,
+        logp_UxKxS=scores.logp_BxNxS,
+        ref_logp_UxKxS=scores.ref_logp_BxNxS,
+        mask_UxKxS=mask_UxKxS,
+        position_kl_UxKxS=scores.kl_BxNxS,
+        valid_U=valid_U,
+    )
+    gap_UxKxS = jnp.where(mask_UxKxS, jnp.abs(scores.logp_BxNxS - batch.sampler_logp_UxKxS), 0.0)
+    valid_UxK = jnp.broadcast_to(valid_U[:, None], reward_UxK.shape)
+    spread_UxK = jnp.broadcast_to(jnp.std(reward_UxK, axis=1, keepdims=True), reward_UxK.shape)
+    terms = {
+        "reward": objective.weighted_total(reward_UxK, valid_UxK),
+        "reward_less_kl": objective.weighted_total(out.penalised_UxK, valid_UxK),
+        "reward_std": objective.weighted_total(spread_UxK, valid_UxK),
+        "kl": out.kl,
+        "surrogate": out.loss,
+        "summary_tokens": objective.weighted_total(jnp.asarray(lines.branch_length_BxN, jnp.float32), valid_UxK),
+        "summary_logp": objective.weighted_total(jnp.sum(scores.logp_BxNxS, axis=-1), valid_UxK),
+        "sampler_gap": objective.weighted_total(gap_UxKxS, mask_UxKxS),
+    }
+    return out.loss[0], (terms, {"sampler_gap_max": gap_UxKxS.max()})
+
+
+def generator_step(state: TrainState, base: Params, batch: Batch, *, settings: Settings) -> tuple[TrainState, Metrics]:
+    """One preference update of theta. Pure."""
+    grads, terms, _ = _generator_sums(state, base, batch.generator, settings)
+    state, norms = _update_theta(state, grads, terms, settings)
+    return dataclasses.replace(state, step=state.step + 1), _means(terms) | norms
+
+
+def inference_step(state: TrainState, base: Params, batch: Batch, *, settings: Settings) -> tuple[TrainState, Metrics]:
+    """One REINFORCE update of phi; the generator only gives the rewards. Pure."""
+    terms, loss_R = _generator_losses(state, base, batch.generator, settings)
+    grads, phi_terms, maxima = _inference_sums(state, base, batch, loss_R, settings)
+    state, norms = _update_phi(state, grads, phi_terms, settings)
+    return dataclasses.replace(state, step=state.step + 1), _means(terms | phi_terms) | maxima | norms
+
+
+def joint_step(state: TrainState, base: Params, batch: Batch, *, settings: Settings) -> tuple[TrainState, Metrics]:
+    """One update of both models from one batch of summaries: the loss that moves theta is phi's reward. Pure.
+
+    All rows give rewards. Theta learns from all of them, or from `batch.learned` alone: rows of the first few of each
+    user's summaries, which are an unbiased sample of the same loss at a fraction of its backward pass.
+    """
+    if batch.learned is None:
+        theta_grads, terms, loss_R = _generator_sums(state, base, batch.generator, settings)
+        learned_terms = terms
+    else:
+        terms, loss_R = _generator_losses(state, base, batch.generator, settings)
+        theta_grads, learned_terms, _ = _generator_sums(state, base, batch.learned, settings)
+    grads, phi_terms, maxima = _inference_sums(state, base, batch, loss_R, settings)
+    state, phi_norms = _update_phi(state, grads, phi_terms, settings)
+    state, theta_norms = _update_theta(state, theta_grads, learned_terms, settings)
+    return dataclasses.replace(state, step=state.step + 1), _means(terms | phi_terms) | maxima | phi_norms | theta_norms
+
+
+Step = Callable[..., tuple[TrainState, Metrics]]
+STEPS: dict[StepKind, Step] = {"joint": joint_step, "inference": inference_step, "generator": generator_step}
+
+
+def _generator_losses(
+    state: TrainState, base: Params, batch: GeneratorBatch, settings: Settings
+) -> tuple[Terms, jax.Array]:
+    """The terms to log and l of every row, without a gradient."""
+
+    def one(micro: GeneratorBatch):
+        _, (loss_R, terms) = generator_loss(state.theta, base, micro, settings)
+        return (terms, {}), loss_R
+
+    (terms, _), loss_AxR = _accumulate(one, batch)
+    return terms, _of_each_row(loss_AxR, batch)
+
+
+def _generator_sums(
+    state: TrainState, base: Params, batch: GeneratorBatch, settings: Settings
+) -> tuple[Params, Terms, jax.Array]:
+    """As `_generator_losses`, with the gradient of the rows' weighted sum before them."""
+
+    def one(micro: GeneratorBatch):
+        (_, (loss_R, terms)), grads = jax.value_and_grad(generator_loss, has_aux=True)(
+            state.theta, base, micro, settings
+        )
+        return ((grads, terms), {}), loss_R
+
+    ((grads, terms), _), loss_AxR = _accumulate(one, batch)
+    return grads, terms, _of_each_row(loss_AxR, batch)
+
+
+def _of_each_row(loss_AxR: jax.Array, batch: GeneratorBatch) -> jax.Array:
+    """Loss of each row, from the micro-batch that holds it, [R]; 0 at padding."""
+    return jnp.sum(jnp.where(batch.weight_R > 0, loss_AxR, 0.0), axis=0)
+
+
+def _inference_sums(
+    state: TrainState, base: Params, batch: Batch, loss_R: jax.Array, settings: Settings
+) -> tuple[Params, Terms, dict[str, jax.Array]]:
+    """The gradient of the summaries' summed loss, the terms to log and those to take a maximum of."""
+    inference = batch.inference
+    assert inference is not None  # A generator step alone has none.
+    A, U, K = inference.lines.branch_length_BxN.shape
+    reward_UxK = summary_rewards(loss_R, jnp.sum(batch.generator.weight_R, axis=0), A * U, K)
+
+    def one(micro: tuple[InferenceBatch, jax.Array]):
+        (_, (terms, maxima)), grads = jax.value_and_grad(inference_loss, has_aux=True)(
+            state.phi, base, *micro, state.baseline, settings
+        )
+        return ((grads, terms), maxima), ()
+
+    ((grads, terms), maxima), _ = _accumulate(one, (inference, reward_UxK.reshape(A, U, K)))
+    return grads, terms, maxima
+
+
+def _accumulate(one: Callable, batch: Any) -> Any:
+    """Calls `one` on each micro-batch of a stack; it returns ((sums, maxima), own).
+
+    Returns:
+        The sums added up (sums and counts, so that unequal micro-batches stay exact), the largest of the maxima, and
+        what each has of its own, stacked.
+    """
+    first = jax.tree.map(lambda x: x[0], batch)
+    if len(jax.tree.leaves(batch)[0]) == 1:
+        reduced, own = one(first)
+        return reduced, jax.tree.map(lambda x: x[None], own)
+    # Of bfloat16 gradients, too, the sum is float32. No maximum is below 0.
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(one, first)[0])
+
+    def add(carry, micro):
+        (sums, maxima), ((more_sums, more_maxima), own) = carry, one(micro)
+        return (jax.tree.map(jnp.add, sums, more_sums), jax.tree.map(jnp.maximum, maxima, more_maxima)), own
+
+    return jax.lax.scan(add, zeros, batch)
+
+
+def _update_phi(state: TrainState, sums: Params, terms: Terms, settings: Settings):
+    assert settings.tx_phi is not None
+    phi, opt_phi, norms = _update("phi", state, settings.tx_phi, sums, terms["surrogate"], settings.seed)
+    baseline = objective.update_baseline(state.baseline, terms["reward_less_kl"], settings.baseline_decay)
+    state = dataclasses.replace(state, phi=phi, opt_phi=opt_phi, baseline=baseline)
+    return state, {f"{name}_inference": norm for name, norm in norms.items()}
+
+
+def _update_theta(state: TrainState, sums: Params, terms: Terms, settings: Settings):
+    theta, opt_theta, norms = _update("theta", state, settings.tx_theta, sums, terms["loss"], settings.seed)
+    state = dataclasses.replace(state, theta=theta, opt_theta=opt_theta)
+    return state, {f"{name}_generator": norm for name, norm in norms.items()}
+
+
+def _update(
+    role: str, state: TrainState, tx: optax.GradientTransformation, sums: Params, loss: objective.SumCount, seed: int
+) -> tuple[Params, Any, Metrics]:
+    """One role's parameters and optimizer state after an update by the mean gradient, and the norms of both."""
+    params, opt = getattr(state, role), getattr(state, f"opt_{role}")
+    with jax.named_scope("optimizer"):
+        grads = jax.tree.map(lambda g: g / jnp.maximum(loss[1], 1.0), sums)
+        updates, opt = tx.update(grads, opt, params)
+        params = rounding.add(params, updates, rng.stream_key(seed, f"round_{role}", state.step))
+        return params, opt, {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+
+
+def _float32(params: Params) -> Params:
+    """A float32 copy for the optimizer, whose moments are of its type."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), params)
+
+
+def _means(terms: Terms) -> dict[str, jax.Array]:
+    return {name: total / jnp.maximum(count, 1.0) for name, (total, count) in terms.items()}
