@@ -4,7 +4,6 @@ They come from P-Soups if its file is given, else they are random words of the s
 folder.
 """
 
-import bisect
 import dataclasses
 import json
 import pathlib
@@ -86,27 +85,18 @@ def synthetic(tokenizer: Tokenizer, sizes: Sizes, count: int, seed: int = 0) -> 
     return [example(i) for i in range(count)]
 
 
-def long_signals(model: str, sizes: Sizes, tokens: int, users: int) -> list[Example]:
-    """Users whose signals fill a prompt of at most `tokens`, to the nearest word."""
+def long_signals(model: str, sizes: Sizes, tokens: int) -> Example:
+    """A user whose signals fill a prompt of at most `tokens`, to the nearest word."""
     tokenizer, prompts = Tokenizer.load(hub.resolve(model)), make_config(model, sizes).prompts
     rng = np.random.default_rng(tokens)
     query = Query(words(rng, tokenizer, 16), words(rng, tokenizer, 32), words(rng, tokenizer, 32))
-
-    def example(i: int) -> Example:
-        drawn = [str(word) for word in rng.choice(WORDS, tokens)]
-
-        def signals(count: int) -> tuple[Signal, ...]:
-            return (Signal("profile", text=" ".join(drawn[:count])),)
-
-        def length(count: int) -> int:
-            # Without the encoder, which refuses prompts that are too long.
-            messages = templates.inference_messages(signals(count), prompts.inference_instruction, prompts.pair_fields)
-            return len(tokenizer.render(messages))
-
-        most = bisect.bisect_right(range(1, tokens), tokens, key=length)
-        return Example(f"long#{i}", "train", signals(max(most, 1)), (query,))
-
-    return [example(i) for i in range(users)]
+    text = words(rng, tokenizer, tokens).split()
+    while True:
+        signals = (Signal("profile", text=" ".join(text)),)
+        messages = templates.inference_messages(signals, prompts.inference_instruction, prompts.pair_fields)
+        if len(text) == 1 or len(tokenizer.render(messages)) <= tokens:
+            return Example("long", "train", signals, (query,))
+        text.pop()
 
 
 def nearest(examples: Sequence[Example], length: Callable[[Example], int], target: int, count: int) -> list[Example]:

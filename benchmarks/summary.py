@@ -90,10 +90,11 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
     ours = row["ours"]
     fractions = ", ".join(f"{name} {value:.0%}" for name, value in row["roofline"].items())
-    middle = (row["note"], "", _gib(ours), "", "")
     if "theirs" in row:
         theirs = row["theirs"]
         middle = (rate(theirs), times(row["speed"]), _gib(ours), _gib(theirs), f"{row['memory']:.2f}")
+    else:
+        middle = (row["note"], "", _gib(ours), "", "")
     agrees = {True: "yes", False: "NO", None: ""}[row.get("agreement", {}).get("agrees")]
     compile_s = f"{ours['before'].get('compile_s', 0):.1f}"
     return (row["case"], row["peer"], rate(ours), *middle, compile_s, fractions, agrees)

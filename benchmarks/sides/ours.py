@@ -274,7 +274,7 @@ def scaling(job: Job) -> Prepared:
         longest = hub.read_config(pathlib.Path(job.rows["model"]) / "config.json").max_length
         limit = min(size if job.kind == "scaling_signals" else sizes.long_signals, longest - sizes.summary)
         changes |= {"train.users_per_step": 1, "limits.signals": limit}
-        examples = rows.long_signals(job.rows["model"], sizes, limit, 1)
+        examples = [rows.long_signals(job.rows["model"], sizes, limit)]
     run = load(job, examples, changes)
     step = Steps(job, run, "joint", examples)
     step.references.remember(bare_items(examples))
