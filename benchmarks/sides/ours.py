@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import profile, roofline, rows
+from benchmarks import machine, profile, roofline, rows
 from benchmarks.cases import DPO, Checked, Job, Measure, Prepared, Turn, repeat
-from benchmarks.machine import PACKAGES as PACKAGES
 from popi_jax import config
 from popi_jax.data.schema import Example
 from popi_jax.model import hub
@@ -27,6 +26,8 @@ from popi_jax.rollout import contexts, sampler, text
 from popi_jax.rollout.pairs import Item
 from popi_jax.training import objective, steps
 from popi_jax.training.batches import BatchMaker, WrittenSummaries
+
+PACKAGES = machine.PACKAGES
 
 
 def profiled(measurement: Callable[[], dict[str, Any]]) -> Measure:
@@ -61,11 +62,8 @@ class Steps:
     def __init__(self, job: Job, run: Run, kind: config.StepKind, examples: list[Example]):
         self.run, self.kind, self.examples, self.number = run, kind, examples, 0
         folder = job.work / "ours" / job.case.replace(":", "_")
-        self.state, self.fn, self.references = (
-            run.initial_state(),
-            run.programs.train_steps[kind],
-            run.references(folder),
-        )
+        self.state, self.fn = run.initial_state(), run.programs.train_steps[kind]
+        self.references = run.references(folder)
         written = WrittenSummaries(folder / "written.jsonl")
         self.maker = BatchMaker(run.config, run.sampler, run.scorer.packer, self.references, written)
 
@@ -106,14 +104,14 @@ def dpo_steps(job: Job) -> Steps:
 
 
 def dpo(job: Job) -> Prepared:
-    """A DPO step. The reference's log-probabilities are computed once and before, as in a run."""
+    """A DPO step. As in a run, the reference's log-probabilities are computed once, before the first step."""
     step = dpo_steps(job)
     started = time.perf_counter()
     step.references.remember(told_items(step.run, step.examples))
-    setup = {"reference_s": time.perf_counter() - started, "flops": step.flops()}
+    reference_s = time.perf_counter() - started
     batch, counts = step.batch()
-    setup["filled"] = float(counts["tokens"]) / batch.generator.bins.tokens_CxL.size
-    return profiled(step), setup
+    filled = float(counts["tokens"]) / batch.generator.bins.tokens_CxL.size
+    return profiled(step), {"reference_s": reference_s, "flops": step.flops(), "filled": filled}
 
 
 def check_dpo(job: Job) -> Checked:
@@ -123,7 +121,7 @@ def check_dpo(job: Job) -> Checked:
     if job.lora:
         theta = with_noise(theta)
         np.savez(job.check_file("adapter.npz"), **adapter_tensors(step.run, theta))  # type: ignore[arg-type]
-    micro_batch = jax.tree.map(lambda x: x[0], step.batch()[0].generator)  # The only one.
+    micro_batch = jax.tree.map(lambda x: x[0], step.batch()[0].generator)  # accumulation_generator is 1.
     gradient = jax.jit(jax.value_and_grad(steps.generator_loss, has_aux=True), static_argnames="settings")
     (_, (_, terms)), grads = gradient(theta, step.run.base, micro_batch, settings=settings)
     total, count = map(float, terms["nats"])
@@ -133,7 +131,7 @@ def check_dpo(job: Job) -> Checked:
 
 
 def with_noise(adapter: Any) -> Any:
-    """The adapter with noise. A fresh one has b = 0, which makes the loss log 2 and the gradient of a 0."""
+    """The adapter with noise. In a fresh one b is 0, so the loss is log 2 and has no gradient with respect to a."""
     leaves, treedef = jax.tree.flatten(adapter)
     rng = np.random.default_rng(0)
     noisy = [np.asarray(x) + 0.02 * rng.standard_normal(x.shape, np.float32) for x in leaves]
