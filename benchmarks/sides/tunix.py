@@ -177,6 +177,7 @@ def check_dpo(job: Job) -> Checked:
             value[...] = jnp.asarray(given[hub_name(path)].T.reshape(value.shape))
         nnx.update(trainer.model, state)
     trainer.train(batch)
+    trainer.close()  # Writes the loss.
     kept = {path: np.asarray(value[...]) for path, value in nnx.to_flat_state(nnx.state(trainer.optimizer))}
     grads = {path[path.index("trace") + 1 :]: value for path, value in kept.items() if "trace" in path}
     loss = float(trainer.metrics_logger.get_metric("", "loss", "train"))
