@@ -35,6 +35,7 @@ setuptools.setup(
         "array_record>=0.8",
         "chex>=0.1.90",
         "etils[epath]>=1.9",
+        "filelock>=3.16",  # JAX's limit on the folder of compiled programs needs it, and does not require it by itself.
         "gguf>=0.17",
         "grain>=0.2.18",
         "huggingface_hub>=1.0",

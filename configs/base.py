@@ -1,138 +1,225 @@
-"""Every key of every experiment, with its default. An experiment's config starts here and changes what it must."""
+"""Every key of every experiment, with its default value. An experiment starts from these and changes some of them.
+
+The comments above and beside a key are its reference: they give its unit and its choices, and say what 0 or an empty
+value means.
+"""
 
 import ml_collections
 
+from configs import check_arg
 
-def get_config() -> ml_collections.ConfigDict:
-    """Returns the default configuration, locked: a key that is not here cannot be set."""
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Returns the default configuration. It is locked, so that setting an unknown key is an error; it takes no arg."""
+    check_arg(arg, "base")
     c = ml_collections.ConfigDict()
-    c.name = "base"  # Goes into results.json.
-    c.seed = 0
+    c.name = "base"  # Name of the experiment, shown by the progress bar and in results.json.
+    c.seed = 0  # Seed of the run: initial adapters, order of the training data, sampled summaries and responses.
 
-    # The checkpoint that both models start from: a hub folder, a hub id, or "stylebook" (the tiny one in the package).
+    # The checkpoint that both models start from, and how they compute.
     c.model = ml_collections.ConfigDict()
+    # A folder in the hub's format, a hub id, or "stylebook", the tiny checkpoint in the package.
     c.model.path = "stylebook"
+    # Type of activations and matrix products: float32 or bfloat16. bfloat16 is faster on accelerators and on CPUs with
+    # AMX, and slower on other CPUs.
     c.model.compute_dtype = "float32"
-    # Of the base model's weights, which are not trained: "bfloat16" is half the memory, and exact for checkpoints that
-    # are stored so.
+    # Type in which the untrained weights are stored: float32 or bfloat16. bfloat16 takes half the memory, and loses
+    # nothing for a checkpoint that is itself stored in bfloat16.
     c.model.frozen_dtype = "float32"
-    # Of the weights that are trained: "bfloat16" is half the memory, too; each update is rounded up or down by chance,
-    # for a small one would be lost by rounding to the nearest.
+    # Type in which the trained weights are stored: float32 or bfloat16. bfloat16 takes half the memory. Its updates are
+    # rounded up or down at random, because rounding to the nearest value would lose small ones.
     c.model.trained_dtype = "float32"
-    # What the backward pass computes again instead of keeping it: none, attention, dots (all but products with weights)
-    # or full (every layer). In this order less memory, and more time.
+    # What the backward pass computes again instead of storing it, from most memory and least time to least memory and
+    # most time: none, dots (everything but the products with weights and the results of attention) or full (everything
+    # but the input of each layer).
     c.model.remat = "none"
-    c.model.attention = "auto"  # auto (by the devices), xla, splash (TPUs) or cudnn (NVIDIA GPUs, bfloat16).
-    c.model.tokenizer = ""  # Another tokenizer than the checkpoint's own.
-    # A config.json in the hub's form: the shape that --mode=compile takes where model.path is no folder.
+    # Attention kernel: auto, xla (any device), splash (TPUs) or cudnn (NVIDIA GPUs, with compute_dtype bfloat16). auto
+    # takes splash on TPUs, cudnn on GPUs in bfloat16, and xla otherwise.
+    c.model.attention = "auto"
+    c.model.tokenizer = ""  # Folder of a tokenizer to use instead of the checkpoint's own; "": the checkpoint's own.
+    # A config.json in the hub's format. --mode=compile takes the model's shape from it if model.path is not a local
+    # folder. "": none.
     c.model.shape = ""
 
-    # rank = 0: both models are fine-tuned in full. rank > 0: one frozen base, one adapter per role.
+    # Low-rank adapters.
     c.lora = ml_collections.ConfigDict()
+    # Rank of the adapters; 0: none. With 0 both models are fine-tuned in full. Above 0 the checkpoint is frozen, and
+    # each of the two models is an adapter on it.
     c.lora.rank = 0
-    c.lora.alpha = 16.0
+    c.lora.alpha = 16.0  # Scale of the adapters: their product is multiplied by alpha / rank.
+    # The matrices of each layer that get an adapter: q, k, v and o of attention; gate, up and down of the MLP.
     c.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
 
+    # The users to train and test on.
     c.data = ml_collections.ConfigDict()
-    c.data.dataset = "stylebook"  # stylebook, psoups or users.
-    c.data.path = ""  # psoups: the json file. users: the training users.jsonl.
-    c.data.test_path = ""  # users: the test users.jsonl; empty: a share of the users is held out.
-    c.data.prepared_dir = ""  # Where TFDS keeps prepared data; empty: <workdir>/data.
-    c.data.seed = 0  # Draws the split and the signals; kept apart from the run's seed.
-    c.data.test_fraction = 0.3  # psoups and users.
-    c.data.signals = "disjoint"  # psoups: disjoint or shipped.
-    c.data.signals_per_user = 4  # stylebook and psoups (disjoint).
-    c.data.train_users = 0  # 0: all that there are. stylebook draws this many.
+    # stylebook (generated, ships with the package), psoups (a P-Soups file) or users (your own users.jsonl).
+    c.data.dataset = "stylebook"
+    # psoups: the JSON file. users: the users.jsonl to train on. stylebook reads no file, so leave it "".
+    c.data.path = ""
+    # users: the users.jsonl to test on; "": test_fraction of the users in data.path is held out. Not used otherwise.
+    c.data.test_path = ""
+    c.data.prepared_dir = ""  # Folder for the prepared data; "": the folder data in the run's workdir.
+    # Seed of the data: it draws the stylebook users, the train/test split of psoups and users, and the psoups signals.
+    # It is separate from seed, so that runs with different seeds share their data.
+    c.data.seed = 0
+    # Share to test on, between 0 and 1, both excluded. psoups: of the rows. users: of the users, if test_path is "".
+    c.data.test_fraction = 0.3
+    # psoups: where a user's signals come from. disjoint: other rows of the same persona in the same split, none with
+    # the prompt of a query. shipped: the feedback pairs in the file, except those that show one of the user's queries.
+    c.data.signals = "disjoint"
+    # Signals per user, for stylebook and for psoups with disjoint signals. users always takes all signals in the file.
+    c.data.signals_per_user = 4
+    # Number of training users. stylebook draws that many, at least 1. psoups and users take the first ones, and all of
+    # them for 0.
+    c.data.train_users = 0
+    # Number of test users. stylebook draws that many, at least 1. psoups and users take the first ones, and all of them
+    # for 0.
     c.data.test_users = 0
-    c.data.train_draws = 1  # psoups (disjoint): draws of signals per training row.
+    # psoups with disjoint signals: how many times each training row is used, every time with newly drawn signals.
+    c.data.train_draws = 1
+    # psoups with disjoint signals: how many times each test row is used, every time with newly drawn signals.
     c.data.test_draws = 1
-    c.data.queries_per_user = 1  # M: queries that share one user's K summaries in a step.
+    # M: queries of a user in one training step, each of which is scored with all of the user's K summaries. A user with
+    # more queries shows a new random choice in every step. stylebook and psoups give a training user at most this many.
+    c.data.queries_per_user = 1
+    # Queries of a test user: this many for stylebook, at most this many for psoups. users tests on all in the file.
     c.data.test_queries_per_user = 1
 
-    # Tokens. What exceeds a limit is refused, or costs whole signals, as on_overflow says; nothing is cut.
+    # Longest inputs and outputs, in tokens. Inputs are never cut: one that exceeds its limit is an error, or, with
+    # on_overflow = "drop", costs the user whole signals.
     c.limits = ml_collections.ConfigDict()
+    # Tokens of the inference model's prompt: signals, instruction, chat template and summary_start.
     c.limits.signals = 1024
-    c.limits.prompt = 512  # The generator's whole prompt: summary, question and template.
-    c.limits.response = 256
+    # Tokens of the generator's prompt: what it is told of the user, instruction, question and chat template.
+    c.limits.prompt = 512
+    c.limits.response = 256  # Tokens of a chosen or rejected response, its end token included.
+    # Tokens of a summary, without summary_start. A summary that reaches the limit ends there, and is counted as cut.
     c.limits.summary = 48
-    c.limits.bin = 512  # Pairs to score are packed into bins of this length, or of a bucket's where it suits better.
-    c.limits.on_overflow = "error"  # error, or drop: whole signals, the oldest first; counted and logged.
-    # Lengths that prompts and bins are padded to, each compiled for itself; (): few, chosen from the data.
+    # Length, in tokens, of the bins into which prompts with both responses are packed for scoring. Two or three times a
+    # typical prompt with its responses is a good value. Where a bucket pads less, or a single prompt with its responses
+    # is longer, the length of a bucket is used instead.
+    c.limits.bin = 512
+    # What happens to a user whose signals exceed limits.signals, or limits.prompt where the generator or the reference
+    # reads them: error, or drop, which leaves out the oldest signals and logs how many.
+    c.limits.on_overflow = "error"
+    # Lengths, in tokens, to which prompts and bins are padded. Each one is compiled separately, so a few are enough.
+    # (): chosen from the data.
     c.limits.buckets = ()
 
-    c.prompts = ml_collections.ConfigDict()  # See data/templates.py for the fields that are filled in.
+    # The text around signals and summaries; popi_jax/data/templates.py puts it together.
+    c.prompts = ml_collections.ConfigDict()
+    # The request for a summary. It follows the signals in the inference model's prompt.
     c.prompts.inference_instruction = (
         "The examples above show which responses a user prefers. Describe in one short sentence what kind of responses"
         " this user prefers, so that it helps to answer any other prompt."
     )
-    c.prompts.summary_start = ""  # Every summary starts with this text; the inference model writes on from there.
-    c.prompts.summary_stop = ""  # One token, such as ".", that ends a summary and belongs to it.
-    # What the inference model sees of a pair. To read a taste off a difference is hard for a small model, which may
-    # learn it from the preferred responses alone, at less than half the tokens.
+    # Text that every summary starts with; the inference model continues from there. "": it writes the whole summary.
+    c.prompts.summary_start = ""
+    # Text of one token, such as ".", that ends a summary and is part of it. "": only the model's own end tokens do.
+    c.prompts.summary_stop = ""
+    # The fields of a pair that the inference model sees: chosen, and optionally prompt and rejected. A small model may
+    # learn a user's taste more easily from the chosen responses alone, which also take less than half the tokens.
     c.prompts.pair_fields = ("prompt", "chosen", "rejected")
+    # How to use what the generator is told of the user. It comes between that and the question.
     c.prompts.generator_instruction = "Answer the prompt below in the way this user prefers."
 
-    # How summaries are drawn in training; from the whole distribution (no top_p), as REINFORCE needs it.
+    # How summaries are sampled in training: from the whole distribution, without top-p, as REINFORCE requires.
     c.sampling = ml_collections.ConfigDict()
-    c.sampling.k = 4  # K summaries per user.
-    # The generator learns from the first k_generator of them, at a fraction of the cost; 0: from all. The inference
-    # model is rewarded for all K either way.
+    # K: summaries sampled per user in a step. At least 2, unless objective.advantage is reinforce.
+    c.sampling.k = 4
+    # How many of a user's K summaries the generator learns from; 0: all. Fewer make its update cheaper, and it stays
+    # unbiased. The inference model is rewarded for all K in any case. The second phase of two_phase always takes one.
     c.sampling.k_generator = 0
-    c.sampling.temperature = 1.0
+    c.sampling.temperature = 1.0  # Temperature of the sampled summaries, above 0.
 
+    # The losses of the two models.
     c.objective = ml_collections.ConfigDict()
-    c.objective.loss = "dpo"  # dpo or ipo.
+    c.objective.loss = "dpo"  # Preference loss: dpo or ipo.
+    # Beta of the preference loss, above 0. The larger it is, the closer the generator stays to the reference.
     c.objective.beta = 0.1
-    c.objective.logp_reduction = "sum"  # sum or mean over response tokens, EOS included.
-    c.objective.reference_context = "prompt"  # prompt, summary or signals.
-    c.objective.advantage = "rloo"  # rloo, reinforce, group_mean or grpo.
-    c.objective.baseline_decay = 0.9  # reinforce: the moving average's decay.
-    c.objective.kl = "exact"  # exact, k1_reward or k3_loss.
-    c.objective.kl_coef = 2e-3  # lambda; the loss that it is weighed against is in nats / beta.
+    # How the log-probability of a response is taken from those of its tokens, the end token included: sum or mean.
+    c.objective.logp_reduction = "sum"
+    # What the reference model reads besides the question: prompt (nothing), summary (what the generator is told of the
+    # user) or signals (the user's signals).
+    c.objective.reference_context = "prompt"
+    # How the rewards of a user's summaries become the weights of their gradients: rloo (minus the mean of the others),
+    # reinforce (minus a moving average over earlier steps), group_mean (minus the mean of all) or grpo (group_mean,
+    # divided by the standard deviation).
+    c.objective.advantage = "rloo"
+    # Decay per step of the moving average of rewards, between 0 and 1; for advantage = "reinforce" only.
+    c.objective.baseline_decay = 0.9
+    # How the inference model's KL divergence from the untrained model is estimated: exact (over the whole vocabulary at
+    # each token), k1_reward (the log-ratio, subtracted from the reward) or k3_loss (the k3 estimator, as a loss).
+    c.objective.kl = "exact"
+    # Lambda: weight of that KL divergence, in nats, against the preference loss, in nats / beta. 0: it has no effect.
+    c.objective.kl_coef = 2e-3
 
+    # Which of the two models each step trains.
     c.schedule = ml_collections.ConfigDict()
-    c.schedule.name = "joint"  # joint, alternate, two_phase, inference_only or generator_only.
+    # joint (both in every step), alternate (in turns), two_phase (first the inference model, then the generator),
+    # inference_only or generator_only.
+    c.schedule.name = "joint"
+    # Training steps of the run. popi with two_phase takes n_phi + n_theta steps instead.
     c.schedule.steps = 100
-    # alternate: n_phi inference steps, then n_theta generator steps, repeated for `steps` in all.
-    # two_phase: n_phi inference steps, then n_theta generator steps; popi does not read `steps`, the other methods do.
+    # Inference steps: in each turn of alternate, or in the first phase of two_phase. Not used otherwise.
     c.schedule.n_phi = 1
+    # Generator steps: in each turn of alternate, or in the second phase of two_phase. Not used otherwise.
     c.schedule.n_theta = 1
 
-    # What the generator is told of the user: the method that this run trains.
-    c.method = "popi"  # popi, base, population, raw_signals, zero_shot_summary or oracle.
+    # The method to train, which decides what the generator is told of the user: popi (a summary by the inference model,
+    # trained with it), base (nothing; nothing is trained either), population (nothing), raw_signals (the signals
+    # themselves), zero_shot_summary (a summary by the untrained model) or oracle (the true persona, which the data has
+    # to contain).
+    c.method = "popi"
 
+    # AdamW, separately for each model.
     c.optim = ml_collections.ConfigDict()
-    c.optim.lr_inference = 1e-6
-    c.optim.lr_generator = 1e-6
-    c.optim.schedule = "cosine"  # cosine or constant, after warmup_steps of linear warm-up.
-    c.optim.warmup_steps = 0
-    c.optim.b1 = 0.9
-    c.optim.b2 = 0.999
-    c.optim.weight_decay = 0.0
-    c.optim.clip_inference = 1.0  # Global gradient norm; 0: no clipping.
-    c.optim.clip_generator = 10.0
+    c.optim.lr_inference = 1e-6  # Peak learning rate of the inference model.
+    c.optim.lr_generator = 1e-6  # Peak learning rate of the generator.
+    c.optim.schedule = "cosine"  # Learning rate after the warm-up: cosine (to 0 at the end of the run) or constant.
+    c.optim.warmup_steps = 0  # Updates of a model over which its learning rate rises linearly; 0: no warm-up.
+    c.optim.b1 = 0.9  # Decay of the mean of the gradients.
+    c.optim.b2 = 0.999  # Decay of the mean of the squared gradients.
+    c.optim.weight_decay = 0.0  # Decoupled weight decay, multiplied by the learning rate; 0: none.
+    c.optim.clip_inference = 1.0  # Largest global norm of the inference model's gradient; 0: no clipping.
+    c.optim.clip_generator = 10.0  # Largest global norm of the generator's gradient; 0: no clipping.
 
+    # The training loop.
     c.train = ml_collections.ConfigDict()
+    # Users in a training step. On several devices the batch is padded to a multiple of mesh.data x mesh.fsdp.
     c.train.users_per_step = 8
-    # Micro-batches per step of either model: as many times less memory for activations, the same update.
-    c.train.accumulation_inference = 1  # Of users.
-    c.train.accumulation_generator = 1  # Of bins of rows: users x summaries x queries.
-    c.train.checkpoint_every = 20
-    c.train.checkpoints_kept = 2
-    c.train.profile_steps = ()  # (first, last): a profiler trace of these steps.
+    # Micro-batches, of users, into which the inference model's part of a step is split. The update stays the same, and
+    # activations take that many times less memory. 1: no split.
+    c.train.accumulation_inference = 1
+    # Micro-batches, of packed bins, into which the generator's part of a step is split. The update stays the same, and
+    # activations take that many times less memory. 1: no split.
+    c.train.accumulation_generator = 1
+    c.train.checkpoint_every = 20  # Steps from one checkpoint to the next. The last step always leaves one.
+    c.train.checkpoints_kept = 2  # How many of the newest checkpoints are kept.
+    # (first, last): the steps, from 0 and both included, that a profiler trace is taken of, into the workdir's folder
+    # profile. (): no trace.
+    c.train.profile_steps = ()
 
+    # Evaluation. --mode=summarize and --mode=generate use temperature, top_p, users_per_batch and response_tokens, too.
     c.eval = ml_collections.ConfigDict()
-    c.eval.every = 0  # Steps; 0: only at the end.
-    c.eval.users = 0  # Test users in a periodic evaluation; 0: all. The final one takes all.
-    c.eval.users_per_batch = 16
-    c.eval.summaries_per_user = 4
-    c.eval.temperature = 0.6
+    # Training steps from one evaluation to the next; 0: only at the end, where there is always one.
+    c.eval.every = 0
+    c.eval.users = 0  # Test users in an evaluation during training, the first ones; 0: all. The last one takes all.
+    c.eval.users_per_batch = 16  # Users whose texts are generated or scored at a time. More take more memory.
+    c.eval.summaries_per_user = 4  # Summaries written for each test user, over which the results are averaged.
+    c.eval.temperature = 0.6  # Temperature of summaries and responses; 0: always the most likely token.
+    # Nucleus sampling of summaries and responses: the most likely tokens up to this total probability, above 0 and at
+    # most 1. 1: all tokens.
     c.eval.top_p = 1.0
-    c.eval.samples = 8  # Users shown in samples.jsonl with generated responses.
-    c.eval.response_tokens = 64
-    c.eval.bootstrap = 2000  # Resamples behind each 95% interval.
+    c.eval.samples = 8  # Test users shown in samples.jsonl, each with a generated response; 0: none.
+    c.eval.response_tokens = 64  # Longest generated response, in tokens.
+    c.eval.bootstrap = 2000  # Bootstrap resamples behind each 95% interval.
 
-    c.table = ml_collections.ConfigDict()  # experiments/results_table.py
+    # What experiments/results_table.py runs, unless its flags say otherwise.
+    c.table = ml_collections.ConfigDict()
+    # Rows of the table: values of method, or popi with another schedule (popi_joint, popi_two_phase, popi_alternate,
+    # inference_only, generator_only), or the best possible decision given the signals or the persona (bayes_signals,
+    # bayes_persona), which is known for stylebook alone and left out for other data.
     c.table.methods = (
         "base",
         "population",
@@ -143,10 +230,12 @@ def get_config() -> ml_collections.ConfigDict:
         "bayes_signals",
         "bayes_persona",
     )
-    c.table.seeds = (0,)
+    c.table.seeds = (0,)  # Every method is run once with each of these seeds.
 
+    # The number of devices along each axis of the mesh. At most one axis can be -1: all devices that the others leave.
     c.mesh = ml_collections.ConfigDict()
-    c.mesh.data = -1  # -1 fills what is left.
-    c.mesh.fsdp = 1
+    c.mesh.data = -1  # Replicas, each with all weights and its own users; -1: all devices that the other axes leave.
+    c.mesh.fsdp = 1  # Devices that split users and weights among them; -1: all devices that the other axes leave.
+    # Devices that split attention heads, MLP and vocabulary among them; -1: all devices that the other axes leave.
     c.mesh.tensor = 1
     return c.lock()

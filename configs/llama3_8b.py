@@ -1,18 +1,26 @@
-"""As llama3_3b.py, with Llama-3.1-8B-Instruct for both models.
+"""The same as llama3_3b.py, with Llama-3.1-8B-Instruct for both models.
 
     python -m popi_jax.main --config=configs/llama3_8b.py:lora --config.data.path=users.jsonl --workdir=runs/llama3_8b
     python -m popi_jax.main --config=configs/llama3_8b.py:lora --mode=compile --topology=v5e:4x4
 
-The arguments are the same, too.
+The arguments are those of llama3_3b.py.
 """
 
 import ml_collections
 
-from configs import llama3_3b
+from configs import check_arg, llama3_3b
 
 
 def get_config(arg: str = "full") -> ml_collections.ConfigDict:
-    """Returns the experiment; the arguments are those of llama3_3b.py."""
+    """Returns the experiment.
+
+    Args:
+        arg: one of llama3_3b.ARGS; "" is `full`.
+
+    Raises:
+        ValueError: for any other argument.
+    """
+    check_arg(arg, "llama3_8b", *llama3_3b.ARGS)
     c = llama3_3b.get_config(arg)
     c.name = "llama3_8b"
     if arg != "runlocal":

@@ -1,17 +1,26 @@
-"""POPI in minutes on two cores: stylebook, with the tiny base model that ships with the package (0.2 million weights).
+"""POPI in minutes: stylebook, and the tiny base model that ships with the package (0.2 million weights).
 
     make quickstart
 
-Two cores of a server CPU, float32: ten minutes for the whole table; see experiments/results/quickstart.
+The whole table takes ten minutes on two cores of a server CPU in float32; experiments/results/quickstart has it. The
+argument `runlocal` shrinks the experiment to under a minute.
 """
 
 import ml_collections
 
-from configs import base
+from configs import base, check_arg
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """Returns the experiment; `runlocal` shrinks it to under a minute."""
+    """Returns the experiment.
+
+    Args:
+        arg: "" or `runlocal`, see above.
+
+    Raises:
+        ValueError: for any other argument.
+    """
+    check_arg(arg, "quickstart", "runlocal")
     c = base.get_config()
     c.name = "quickstart"
 
@@ -26,14 +35,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.limits.response = 32
     c.limits.summary = 24
     c.limits.bin = 256
-    c.limits.buckets = (32, 56, 256, 320)  # Few, for each shape is compiled anew; they fit what stylebook writes.
+    c.limits.buckets = (32, 56, 256, 320)  # They fit the lengths of stylebook's texts.
     c.prompts.inference_instruction = "In one sentence, what does this reader like?"
     c.prompts.generator_instruction = "Answer as this reader likes."
 
     c.sampling.k = 6
-    c.sampling.k_generator = 1  # A sixth of the rows in the backward pass.
-    c.objective.beta = 1.0  # The base model's own log-odds are near the world's already.
-    c.objective.kl_coef = 0.03  # With 0.01 the summaries grow short before they grow right.
+    c.sampling.k_generator = 1  # The generator's backward pass reads a sixth of the rows.
+    c.objective.beta = 1.0  # The base model's log-odds are already close to those of stylebook.
+    c.objective.kl_coef = 0.03  # With 0.01 the summaries become short before they become right.
     c.schedule.steps = 80
     c.optim.lr_inference = 4e-4
     c.optim.lr_generator = 2.5e-4

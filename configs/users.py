@@ -1,21 +1,30 @@
-"""POPI on your own data: one user a line of users.jsonl (see README.md), SmolLM2-135M-Instruct for both models.
+"""POPI on your own data: a users.jsonl with one user per line (see README.md), SmolLM2-135M-Instruct for both models.
 
     make smollm2
     python -m popi_jax.main --config=configs/users.py --config.data.path=users.jsonl --workdir=runs/users
 
-The settings are those of psoups_smollm2.py, but for what suits its data alone: here all signals are shown, and nothing
-says what a summary is about. Longer signals or responses need higher config.limits.
+The settings are those of psoups_smollm2.py, except those that suit its data alone: here the inference model sees all
+signals in full, and its instruction does not say what a summary should be about. Longer signals or responses need
+higher config.limits. The argument `runlocal` takes the tiny model of quickstart.py and a dozen made-up users instead.
 """
 
 import ml_collections
 
-from configs import base, psoups_smollm2, quickstart
+from configs import base, check_arg, psoups_smollm2, quickstart
 
 EXAMPLE = "experiments/users_example.jsonl"
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """Returns the experiment; `runlocal` takes the tiny model of quickstart and twelve made-up users."""
+    """Returns the experiment.
+
+    Args:
+        arg: "" or `runlocal`, see above.
+
+    Raises:
+        ValueError: for any other argument.
+    """
+    check_arg(arg, "users", "runlocal")
     if arg == "runlocal":
         c = quickstart.get_config(arg)
     else:

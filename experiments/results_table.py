@@ -11,21 +11,22 @@ is trained: the runs of another table are evaluated as this config says, on othe
 """
 
 import dataclasses
-import json
 import pathlib
 import shutil
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from popi_jax.data import prepared, stylebook_exact
+from popi_jax import config as config_lib
+from popi_jax.config import Config
+from popi_jax.data import files, prepared, stylebook_exact
 from popi_jax.errors import UserError
-from popi_jax.evaluation import decomposition, evaluate, report, stats
-from popi_jax.modes import cli, compilation_cache, personalize, runfiles, train
+from popi_jax.evaluation import decomposition, evaluate, final, report, stats
+from popi_jax.modes import cli, compilation_cache, runfiles, train
+from popi_jax.modes import evaluate as evaluate_mode
 
 # Names of popi with another schedule than the config's own, which "popi" itself has.
 SCHEDULES = {
@@ -42,24 +43,21 @@ TRAINED = ("base", "population", "raw_signals", "zero_shot_summary", "oracle", "
 BAYES = ("bayes_signals", "bayes_persona")
 
 
-def method_config(config: ml_collections.ConfigDict, method: str, seed: int) -> ml_collections.ConfigDict:
-    """The config of one method's run: everything but what the method is stays as it is."""
-    c = ml_collections.ConfigDict(config.to_dict())
-    c.seed = seed
-    c.method = "popi" if method in SCHEDULES else method
-    if method in SCHEDULES:
-        c.schedule.name = SCHEDULES[method]
+def method_config(config: Config, method: str, seed: int) -> Config:
+    """The config of one method's run: the table's, but for method, schedule and seed."""
+    changed: dict[str, Any] = {"seed": seed, "method": "popi" if method in SCHEDULES else method}
+    schedule: dict[str, Any] = {"name": SCHEDULES.get(method, config.schedule.name)}
     # As many updates of each model as the joint schedule makes.
+    steps = config.schedule.steps
     if method == "popi_two_phase":
-        c.schedule.n_phi = c.schedule.n_theta = c.schedule.steps
+        schedule |= {"n_phi": steps, "n_theta": steps}
     if method == "popi_alternate":
-        c.schedule.n_phi = c.schedule.n_theta = 1
-        c.schedule.steps = 2 * c.schedule.steps
-    return c.lock()
+        schedule |= {"n_phi": 1, "n_theta": 1, "steps": 2 * steps}
+    return config_lib.changed(config, changed | {f"schedule.{key}": value for key, value in schedule.items()})
 
 
 def run_method(
-    config: ml_collections.ConfigDict, table: pathlib.Path, method: str, seed: int, trained: pathlib.Path | None
+    config: Config, table: pathlib.Path, method: str, seed: int, trained: pathlib.Path | None
 ) -> dict[str, Any]:
     """The method's row, from its finished run if there is one; of the table `trained`, where it is given, evaluated."""
     name = f"{method}_seed{seed}"
@@ -72,13 +70,13 @@ def run_method(
             row = train.train(own, workdir, shared)
         else:
             runfiles.claim(workdir, own)
-            row = personalize.evaluate_checkpoint(own, trained / name, workdir, shared=shared)
+            row = evaluate_mode.evaluate_checkpoint(own, trained / name, workdir, shared=shared)
     return row | {"method": method}
 
 
-def bayes_rows(config: ml_collections.ConfigDict, seed: int) -> list[dict[str, Any]]:
+def bayes_rows(config: Config, seed: int) -> list[dict[str, Any]]:
     """Accuracy of the best decision there is, given a user's signals or their persona; where p* is known."""
-    examples = prepared.load_examples(config)["test"]
+    examples = prepared.load_examples(config.data)["test"]
     truths = [stylebook_exact.truth(example) for example in examples]
     rows = []
     for method, known in (
@@ -102,7 +100,7 @@ def best_decision(p_T: np.ndarray) -> np.ndarray:
     return np.where(np.isclose(p_T, 0.5, rtol=0, atol=1e-9), 0.5, p_T > 0.5)
 
 
-def compare(config: ml_collections.ConfigDict, table: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
+def compare(config: Config, table: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
     """Adds to each row its difference to popi of the same seed, and what its context tells; both paired by row."""
     records = {
         (row["method"], row["seed"]): evaluate.read_records(
@@ -166,14 +164,14 @@ def _write_without_texts(table: pathlib.Path, name: str, row: dict[str, Any]) ->
     for kept in ("config.json", "environment.json", "decomposition.npz"):
         if (run / kept).exists():
             shutil.copy(run / kept, folder / kept)
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    results = files.read_json(run / "results.json") or {}
     for own in results["rows"]:
         _number_personas(own)
-    runfiles.write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    files.write_json(folder / "results.json", results)
 
 
 def make_table(
-    config: ml_collections.ConfigDict,
+    config: Config,
     table: pathlib.Path,
     methods: Sequence[str],
     seeds: Sequence[int],
@@ -196,7 +194,7 @@ def make_table(
         raise UserError(f"--methods: {unknown[0]!r} is unknown; choose from {', '.join(TRAINED + BAYES)}")
     if "oracle" in methods:
         # Told before hours of training: the others would have finished by then.
-        nameless = [e.user for part in prepared.load_examples(config).values() for e in part if not e.persona]
+        nameless = [e.user for part in prepared.load_examples(config.data).values() for e in part if not e.persona]
         if nameless:
             raise UserError(f"--methods: user {nameless[0]!r} has no persona, which oracle shows; leave oracle out")
     table.mkdir(parents=True, exist_ok=True)
@@ -211,16 +209,16 @@ def make_table(
             _number_personas(row)
             if row["method"] not in BAYES:
                 _write_without_texts(table, f"{row['method']}_seed{row['seed']}", row)
-    runfiles.write_results(table, config, rows)
+    final.write_results(table, config, rows)
     shown = table / f"popi_seed{seeds[0]}"
     for name in ("metrics.jsonl", "environment.json", "config.json"):
         if (shown / name).exists():
             shutil.copy(shown / name, table / name)
     if (shown / "samples.jsonl").exists():
-        samples = runfiles.read_jsonl(shown / "samples.jsonl")
+        samples = files.read_jsonl(shown / "samples.jsonl")
         left_out = () if data_texts else DATA_TEXTS
         kept = [{key: value for key, value in sample.items() if key not in left_out} for sample in samples]
-        runfiles.write_jsonl(table / "samples.jsonl", kept)
+        files.write_jsonl(table / "samples.jsonl", kept)
     report.write(table)
     report.print_table(rows)
     print(f"\n{table / 'report.html'}")
@@ -240,16 +238,17 @@ def _main(argv: list[str]) -> None:
     values = flags.FLAGS
     if values.config is None or values.workdir is None:
         raise UserError("--config and --workdir are both needed")
-    if values.config.data.dataset != "stylebook" and set(values.methods or ()) & set(BAYES):
+    config = config_lib.parse(values.config)
+    if config.data.dataset != "stylebook" and set(values.methods or ()) & set(BAYES):
         raise UserError(f"--methods: {', '.join(BAYES)} need the data's own probabilities, which stylebook alone has")
-    methods = values.methods or list(values.config.table.methods)
+    methods = values.methods or list(config.table.methods)
     wrong = [seed for seed in values.seeds or () if not seed.isdigit()]
     if wrong:
         raise UserError(f"--seeds: {wrong[0]!r} is not a seed; give numbers such as --seeds=0,1,2")
-    seeds = [int(seed) for seed in values.seeds] if values.seeds else list(values.config.table.seeds)
+    seeds = [int(seed) for seed in values.seeds] if values.seeds else list(config.table.seeds)
     trained = pathlib.Path(values.trained) if values.trained else None
     compilation_cache.enable()
-    make_table(values.config, pathlib.Path(values.workdir), methods, seeds, values.data_texts, trained)
+    make_table(config, pathlib.Path(values.workdir), methods, seeds, values.data_texts, trained)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from typing import Any
 
 from absl import flags
 
+from popi_jax import config as config_lib
+from popi_jax.data import files
 from popi_jax.errors import UserError
-from popi_jax.modes import cli, runfiles
+from popi_jax.modes import cli
 from popi_jax.modes import compile as compile_lib
 
 CASES = (
@@ -71,8 +73,8 @@ def run_case(case: str, folder: pathlib.Path) -> dict[str, Any]:
         config.schedule.name = schedule
     config.train.users_per_step = config.eval.users_per_batch = len(compile_lib.slice_devices(topology))
     print(f"== {case}", flush=True)
-    found = compile_lib.report(config, topology) | {"case": case}
-    runfiles.write_text(path, json.dumps(found, indent=2) + "\n")
+    found = compile_lib.report(config_lib.parse(config), topology) | {"case": case}
+    files.write_json(path, found)
     return found
 
 
@@ -121,7 +123,7 @@ def _main(argv: list[str]) -> None:
     folder = pathlib.Path(flags.FLAGS.output)
     asked = ",".join(flags.FLAGS.cases or ())
     reports = [run_case(case, folder) for case in flags.FLAGS.cases or CASES]
-    runfiles.write_text(
+    files.write_text(
         folder / "README.md", HEAD.format(cases=f" --cases={asked}" if asked else "") + "\n" + markdown(reports)
     )
     print(markdown(reports))

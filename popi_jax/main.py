@@ -7,17 +7,19 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from popi_jax import config as config_lib
+from popi_jax.data import files
 from popi_jax.errors import UserError, first_line
-from popi_jax.modes import cli, compilation_cache, runfiles
+from popi_jax.modes import cli, compilation_cache
 
 MODES = ("train", "evaluate", "summarize", "generate", "export", "compile")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: configs/NAME.py[:arg].", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go; a run found there is gone on with.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go; an existing run there is resumed.")
 _DISTRIBUTED = flags.DEFINE_string(
     "distributed",
     None,
-    "Several processes: 'auto' where the cluster tells (TPU slices, Slurm), else HOST:PORT,COUNT,INDEX of this one.",
+    "Several processes: 'auto' where the cluster knows them (TPU slices, Slurm), else HOST:PORT,COUNT,INDEX.",
 )
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 _STEP = flags.DEFINE_integer("step", None, "The checkpoint to use; the newest by default.")
@@ -34,7 +36,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"argument {argv[1]!r} is not a flag; write --name=value")
     if _CONFIG.value is None:
         raise UserError("--config is missing; e.g. --config=configs/quickstart.py")
-    config = _CONFIG.value
+    config = config_lib.parse(_CONFIG.value)
     if _MODE.value == "compile":
         _compile(config)
         return
@@ -45,22 +47,22 @@ def main(argv: list[str]) -> None:
         _join(_DISTRIBUTED.value)
     compilation_cache.enable()
     # Imported late, so that a mistake in the flags is told at once.
-    from popi_jax.modes import personalize, train
+    from popi_jax.modes import evaluate, export, personalize, train
 
     if _MODE.value == "train":
         train.train(config, workdir)
     elif _MODE.value == "evaluate":
         output = None if _OUTPUT.value is None else pathlib.Path(_OUTPUT.value)
-        print(json.dumps(personalize.evaluate_checkpoint(config, workdir, output, _STEP.value), indent=2))
+        print(json.dumps(evaluate.evaluate_checkpoint(config, workdir, output, _STEP.value), indent=2))
     elif _MODE.value == "summarize":
         personalize.summarize(config, workdir, _path(_INPUT), _path(_OUTPUT), _STEP.value)
     elif _MODE.value == "generate":
         personalize.generate(config, workdir, _path(_INPUT), _path(_OUTPUT), _STEP.value)
     else:
-        personalize.export(config, workdir, _path(_OUTPUT), _STEP.value)
+        export.export(config, workdir, _path(_OUTPUT), _STEP.value)
 
 
-def _compile(config) -> None:
+def _compile(config: config_lib.Config) -> None:
     if _TOPOLOGY.value is None:
         raise UserError("--mode=compile needs --topology: a TPU slice, such as v5e:4x4, or here")
     if _WORKDIR.value is not None:
@@ -71,7 +73,7 @@ def _compile(config) -> None:
     report = compile_lib.report(config, _TOPOLOGY.value)
     print(compile_lib.table(report))
     if _OUTPUT.value is not None:
-        runfiles.write_text(pathlib.Path(_OUTPUT.value), json.dumps(report, indent=2) + "\n")
+        files.write_json(pathlib.Path(_OUTPUT.value), report)
 
 
 def _join(cluster: str) -> None:

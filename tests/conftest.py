@@ -24,12 +24,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_from_another_file() -> Iterator[None]:
-    """A loaded system sets its mesh for the whole process; the next file's tests start without one.
+def no_programs_of_another_file() -> Iterator[None]:
+    """Drops the compiled programs of each test file.
 
-    Nor with its programs: each is mapped into memory in many pieces, and with those of all tests the process would be
-    aborted at Linux's limit of 65,530 (vm.max_map_count).
+    Each is mapped into memory in many pieces: with those of all tests the process would be aborted at Linux's limit of
+    65,530 mappings (vm.max_map_count).
     """
     yield
-    jax.set_mesh(None)
     jax.clear_caches()

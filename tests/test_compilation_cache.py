@@ -1,12 +1,10 @@
-"""Compiled programs are kept between processes, and one that is damaged is compiled again."""
+"""Compiled programs are kept between processes, within a limit, and one that is damaged is compiled again."""
 
 import os
 import subprocess
 import sys
 
 import pytest
-
-from popi_jax.modes import compilation_cache
 
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
@@ -23,15 +21,29 @@ def slow_to_compile(x):
 
 print(slow_to_compile(np.linspace(0, 1, 81, dtype=np.float32).reshape(9, 9)), len(hits))  # Nothing else is compiled.
 """
+WITHOUT_A_NAME = """
+import pwd
+
+def getpwuid(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+pwd.getpwuid = getpwuid
+"""
 
 
-def run(home, **more):
+def run(home, first="", **more):
+    """The program's value, and how many programs came from the cache; `first` is Python that runs before it."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMPILATION", "JAX_PERS"))}
     env |= {"XDG_CACHE_HOME": str(home), **more}
-    out = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, timeout=300)
+    out = subprocess.run([sys.executable, "-c", first + PROGRAM], env=env, capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr
     value, hits = out.stdout.split()
     return float(value), int(hits)
+
+
+def entries(home):
+    """The names of the programs in the cache, without JAX's keys."""
+    return sorted(path.name.split("-")[0] for path in home.glob("popi_jax/compiled/*/*-cache"))
 
 
 @pytest.fixture
@@ -58,13 +70,50 @@ def test_jaxs_own_variables_go_before(tmp_path):
     run(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "elsewhere"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
     assert list((tmp_path / "elsewhere").iterdir())
     run(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
-    assert not list(tmp_path.glob("popi_jax/compiled/*/*-cache"))
+    run(tmp_path, JAX_COMPILATION_CACHE_MAX_SIZE="1")
+    run(tmp_path, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1000")
+    assert not entries(tmp_path)
 
 
-def test_what_was_not_used_for_longest_goes(tmp_path, monkeypatch):
-    for age, name in enumerate(["new", "older", "oldest"]):
-        (tmp_path / name).write_bytes(bytes(40))
-        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    monkeypatch.setattr(compilation_cache, "_MAX_BYTES", 100)
-    compilation_cache._tidy(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "older"]
+def test_beyond_the_limit_the_program_goes_that_was_not_used_for_longest(kept):
+    value, home = kept
+    (folder,) = home.glob("popi_jax/compiled/*")
+    for age, name in enumerate(["older", "newer"], start=1):
+        with open(folder / f"{name}-cache", "wb") as entry:
+            entry.truncate(3 << 30)  # A file with a hole, which takes no room.
+        (folder / f"{name}-atime").write_bytes(age.to_bytes(8, "little"))
+    (entry,) = folder.glob("jit_slow_to_compile*-cache")
+    entry.unlink()
+    assert run(home) == (value, 0)
+    assert entries(home) == ["jit_slow_to_compile", "newer"]
+
+
+def test_an_entry_that_a_killed_process_left_unfinished_stops_no_other(kept):
+    value, home = kept
+    (folder,) = home.glob("popi_jax/compiled/*")
+    for path in folder.glob("jit_slow_to_compile*"):
+        path.unlink()
+    (folder / "unfinished-cache").write_bytes(b"cut sh")
+    assert run(home) == (value, 0)
+    assert entries(home) == ["jit_slow_to_compile"]
+    assert run(home) == (value, 1)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"first": WITHOUT_A_NAME}, {"JAX_COMPILATION_CACHE_MAX_SIZE": "-1"}],
+    ids=["owner_has_no_name", "unlimited"],
+)
+def test_programs_are_kept_without_a_limit(tmp_path, setting):
+    value, _ = run(tmp_path, **setting)
+    (folder,) = tmp_path.glob("popi_jax/compiled/*")
+    for path in folder.glob("jit_slow_to_compile*"):
+        path.rename(path.with_name(path.name.replace("jit_slow_to_compile", "another")))
+    assert run(tmp_path, **setting) == (value, 0)  # Beside another program.
+    assert run(tmp_path, **setting) == (value, 1)
+
+
+def test_a_folder_that_cannot_be_written_does_not_stop_a_run(tmp_path):
+    (tmp_path / "file").touch()
+    _, hits = run(tmp_path / "file")
+    assert hits == 0

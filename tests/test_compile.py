@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 
 from configs import llama3_3b, llama3_8b, quickstart
+from popi_jax.config import Config, changed, parse
 from popi_jax.cost import chips, traffic
 from popi_jax.data import packing, prepared
+from popi_jax.data.shapes import Shapes
 from popi_jax.errors import UserError
 from popi_jax.model import hub, sharding
 from popi_jax.modes import compile as compile_lib
-from popi_jax.modes import setup as system_lib
-from popi_jax.modes import train
-from popi_jax.rollout import text as rollout
-from popi_jax.rollout.references import References
+from popi_jax.modes import setup
+from popi_jax.rollout import text
 from popi_jax.training import batches
 
 
-def small() -> object:
+def small(**values: object) -> Config:
     """The smallest config that has every part: two micro-batches, a share of the summaries for theta, adapters."""
     config = quickstart.get_config("runlocal")
     config.train.users_per_step = 8
@@ -28,19 +28,32 @@ def small() -> object:
     config.sampling.k, config.sampling.k_generator = 2, 1
     config.lora.rank = 4
     config.mesh.fsdp, config.mesh.data = 4, 1
-    return config
+    return changed(parse(config), {key.replace("__", "."): value for key, value in values.items()})
 
 
-def test_abstract_batches_are_what_a_step_reads(tmp_path):
+def test_compile_lowers_the_program_that_a_run_calls(tmp_path, monkeypatch):
+    """The very function, and for the shapes of the run's own batch the very text."""
     config = small()
-    system = system_lib.load(config)
-    sources = prepared.from_config(config, tmp_path)
-    state = train.initial_state(system)
+    run = setup.load(config)
+    sources = prepared.from_config(config.data, tmp_path)
+    state = run.initial_state()
     examples = [sources["train"][i] for i in range(config.train.users_per_step)]
     written = batches.WrittenSummaries(tmp_path / "written.jsonl")
-    references = References(system, tmp_path / "cache", 8)
-    real, _ = batches.make_batch(system, state, examples, 0, "joint", references, written)
-    abstract = compile_lib.abstract_batch(system, "joint")
+    packer = run.scorer.packer
+    maker = batches.BatchMaker(config, run.sampler, packer, run.references(tmp_path / "cache"), written)
+    asked = []
+    step = Shapes.step
+    monkeypatch.setattr(Shapes, "step", lambda *args: asked.append(args) or step(*args))
+    real, _ = maker.make(state.phi, examples, 0, "joint")
+    ((shapes, kind, measured),) = asked
+    calls = {call.name: call for call in compile_lib.calls(config, run.programs)}
+    joint = calls["joint step"]
+    assert joint.fn is run.programs.train_steps["joint"]
+    assert calls["sample"].fn is run.sampler.sample and calls["evaluate: score"].fn is run.scorer.score
+    same = step(shapes, kind, measured).abstract(run.programs.mesh)
+    lowered = joint.fn.lower(*joint.args[:2], same)
+    assert lowered.as_text() == joint.fn.lower(state, run.base, real).as_text()
+    abstract = joint.args[2]
     assert jax.tree.structure(real) == jax.tree.structure(abstract)
     for (path, one), other in zip(jax.tree.leaves_with_path(real), jax.tree.leaves(abstract), strict=True):
         name = jax.tree_util.keystr(path)
@@ -50,8 +63,7 @@ def test_abstract_batches_are_what_a_step_reads(tmp_path):
 
 
 def test_the_report_on_this_machine():
-    config = small()
-    config.model.remat = "full"
+    config = small(model__remat="full")
     found = compile_lib.report(config, compile_lib.HERE)
     rows = {row["program"]: row for row in found["programs"]}
     assert list(rows) == ["sample", "joint step", "evaluate: sample", "evaluate: score", "evaluate: respond"]
@@ -83,18 +95,17 @@ def score_flops(config) -> float:
 
 def test_sampling_shapes_are_those_that_are_drawn():
     config = small()
-    system = system_lib.load(config)
-    drawn = rollout.draw_text(
-        system,
+    run = setup.load(config)
+    drawn = run.sampler.draw(
         None,
         [[1, 2, 3]] * 8,
         jax.random.key(0),
-        rollout.in_training(config),
+        text.in_training(config),
         branches=2,
         max_tokens=config.limits.summary,
     )
-    (program,) = [p for p in compile_lib.programs(system) if p.name == "sample"]
-    abstract = jax.eval_shape(program.fn, *program.args)
+    (call,) = [call for call in compile_lib.calls(config, run.programs) if call.name == "sample"]
+    abstract = call.fn.eval_shape(*call.args, **call.options)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), drawn.samples) == jax.tree.map(
         lambda x: (x.shape, np.dtype(x.dtype)), abstract
     )
@@ -103,13 +114,14 @@ def test_sampling_shapes_are_those_that_are_drawn():
 @pytest.mark.parametrize("module", [llama3_3b, llama3_8b])
 @pytest.mark.parametrize("arg", ["full", "lora"])
 def test_published_shapes_need_no_weights(module, arg):
-    config = module.get_config(arg)
+    config = parse(module.get_config(arg))
     model = hub.read_config(compile_lib.model_shape(config), compute_dtype="bfloat16", remat="full", attention="splash")
     mesh = jax.sharding.AbstractMesh((1, 16, 1), sharding.AXES)
-    plan = system_lib.make_plan(config, mesh, model)
-    count = sum(leaf.size for leaf in jax.tree.leaves(plan.policy.abstract_base()))
+    own = setup.make_programs(config, mesh, model)
+    count = sum(leaf.size for leaf in jax.tree.leaves(own.policy.abstract_base()))
     assert count == {llama3_3b: 3_212_749_824, llama3_8b: 8_030_261_248}[module]  # As their model cards say.
-    assert compile_lib.abstract_batch(plan, "joint")[1].rows.tokens_CxL.shape == (8, 16, 6144)
+    batch = Shapes(config, mesh, config.limits.buckets).step("joint").abstract(mesh)
+    assert batch.generator.bins.tokens_CxL.shape == (8, 16, 6144)
 
 
 def test_every_program_compiles_for_a_tpu_slice():
@@ -129,35 +141,31 @@ def test_every_program_compiles_for_a_tpu_slice():
         jax.debug.print("{}", x.sum())
         return x
 
-    mesh = system_lib.make_mesh(small(), compile_lib.slice_devices("v5e:2x2"))
+    mesh = setup.make_mesh(small(), compile_lib.slice_devices("v5e:2x2"))
     abstract = jax.ShapeDtypeStruct((8, 128), np.float32, sharding=sharding.replicated(mesh))
-    with jax.set_mesh(mesh):
-        text = jax.jit(talks).lower(abstract).compile().as_text()
-    assert traffic.measure(text).host_transfers
+    assert traffic.measure(jax.jit(talks).lower(abstract).compile().as_text()).host_transfers
 
 
 @pytest.mark.parametrize("topology", chips.TOPOLOGIES)
 def test_slices_that_a_message_names_have_a_mesh_and_known_peaks(topology):
     pytest.importorskip("libtpu")
     devices = compile_lib.slice_devices(topology)
-    config = small()
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 4, 1
-    assert system_lib.make_mesh(config, devices).size == len(devices)
+    config = small(mesh__data=-1, mesh__fsdp=4, mesh__tensor=1)
+    assert setup.make_mesh(config, devices).size == len(devices)
     assert chips.chip(devices[0].device_kind).flops > 0
 
 
 def test_what_goes_to_a_sparse_core_is_counted():
     """On v5p a scatter does, and XLA's reader refuses the program's text: JAX cannot print it."""
     pytest.importorskip("libtpu")
-    mesh = system_lib.make_mesh(small(), compile_lib.slice_devices("v5p:2x2x1"))
+    mesh = setup.make_mesh(small(), compile_lib.slice_devices("v5p:2x2x1"))
     values, places = (
         jax.ShapeDtypeStruct((51_200,), dtype, sharding=sharding.replicated(mesh)) for dtype in (np.float32, np.int32)
     )
     fn = jax.jit(lambda values, places: jax.ops.segment_sum(values, places, 10))
-    with jax.set_mesh(mesh):
-        row, moved = compile_lib.compile_program(compile_lib.Program("", fn, (values, places)))
-        with pytest.raises(jax.errors.JaxRuntimeError, match="async"):  # Else libtpu need not write anything down.
-            fn.lower(values, places).compile().as_text()
+    row, moved = compile_lib.compile_call(compile_lib.Call("", fn, (values, places)))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="async"):  # Else libtpu need not write anything down.
+        fn.lower(values, places).compile().as_text()
     # Both are sorted, read and written, and then read.
     assert moved is not None and moved.hbm_bytes == pytest.approx(6 * 4 * 51_200, rel=1e-3), row
     assert moved.collectives == {} and moved.unknown_loops == []
@@ -166,23 +174,19 @@ def test_what_goes_to_a_sparse_core_is_counted():
 def test_two_processes_compile_side_by_side():
     """The lock of libtpu is for the chips; the compiler holds none."""
     pytest.importorskip("libtpu")
-    command = "from popi_jax import compile; print(len(compile.slice_devices('v5e:2x2')))"
+    command = "from popi_jax.modes import compile; print(len(compile.slice_devices('v5e:2x2')))"
     compile_lib.slice_devices("v5e:2x2")
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
     assert done.stdout == "4\n", done.stderr
 
 
 def test_mistakes_are_told():
-    config = small()
     with pytest.raises(UserError, match="--topology=v5e:nonsense: .*such as .*v5e:4x4"):
-        compile_lib.report(config, "v5e:nonsense")
+        compile_lib.report(small(), "v5e:nonsense")
     with pytest.raises(UserError, match="config.model.attention"):
-        config.model.attention = "splash"
-        compile_lib.report(config, compile_lib.HERE)
-    config.model.attention = "auto"
-    config.model.path = "somebody/model"
+        compile_lib.report(small(model__attention="splash"), compile_lib.HERE)
     with pytest.raises(UserError, match="set config.model.shape to its config.json"):
-        compile_lib.report(config, compile_lib.HERE)
+        compile_lib.report(small(model__path="somebody/model"), compile_lib.HERE)
 
 
 def test_what_the_compiler_cannot_print_has_no_bound():

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from configs import base
+from popi_jax.config import changed, parse
 from popi_jax.data import stylebook, stylebook_exact, stylebook_text
 from popi_jax.errors import UserError
 from popi_jax.evaluation import decomposition, evaluate
 from popi_jax.evaluation.decomposition import Measured, estimate_information, one_wording
-from popi_jax.rollout import pairs
+from popi_jax.rollout.contexts import Context
 from popi_jax.training import batches
 
 
@@ -83,20 +84,20 @@ def test_what_another_version_left_is_refused(tmp_path):
         batches.WrittenSummaries(tmp_path / "old.jsonl")
 
 
-def test_labels_of_the_oracle_are_given_the_persona(monkeypatch):
+def test_labels_of_the_oracle_are_given_the_persona():
     """A true persona tells more of a user than the signals do: with labels given the signals it would tell less."""
     examples = [stylebook.draw_example(0, "test", i, 2, 1) for i in range(24)]
     information = {}
     for method in ("oracle", "raw_signals"):
-        config = base.get_config()
-        config.method = method
-        system = types.SimpleNamespace(config=config)
-        monkeypatch.setattr(
-            evaluate, "contexts", lambda s, phi, users, key: [[evaluate.Context(str(u))] for u in range(len(users))]
+        evaluator = types.SimpleNamespace(
+            config=changed(parse(base.get_config()), {"method": method}),
+            contexts=lambda phi, users, key: [[Context(str(u))] for u in range(len(users))],
+            scorer=types.SimpleNamespace(logps=lambda theta, items: np.zeros((len(items), 2))),
+            references=types.SimpleNamespace(
+                remember=lambda items: None, lookup=lambda items: np.zeros((len(items), 2))
+            ),
         )
-        monkeypatch.setattr(pairs, "pair_logps", lambda system, theta, items, rows: np.zeros((len(items), 2)))
-        references = types.SimpleNamespace(remember=lambda items: None, lookup=lambda items: np.zeros((len(items), 2)))
-        measured = decomposition.measure(system, None, None, examples, references, 0)
+        measured = decomposition.measure(evaluator, None, None, examples, 0)
         information[method] = measured.terms()["exact_information_nats"]
     taste_Ux6 = np.stack([stylebook_exact.truth(example).taste_6 for example in examples])
     gap_Tx6 = np.stack([stylebook_exact.difference(q) for q in stylebook.common_queries(0, decomposition.TRIPLES)])

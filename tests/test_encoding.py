@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from configs import base
+from popi_jax.config import parse
 from popi_jax.data import encoding
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError
@@ -42,13 +43,14 @@ EXAMPLE = Example("u1", "train", SIGNALS, (Query("why now", "yes indeed", "no", 
 SIGNALS_LIMIT = 3 + 4 * 7 + 2  # Special tokens, signals, and the instruction "sum up".
 
 
-def encoder(summary_start: str = "", **limits):
-    """What reads EXAMPLE, with these limits."""
+def encoder(summary_start: str = "", summary_stop: str = "", **limits):
+    """An encoder for EXAMPLE with these limits."""
     c = base.get_config()
     c.prompts.inference_instruction, c.prompts.generator_instruction = "sum up", "please"
-    c.prompts.summary_start = summary_start
+    c.prompts.summary_start, c.prompts.summary_stop = summary_start, summary_stop
     c.limits.update({"signals": 100, "prompt": 100, "response": 3, "on_overflow": "error"} | limits)
-    return encoding.Encoder(TOKENIZER, c.prompts, c.limits)
+    settings = parse(c)
+    return encoding.Encoder(TOKENIZER, settings.prompts, settings.limits)
 
 
 def shown(ids: list[int]) -> list[str]:
@@ -154,10 +156,7 @@ def test_a_prompt_leaves_room_for_the_summary_to_come() -> None:
 
 
 def test_a_summary_stops_at_one_token() -> None:
-    reads = encoder()
-    assert reads.summary_stop() == ()
-    reads.prompts.summary_stop = "."
-    assert reads.summary_stop() == tuple(TOKENIZER.encode("."))
-    reads.prompts.summary_stop = "two words"
+    assert encoder().summary_stop() == ()
+    assert encoder(summary_stop=".").summary_stop() == tuple(TOKENIZER.encode("."))
     with pytest.raises(UserError, match="config.prompts.summary_stop is 'two words', 2 tokens of this tokenizer"):
-        reads.summary_stop()
+        encoder(summary_stop="two words").summary_stop()

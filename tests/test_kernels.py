@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from configs import quickstart
+from popi_jax.config import parse
+from popi_jax.data.batch import PrefixBatch
 from popi_jax.errors import UserError
 from popi_jax.model import attention, kernels, sharding
 from popi_jax.model.config import ModelConfig
 from popi_jax.model.policy import Policy
-from popi_jax.modes import setup as system
+from popi_jax.modes import setup
 from popi_jax.training import scoring
-from popi_jax.training.scoring import PrefixBatch
 from tests import tiny
 
 # In blocks of 128, so that short lines have several.
@@ -118,17 +119,16 @@ def test_each_device_attends_to_its_own_lines_and_heads():
     segments_BxL = np.concatenate([line_segments(50, 2, 40)[:2]] * 2)
     arrays = draw(segments_BxL, 4, 2, 64)
     want = run(attention.attend, arrays, segments_BxL)
-    attend = kernels.per_device(splash)
     mesh = sharding.make_mesh(2, 2, 2)
+    attend = kernels.per_device(splash, mesh)
     by_heads = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "tensor", None))
-    with jax.set_mesh(mesh):
-        placed = [jax.device_put(x, by_heads) for x in arrays[:3]]
-        compiled = jax.jit(attend).lower(*placed, segments_BxL).compile()
-        assert compiled.output_shardings.is_equivalent_to(by_heads, 4)
-        assert not any(name in compiled.as_text() for name in ("all-gather", "all-reduce", "all-to-all"))
-        assert_same(run(attend, arrays, segments_BxL), want, 1e-5)
-        with pytest.raises(UserError, match="attention: 'batch' of size 3 does not divide over mesh.data=2"):
-            jax.eval_shape(attend, *(x[:3] for x in (*arrays[:3], segments_BxL)))
+    placed = [jax.device_put(x, by_heads) for x in arrays[:3]]
+    compiled = jax.jit(attend).lower(*placed, segments_BxL).compile()
+    assert compiled.output_shardings.is_equivalent_to(by_heads, 4)
+    assert not any(name in compiled.as_text() for name in ("all-gather", "all-reduce", "all-to-all"))
+    assert_same(run(attend, arrays, segments_BxL), want, 1e-5)
+    with pytest.raises(UserError, match="attention: 'batch' of size 3 does not divide over mesh.data=2"):
+        jax.eval_shape(attend, *(x[:3] for x in (*arrays[:3], segments_BxL)))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -208,4 +208,4 @@ def test_a_run_refuses_what_it_cannot_do(name, shown):
     config = quickstart.get_config("runlocal")
     config.model.attention = name
     with pytest.raises(UserError, match=f"config.model.attention .*{shown}"):
-        system.load(config)
+        setup.load(parse(config))

@@ -6,7 +6,6 @@ The programs are those of a run, jitted and placed as the run does it, each trac
 import dataclasses
 import functools
 import itertools
-import json
 
 import jax
 import numpy as np
@@ -15,18 +14,17 @@ import pytest
 
 from configs import quickstart
 from popi_jax import checkpoint
+from popi_jax.config import parse
+from popi_jax.data.batch import Batch, GeneratorBatch, InferenceBatch
 from popi_jax.data.encoding import Encoder
 from popi_jax.data.schema import Example, Query, Signal
+from popi_jax.data.shapes import batch_shardings
 from popi_jax.errors import UserError
-from popi_jax.evaluation import evaluate
-from popi_jax.model import hub, sharding
+from popi_jax.model import hub
 from popi_jax.model.config import ModelConfig
 from popi_jax.model.tokenizer import Tokenizer
-from popi_jax.modes import setup as system_lib
-from popi_jax.modes import train
-from popi_jax.rollout import pairs, sampler
-from popi_jax.rollout import text as rollout
-from popi_jax.rollout.references import References
+from popi_jax.modes import setup
+from popi_jax.rollout import sampler, text
 from popi_jax.training import scoring, steps
 from tests import tiny
 
@@ -69,7 +67,7 @@ STEP_CASES = cases(
 EVALUATION_CASES = cases([(sizes, "lora") for sizes in [(8, 1, 1), (1, 1, 8), (2, 2, 2)]], RANKS)
 
 
-def make_system(sizes, rank, model=MODEL) -> system_lib.System:
+def make_run(sizes, rank, model=MODEL) -> setup.Run:
     """A loaded config, but for its model, whose weights are drawn on the host: the same on every mesh."""
     config = quickstart.get_config("runlocal")
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = sizes
@@ -77,24 +75,17 @@ def make_system(sizes, rank, model=MODEL) -> system_lib.System:
     # One length of bins and of prompts: one shape to compile.
     config.limits.update({"signals": 96, "prompt": 96, "response": 32, "summary": 4, "bin": 96, "buckets": (96,)})
     config.eval.users_per_batch, config.eval.summaries_per_user, config.eval.top_p = READERS, K, 0.9
-    mesh = system_lib.make_mesh(config)
-    jax.set_mesh(mesh)
-    plan = system_lib.make_plan(config, mesh, model)
+    config = parse(config)
+    mesh = setup.make_mesh(config)
+    own = setup.make_programs(config, mesh, model)
     # Adam divides by sqrt(v) + eps. With its usual eps, 1e-8, an entry whose gradient is nothing but rounding moves by
     # the full rate in a direction that rounding decides; with one of the gradients' own size updates are as exact as
     # gradients are. At this rate an update is a tenth of a weight.
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.02, eps=1e-2))
-    plan = dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, tx_phi=tx, tx_theta=tx))
-    policy = plan.policy
-    base = jax.device_put(
-        drawn(policy.abstract_base(), 0),
-        sharding.param_shardings(policy.logical_axes_base(), policy.abstract_base(), mesh),
-    )
-    tokenizer = Tokenizer.load(hub.STYLEBOOK)
-    encoder = Encoder(tokenizer, config.prompts, config.limits)
-    return system_lib.System(
-        **vars(plan), tokenizer=tokenizer, tokenizer_path="", base=base, fingerprint=str(model), encoder=encoder
-    )
+    own = dataclasses.replace(own, settings=dataclasses.replace(own.settings, tx_phi=tx, tx_theta=tx))
+    base = jax.device_put(drawn(own.policy.abstract_base(), 0), own.policy.base_shardings(mesh))
+    encoder = Encoder(Tokenizer.load(hub.STYLEBOOK), config.prompts, config.limits)
+    return setup.Run(config, own, base, str(model), encoder, "", config.limits.buckets)
 
 
 def drawn(abstract, seed):
@@ -111,22 +102,22 @@ def drawn(abstract, seed):
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
-def trained(system):
+def trained(run):
     """Phi and theta, away from the base; on the host."""
-    abstract = system.policy.abstract_delta()
+    abstract = run.programs.policy.abstract_delta()
     return drawn(abstract, 1), drawn(abstract, 2)
 
 
-def make_state(system):
+def make_state(run):
     """The state before a run's first step, but for phi and theta."""
-    empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), train.abstract_state(system))
-    phi, theta = trained(system)
-    return jax.device_put(dataclasses.replace(empty, phi=phi, theta=theta), train.state_shardings(system))
+    empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), run.programs.abstract_state())
+    phi, theta = trained(run)
+    return jax.device_put(dataclasses.replace(empty, phi=phi, theta=theta), run.programs.state_shardings)
 
 
-def assert_placed(system, state):
-    """Every leaf lies where train.state_shardings says."""
-    for leaf, placed in zip(jax.tree.leaves(state), jax.tree.leaves(train.state_shardings(system)), strict=True):
+def assert_placed(run, state):
+    """Every leaf lies where Programs.state_shardings says."""
+    for leaf, placed in zip(jax.tree.leaves(state), jax.tree.leaves(run.programs.state_shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(placed, leaf.ndim), (leaf.shape, leaf.sharding, placed)
 
 
@@ -154,8 +145,8 @@ class Counted:
         return self.fn(*args, **kwargs)
 
 
-def make_batch(system, kind):
-    """What the step of this kind reads, laid over the mesh as batches.py does it; some users and rows are padding."""
+def make_batch(run, kind):
+    """The Batch of a step of this kind, laid over the mesh as a run does it; some users and rows are padding."""
     rng = np.random.default_rng(0)
     signals, responses = tiny.rows(rng, USERS, K, 6, 4), tiny.rows(rng, USERS * K * M, 2, 5, 4)
     signals.prefix_length_B[-1] = 0
@@ -165,38 +156,35 @@ def make_batch(system, kind):
     weight_R = (responses.prefix_length_B > 0).astype(np.float32)
     # The groups of bins of 8 devices, which divide over every mesh.
     bins = tiny.packed(responses, 24, micros=1, n_bins=16, groups=8)
-    split = sharding.stack_sharding(system.mesh)
-    inference = steps.InferenceBatch(*jax.tree.map(lambda x: x[None], (signals, sampler_logp_UxKxS)))
-    inference = jax.device_put(inference, split)
-    bins = jax.device_put(bins, pairs.packed_shardings(system.mesh, split))
-    own = jax.device_put((ref_logp_Rx2[None], weight_R[None]), sharding.replicated(system.mesh))
-    generator = steps.GeneratorBatch(bins, *own)
-    return {"joint": (inference, generator, None), "inference": (inference, generator), "generator": generator}[kind]
+    generator = GeneratorBatch(bins, ref_logp_Rx2[None], weight_R[None])
+    inference = InferenceBatch(*jax.tree.map(lambda x: x[None], (signals, sampler_logp_UxKxS)))
+    batch = Batch(generator, None if kind == "generator" else inference)
+    return jax.device_put(batch, batch_shardings(batch, run.programs.mesh))
 
 
 @functools.cache
 def two_steps(sizes, tuning, kind):
     """Phi and theta after two steps, how far they moved, the optimizers' states, and the metrics; on the host."""
-    system = make_system(sizes, RANKS[tuning])
-    batch = make_batch(system, kind)
-    counted = Counted(train.STEP_FUNCTIONS[kind])
+    run = make_run(sizes, RANKS[tuning])
+    batch = make_batch(run, kind)
+    counted = Counted(steps.STEPS[kind])
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(train.STEP_FUNCTIONS, kind, counted)
-        step = train.make_steps(system)[kind]
-    state = make_state(system)
+        patched.setitem(steps.STEPS, kind, counted)
+        step = run.programs.train_steps[kind]
+    state = make_state(run)
     logged = {}
     for n in range(2):
-        state, metrics = step(state, system.base, batch)
+        state, metrics = step(state, run.base, batch)
         logged |= {f"{name} of step {n}": float(value) for name, value in jax.device_get(metrics).items()}
     # Nor compiled again, as it would be for a state that comes back laid out otherwise than it went in.
     assert (counted.traces, step._cache_size()) == (1, 1)
-    assert_placed(system, state)
+    assert_placed(run, state)
     after, optimizers = jax.device_get(((state.phi, state.theta), (state.opt_phi, state.opt_theta)))
     # Of the second moments the roots: a square is off by twice as much of itself.
     optimizers = jax.tree.map_with_path(
         lambda path, leaf: np.sqrt(leaf) if ".nu" in jax.tree_util.keystr(path) else leaf, optimizers
     )
-    return after, jax.tree.map(np.subtract, after, trained(system)), optimizers, logged
+    return after, jax.tree.map(np.subtract, after, trained(run)), optimizers, logged
 
 
 def assert_close(got, want, moved=None):
@@ -227,18 +215,16 @@ def test_steps(sizes, tuning, kind):
 @functools.cache
 def evaluated(sizes, tuning, folder):
     """An evaluation's summaries, tokens and their log-probabilities, scores, and the rest of its records."""
-    system = make_system(sizes, RANKS[tuning])
-    state, readers = make_state(system), examples()
-    references = References(system, folder / "-".join(map(str, (*sizes, tuning))), READERS * K)
+    run = make_run(sizes, RANKS[tuning])
+    state, readers = make_state(run), examples()
+    evaluator = run.evaluator(run.references(folder / "-".join(map(str, (*sizes, tuning)))))
     draws, scores = Counted(sampler.sample), Counted(scoring.score_packed)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sampler, "sample", draws)
         patched.setattr(scoring, "score_packed", scores)
-        summaries = rollout.draw_summaries(
-            system, state.phi, readers, jax.random.key(0), rollout.in_use(system.config), k=K
-        )
+        summaries = run.sampler.summaries(state.phi, readers, jax.random.key(0), text.in_use(run.config), k=K)
         for _ in range(2):
-            records = evaluate.evaluate(system, state.phi, state.theta, readers, references, 0)
+            records = evaluator.records(state.phi, state.theta, readers, 0)
             # The pairs once under the policy and once under the reference, which knows them after that.
             assert (draws.traces, scores.traces) == (1, 2)
     tokens, logps = (np.asarray(x)[:READERS] for x in (summaries.samples.tokens_BxNxS, summaries.samples.logp_BxNxS))
@@ -263,10 +249,9 @@ def test_sampler_and_evaluation(sizes, tuning, folder):
     assert others == want[4]
 
 
-def saved(workdir, system, state):
+def saved(workdir, run, state):
     """Writes a checkpoint as the training loop does."""
-    meta = {"model": system.fingerprint, "tokenizer": system.tokenizer.fingerprint}
-    meta["config"] = json.loads(system.config.to_json_best_effort())
+    meta = run.identity | {"config": run.config.model_dump(mode="json")}
     with checkpoint.Writer(workdir / "checkpoints", keep=1, after=0) as writer:
         writer.save(1, vars(state), meta)
 
@@ -274,14 +259,14 @@ def saved(workdir, system, state):
 @pytest.mark.parametrize("tuning", RANKS)
 def test_a_checkpoint_moves_from_mesh_to_mesh(tuning, tmp_path):
     meshes = [(2, 2, 2), (8, 1, 1), ALONE, (1, 1, 8)]
-    system = make_system(meshes[0], RANKS[tuning])
-    want = drawn(train.abstract_state(system), 3)  # Moments that are not zero, too.
-    state = jax.device_put(want, train.state_shardings(system))
+    run = make_run(meshes[0], RANKS[tuning])
+    want = drawn(run.programs.abstract_state(), 3)  # Moments that are not zero, too.
+    state = jax.device_put(want, run.programs.state_shardings)
     for n, sizes in enumerate(meshes[1:]):
-        saved(tmp_path / str(n), system, state)
-        system = make_system(sizes, RANKS[tuning])
-        state, _ = train.restore(system, tmp_path / str(n))
-        assert_placed(system, state)
+        saved(tmp_path / str(n), run, state)
+        run = make_run(sizes, RANKS[tuning])
+        state, _ = run.restore(tmp_path / str(n))
+        assert_placed(run, state)
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), want)
 
 
@@ -297,10 +282,10 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_checkpoint_of_another_model_is_one_line(name, tmp_path):
     there, here, shown = OTHERS[name]
-    system = make_system(ALONE, *there)
-    saved(tmp_path, system, make_state(system))
+    run = make_run(ALONE, *there)
+    saved(tmp_path, run, make_state(run))
     with pytest.raises(
         UserError, match=f"{shown}; use the config that it was made with, or another --workdir"
     ) as error:
-        train.restore(make_system((2, 2, 2), *here), tmp_path)
+        make_run((2, 2, 2), *here).restore(tmp_path)
     assert "\n" not in str(error.value)

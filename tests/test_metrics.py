@@ -12,6 +12,7 @@ from rich.console import Console
 from tensorboardX.proto import event_pb2
 
 from popi_jax.errors import UserError
+from popi_jax.modes import runfiles
 from popi_jax.training import metrics
 
 
@@ -111,13 +112,13 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with metrics.MetricWriter(tmp_path / "run", resume_step=0) as log:
         log.write(1, {"loss": 1.0})
-    metrics.write_environment(tmp_path / "run")
+    runfiles.write_environment(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_broken_line_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl:2: not a line"):
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: not JSON .*remove the line"):
         metrics.MetricWriter(tmp_path, resume_step=1)
     with pytest.raises(UserError, match=r"metrics.jsonl:2: not JSON"):
         metrics.read_metrics(tmp_path)
@@ -156,7 +157,7 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
 
 def test_parameter_overview():
     params = {"layers": {"q": {"kernel": jnp.asarray([[1.0, 5.0]]), "bias": jnp.zeros((4,), jnp.bfloat16)}}}
-    lines = metrics.parameter_overview(params).splitlines()
+    lines = metrics.parameter_overview(params, metrics.mean_and_std).splitlines()
     assert lines[0].split() == ["parameter", "shape", "type", "mean", "std"]
     assert lines[1].split() == ["layers/q/bias", "4", "bfloat16", "0", "0"]
     assert lines[2].split() == ["layers/q/kernel", "1x2", "float32", "3", "2"]
@@ -164,7 +165,7 @@ def test_parameter_overview():
 
 
 def test_environment(tmp_path):
-    metrics.write_environment(tmp_path)
+    runfiles.write_environment(tmp_path)
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["packages"]["jax"] == jax.__version__
     assert environment["devices"] == {"platform": "cpu", "kind": "cpu", "count": 8}

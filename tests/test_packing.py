@@ -1,16 +1,14 @@
 """Padded lines and bins: what goes in comes out, and bins score as separate rows do."""
 
 import itertools
-import types
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
 from popi_jax.data import packing
-from popi_jax.rollout import pairs
+from popi_jax.data.packing import PairShape
 from popi_jax.training import scoring
 from tests import tiny
 
@@ -54,14 +52,14 @@ def test_no_lengths_choose_no_bucket() -> None:
     assert packing.choose_buckets([], 8) == ()
 
 
-def test_prompts_are_padded_right_to_buckets_and_rows() -> None:
-    ids_BxT, length_B = packing.pad_rows([[7, 8, 9], [5] * 5], BUCKETS, pad_id=99, rows=3)
+def test_prompts_are_padded_on_the_right() -> None:
+    ids_BxT, length_B = packing.pad_rows([[7, 8, 9], [5] * 5], (3, 8), pad_id=99)
     _ = 99
     np.testing.assert_array_equal(ids_BxT, [[7, 8, 9, _, _, _, _, _], [5, 5, 5, 5, 5, _, _, _], [_] * 8])
     np.testing.assert_array_equal(length_B, [3, 5, 0])
     assert ids_BxT.dtype == length_B.dtype == np.int32
     with pytest.raises(ValueError, match="2 prompts do not fit into 1 rows"):
-        packing.pad_rows([[1], [2]], BUCKETS, 0, rows=1)
+        packing.pad_rows([[1], [2]], (1, 8), 0)
 
 
 def test_fill_bins_is_first_fit_decreasing() -> None:
@@ -72,7 +70,7 @@ def test_fill_bins_is_first_fit_decreasing() -> None:
 def test_pack_bins_by_hand() -> None:
     rows = [packing.Row([7, 8], [[1, 2], [3]]), packing.Row([], [[], []]), packing.Row([9], [[4], [5, 6]])]
     own = packing.plant(rows, [[0], [2]], 11)
-    batch = packing.pack_bins(rows, [own], packing.BinShape(2, 11, groups=2), scored=7, pad_id=0)
+    batch = packing.pack_bins(rows, [own], PairShape(3, 2, 11, groups=2, scored=7), pad_id=0)
     assert batch.tokens_CxL[0].tolist() == [7, 8, 1, 2, 3, 9, 4, 5, 6, 0, 0]
     assert batch.positions_CxL[0].tolist() == [0, 1, 2, 3, 2, 0, 1, 1, 2, 0, 0]
     assert batch.segments_CxL[0].tolist() == [0, 0, 1, 1, 2, 1024, 1025, 1026, 1026, -1, -1]
@@ -86,10 +84,9 @@ def test_pack_bins_by_hand() -> None:
 
 def test_bins_of_a_group_share_their_scored_positions() -> None:
     rows = [packing.Row([7, 8], [[1, 2], [3]]), packing.Row([9], [[4], [5, 6]]), packing.Row([6], [[2], [2]])]
-    shape = packing.BinShape(n_bins=4, length=6, groups=2)
+    shape = PairShape(3, n_bins=4, length=6, groups=2, scored=6)
     bins = [[tree] for tree in packing.plant(rows, [[0], [1], [2]], 6)]
-    assert packing.most_scored(bins, shape) == 6  # 3 + 3 of the first group; a quarter of its length is 3.
-    batch = packing.pack_bins(rows, bins, shape, scored=6, pad_id=0)
+    batch = packing.pack_bins(rows, bins, shape, pad_id=0)
     assert batch.predictor_GxW.tolist() == [[1, 2, 1, 6, 6, 8], [0, 0, 0, 0, 0, 0]]
     assert batch.target_GxW.tolist() == [[1, 2, 3, 4, 5, 6], [2, 2, 0, 0, 0, 0]]
     assert batch.branch_GxW.tolist() == [[0, 0, 1, 2, 3, 3], [4, 5, 6, 6, 6, 6]]
@@ -99,7 +96,7 @@ def test_a_tree_by_hand() -> None:
     rows = [packing.Row([7, 8, 9], [[1, 2], [3]]), packing.Row([7, 8], [[4], [5, 6]])]
     (tree,) = packing.plant(rows, [[0, 1]], 12)
     assert tree.start == [7, 8] and tree.tokens == 10 and tree.scored_tokens == 6
-    batch = packing.pack_bins(rows, [[tree]], packing.BinShape(1, 11), scored=7, pad_id=0)
+    batch = packing.pack_bins(rows, [[tree]], PairShape(2, 1, 11, groups=1, scored=7), pad_id=0)
     assert batch.tokens_CxL[0].tolist() == [7, 8, 9, 1, 2, 9, 3, 4, 5, 6, 0]
     assert batch.positions_CxL[0].tolist() == [0, 1, 2, 3, 4, 2, 3, 2, 2, 3, 0]
     assert batch.segments_CxL[0].tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 4, 4, -1]
@@ -173,16 +170,3 @@ def test_coarse_counts_are_few_and_waste_less_than_a_quarter():
     counts = [packing.coarse(n) for n in range(1, 129)]
     assert all(n <= size < 1.25 * n for n, size in enumerate(counts, start=1))
     assert sorted(set(counts)) == [*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128]
-
-
-@pytest.mark.parametrize(
-    ("lengths", "length"),
-    [
-        ([30] * 13, 64),  # Two a bin: 448 positions; bins of 32 would have 416, not much less.
-        ([40] * 4, 48),  # One a bin of 64 leaves a third of it empty.
-        ([40, 70], 96),  # One row needs more than limits.bin.
-    ],
-)
-def test_bins_take_a_bucket_where_that_pads_far_less(lengths, length):
-    config = ml_collections.ConfigDict({"limits": {"bin": 64}})
-    assert pairs.bin_length(types.SimpleNamespace(config=config, buckets=(32, 48, 96)), lengths) == length

@@ -1,4 +1,4 @@
-"""The report says what the files say, needs nothing but itself, and the table shows every method."""
+"""The report shows the content of its input files and needs no other file. The table shows every method."""
 
 import io
 import json
@@ -61,7 +61,7 @@ def make_workdir(path, rows=ROWS, curves=True):
 
 
 class Page(HTMLParser):
-    """Checks that tags close, and gathers the text and what the page refers to."""
+    """Checks that tags close. Collects the tags, the text and the references of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -93,16 +93,17 @@ def workdir(tmp_path_factory):
     return path
 
 
-def test_page_is_whole_and_refers_to_nothing_outside(workdir):
+def test_page_is_complete_and_has_no_external_reference(workdir):
     raw = (workdir / "report.html").read_text()
     page = Page(raw)
     assert page.open == []
     assert all(reference.startswith("#") for reference in page.references)
     assert "http" not in raw and "@import" not in raw and "<script" not in raw
     assert page.tags.count("svg") == 2
+    assert raw.count("<style>") == 1 and "@media print" in raw  # The stylesheet is inside.
 
 
-def test_page_shows_what_the_files_say(workdir):
+def test_page_shows_the_content_of_the_files(workdir):
     text = " ".join(Page((workdir / "report.html").read_text()).text)
     for expected in ("quickstart", "stylebook, test split", "92.0%", "90.0%", "93.0%", "+40.0", "10.2×", "-21.2"):
         assert expected in text, expected
@@ -127,13 +128,49 @@ def test_same_files_give_the_same_page(workdir, tmp_path):
     assert (tmp_path / "report.html").read_text() == (workdir / "report.html").read_text()
 
 
-def test_what_is_not_there_is_left_out(tmp_path):
+def test_parts_without_a_file_are_left_out(tmp_path):
     report.write(tmp_path)
     assert "no results yet" in (tmp_path / "report.html").read_text()
     make_workdir(tmp_path, rows=ROWS[:1], curves=False)
     report.write(tmp_path)
     page = Page((tmp_path / "report.html").read_text())
     assert "svg" not in page.tags and "90.0%" in " ".join(page.text)
+
+
+def test_every_text_is_escaped_and_shown_unchanged(tmp_path):
+    def hostile(name):
+        return f"  <i>{name}</i> &amp; \"{name}\" '{{{{ 7 * 7 }}}}'\n\n  {{% raw %}}"
+
+    rows = [row("popi", 0, 0.9, accuracy_by_persona={hostile("shade"): 0.9}), row(hostile("method"), 0, 0.5)]
+    results = {name: hostile(name) for name in ("config", "dataset", "split")} | {"rows": rows}
+    sample = {name: hostile(name) if isinstance(value, str) else value for name, value in SAMPLE.items()}
+    environment = {
+        "popi_jax": hostile("popi_jax"),
+        "git": "<i>&amp;" + "0" * 40,
+        "packages": {name: hostile(name) for name in ("jax", "flax")},
+        "devices": {"count": 8, "kind": hostile("kind")},
+        "started": hostile("started"),
+    }
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    (tmp_path / "environment.json").write_text(json.dumps(environment))
+    report.write(tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    text = "".join(page.text)
+    assert page.open == [] and "i" not in page.tags
+    shown = [name for name in sample if isinstance(sample[name], str)]
+    for name in ("config", "dataset", "split", "method", "popi_jax", "jax", "flax", "kind", "started", *shown):
+        assert hostile(name) in text, name
+    assert ", commit <i>&amp;0000;" in text
+
+
+def test_a_sample_may_lack_any_field_but_its_user(tmp_path):
+    (tmp_path / "samples.jsonl").write_text('{"user": "u7"}\n')
+    report.write(tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    assert "User u7" in page.text
+    assert not {"Inferred summary", "Prompt", "Generated response", "Preferred by the user"} & set(page.text)
+    assert "details" not in page.tags
 
 
 def test_broken_file_is_one_line(tmp_path):
@@ -156,7 +193,7 @@ def test_seeds_are_averaged():
 
 def test_personas_are_drawn_where_rows_have_them():
     assert plots.personas_figure(plots.summarize(ROWS)) is None
-    prices = "pays $20, not \\$30%, for $x_{"  # Not mathematics, although it looks so.
+    prices = "pays $20, not \\$30%, for $x_{"  # Matplotlib would take this for mathematics.
     rows = [row("popi", s, 0.9, accuracy_by_persona={"likes " * 50: 0.8 + s / 10, prices: 1.0}) for s in (0, 1)]
     figure = plots.personas_figure(plots.summarize(rows))
     figure.savefig(io.BytesIO())
@@ -166,7 +203,7 @@ def test_personas_are_drawn_where_rows_have_them():
 
 def test_moving_mean_has_no_start_bias():
     np.testing.assert_allclose(plots.moving_mean(np.full(100, 3.0)), 3.0)
-    values = np.arange(50.0)  # Decay 1 - 1/2: weights 1/2, 1/4, ... over what has been seen.
+    values = np.arange(50.0)  # The decay is 1/2: the weights are 1/2, 1/4, ...
     assert plots.moving_mean(values)[1] == pytest.approx((0.5 * 1 + 0.25 * 0) / 0.75)
     np.testing.assert_array_equal(plots.moving_mean(values[:10]), values[:10])
 

@@ -6,21 +6,20 @@ import math
 import pytest
 
 from configs import quickstart
+from popi_jax.config import changed, parse
+from popi_jax.data import files
 from popi_jax.errors import UserError
+from popi_jax.evaluation import final
 from popi_jax.modes import runfiles
 
 
-def config(**changes):
-    c = quickstart.get_config("runlocal")
-    for key, value in changes.items():
-        section, name = key.split("__")
-        c[section][name] = value
-    return c
+def config(**values):
+    return changed(parse(quickstart.get_config("runlocal")), {key.replace("__", "."): v for key, v in values.items()})
 
 
 def finished(workdir, c):
     runfiles.claim(workdir, c)
-    runfiles.write_results(workdir, c, [{"method": "popi", "accuracy": 0.5}])
+    final.write_results(workdir, c, [{"method": "popi", "accuracy": 0.5}])
 
 
 def test_a_finished_run_is_one_of_the_same_config(tmp_path):
@@ -52,12 +51,8 @@ def test_a_workdir_is_of_one_config(tmp_path):
 def test_a_trained_run_is_used_as_it_was_trained(tmp_path, key):
     runfiles.claim(tmp_path, config())
     runfiles.check_use(tmp_path, config(data__seed=1, limits__prompt=300, model__compute_dtype="bfloat16"))
-    c = config()
-    if key == "method":
-        c.method = "oracle"
-    else:
-        section, name = key.split("__")
-        c[section][name] = {"name": "alternate", "alpha": 2.0, "beta": 0.5, "summary_start": "She"}[name]
+    other = {"method": "oracle", "name": "alternate", "alpha": 2.0, "beta": 0.5, "summary_start": "She"}
+    c = config(**{key: other[key.split("__")[-1]]})
     with pytest.raises(UserError, match="was trained with another config: config." + key.replace("__", ".")):
         runfiles.check_use(tmp_path, c)
 
@@ -65,32 +60,35 @@ def test_a_trained_run_is_used_as_it_was_trained(tmp_path, key):
 def test_json_lines_end_at_newlines_alone(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"text": "one\u2028two\u0085three\x0bfour"}, {"text": "\r\n"}]
-    runfiles.write_jsonl(path, rows)
-    assert runfiles.read_jsonl(path) == rows
-    runfiles.write_jsonl(path, [])
-    assert runfiles.read_jsonl(path) == [] == runfiles.read_jsonl(tmp_path / "none.jsonl")
+    files.write_jsonl(path, rows)
+    assert files.read_jsonl(path) == rows
+    files.write_jsonl(path, [])
+    assert files.read_jsonl(path) == [] == files.read_jsonl(tmp_path / "none.jsonl")
 
 
 def test_what_is_not_finite_is_null(tmp_path):
-    runfiles.write_results(tmp_path, config(), [{"accuracy": 0.5, "accuracy_ci95": [math.nan, math.inf], "n": 3}])
+    final.write_results(tmp_path, config(), [{"accuracy": 0.5, "accuracy_ci95": [math.nan, math.inf], "n": 3}])
     (row,) = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)["rows"]
     assert row == {"accuracy": 0.5, "accuracy_ci95": [None, None], "n": 3}
-    runfiles.write_jsonl(tmp_path / "rows.jsonl", [{"h": -math.inf}])
+    files.write_jsonl(tmp_path / "rows.jsonl", [{"h": -math.inf}])
     assert (tmp_path / "rows.jsonl").read_text() == '{"h": null}\n'
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"), [('{"a": 1}\n{"a"', ":2: not JSON"), ('{"a": 1}\n3\n', ":2: not a JSON object")]
+    ("text", "shown"),
+    [('{"a": 1}\n{"a"', ":2: not JSON"), ('{"a": 1}\n3\n', ":2: expected an object in braces, found a number")],
 )
 def test_a_bad_line_is_named(tmp_path, text, shown):
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
     with pytest.raises(UserError) as error:
-        runfiles.read_jsonl(path)
+        files.read_jsonl(path)
     assert f"{path}{shown}" in str(error.value)
 
 
 def test_config_json_is_the_config(tmp_path):
     runfiles.describe(tmp_path, config())
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(config().to_json_best_effort())
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
+        quickstart.get_config("runlocal").to_json_best_effort()
+    )
     assert json.loads((tmp_path / "environment.json").read_text())["devices"]["count"] >= 1

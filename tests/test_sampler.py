@@ -1,5 +1,6 @@
 """The sampler against the full forward pass and against enumeration."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from popi_jax.data.batch import PrefixBatch
 from popi_jax.model import sharding
 from popi_jax.model.decoder import Decoder
 from popi_jax.rollout import sampler
 from popi_jax.training import scoring
-from popi_jax.training.scoring import PrefixBatch
 from tests import tiny
 
 POLICY = tiny.policy(tiny.LORA)
@@ -20,10 +21,10 @@ DELTA = tiny.perturbed(POLICY.init_delta(BASE, jax.random.key(2)), 3)
 STOP, PAD = (3, 11), 0
 
 
-@functools.partial(jax.jit, static_argnames=("branches", "max_tokens", "temperature", "top_p", "stop_ids"))
-def draw(prompt, length, key, branches, max_tokens, temperature=1.0, top_p=1.0, stop_ids=STOP):
+@functools.partial(jax.jit, static_argnames=("branches", "max_tokens", "temperature", "top_p", "stop_ids", "policy"))
+def draw(prompt, length, key, branches, max_tokens, temperature=1.0, top_p=1.0, stop_ids=STOP, policy=POLICY):
     return sampler.sample(
-        POLICY.bind(BASE, DELTA),
+        policy.bind(BASE, DELTA),
         prompt,
         length,
         key,
@@ -103,9 +104,8 @@ def test_devices_whose_prompts_are_done_at_different_times_draw_what_one_does():
     _, two, one_waits, all_done = np.sort(waits_GxE).max(axis=0)
     assert two < one_waits < all_done
     mesh = sharding.make_mesh(2, 2, 2)
-    with jax.set_mesh(mesh):
-        rows = jax.device_put((prompt, length), sharding.batch_sharding(mesh))
-        split = draw(*rows, key, 2, 24, stop_ids=(3, 5, 7, 11))
+    rows = jax.device_put((prompt, length), sharding.batch_sharding(mesh))
+    split = draw(*rows, key, 2, 24, stop_ids=(3, 5, 7, 11), policy=dataclasses.replace(POLICY, mesh=mesh))
     assert split.tokens_BxNxS.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 3)
     np.testing.assert_array_equal(one.tokens_BxNxS, split.tokens_BxNxS)
     np.testing.assert_array_equal(one.length_BxN, split.length_BxN)

@@ -50,8 +50,7 @@ def loss_and_grads(policy, base, delta, batch):
 
 
 def param_shardings(policy, mesh):
-    base = sharding.param_shardings(policy.logical_axes_base(), policy.abstract_base(), mesh)
-    return base, sharding.param_shardings(policy.logical_axes_delta(), policy.abstract_delta(), mesh)
+    return policy.base_shardings(mesh), policy.delta_shardings(mesh)
 
 
 def trees(policy):
@@ -89,15 +88,15 @@ def test_a_mesh_in_context_holds_activations_to_their_rows():
     base = jax.device_put(base, param_shardings(policy, mesh)[0])
     batch = jax.device_put(rows(), sharding.batch_sharding(mesh))
 
-    def forward(base):
+    def forward(policy, base):
         return policy.bind(base, None)(*batch)
 
-    with jax.set_mesh(mesh):
-        assert "sharding_constraint" in str(jax.make_jaxpr(forward)(base))
-        got = jax.jit(forward)(base)
-        with pytest.raises(UserError, match="'batch' of size 3 does not divide over mesh.data=2 x mesh.fsdp=2"):
-            jax.eval_shape(lambda b: policy.bind(b, None)(*rows(3)), base)
-    assert "sharding_constraint" not in str(jax.make_jaxpr(forward)(base))
+    split = dataclasses.replace(policy, mesh=mesh)
+    assert "sharding_constraint" in str(jax.make_jaxpr(forward, static_argnums=0)(split, base))
+    got = jax.jit(forward, static_argnums=0)(split, base)
+    with pytest.raises(UserError, match="'batch' of size 3 does not divide over mesh.data=2 x mesh.fsdp=2"):
+        jax.eval_shape(lambda b: split.bind(b, None)(*rows(3)), base)
+    assert "sharding_constraint" not in str(jax.make_jaxpr(forward, static_argnums=0)(policy, base))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     assert got.sharding.is_equivalent_to(sharding.batch_sharding(mesh), got.ndim)
 
@@ -130,26 +129,24 @@ def test_a_decoded_token_sends_its_rows_and_no_weight():
     base, _ = trees(policy)
     batch = rows(8, 64)
 
-    @jax.jit
-    def prefill(base, batch):
+    @functools.partial(jax.jit, static_argnums=0)
+    def prefill(policy, base, batch):
         return policy.bind(base, None).prefill(*batch, 1, 2)[1]
 
-    @jax.jit
-    def decode(base, cache):
+    @functools.partial(jax.jit, static_argnums=0)
+    def decode(policy, base, cache):
         decoder = policy.bind(base, None)
         hidden_BxNxD, _ = decoder.decode(jnp.full((8, 1), 3), jnp.full((8, 1), 64), cache, jnp.asarray(0))
         return decoder.logits(hidden_BxNxD)
 
-    want = decode(base, prefill(base, batch))
+    want = decode(policy, base, prefill(policy, base, batch))
     mesh = sharding.make_mesh(1, 8, 1)
     base = jax.device_put(base, param_shardings(policy, mesh)[0])
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-    with jax.set_mesh(mesh):
-        cache = prefill(base, batch)
-        got = decode(base, cache)
-        texts = [
-            fn.lower(*args).compile().as_text() for fn, args in ((prefill, (base, batch)), (decode, (base, cache)))
-        ]
+    split = dataclasses.replace(policy, mesh=mesh)
+    cache = prefill(split, base, batch)
+    got = decode(split, base, cache)
+    texts = [fn.lower(split, base, rest).compile().as_text() for fn, rest in ((prefill, batch), (decode, cache))]
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     read, decoded = (traffic.measure(text).collectives for text in texts)
     layers = sum(x.nbytes for x in jax.tree.leaves(base["layers"]))
@@ -170,7 +167,7 @@ def test_rows_that_are_sent_give_what_one_device_does(kind, sizes):
     base, delta = trees(policy)
     batch = rows()
 
-    def total(delta, base, batch):
+    def total(delta, base, batch, policy):
         decoder = policy.bind(base, delta)
         _, cache = decoder.prefill(*batch, 1, 2)
         hidden_BxNxD, _ = decoder.decode(batch[0][:, :1], jnp.full((8, 1), 6), cache, jnp.asarray(0))
@@ -178,13 +175,13 @@ def test_rows_that_are_sent_give_what_one_device_does(kind, sizes):
         return jnp.mean(jnp.sin(logits_BxNxV)), logits_BxNxV
 
     step = jax.value_and_grad(total, has_aux=True)
-    want = jax.jit(step)(delta, base, batch)
+    want = jax.jit(step, static_argnums=3)(delta, base, batch, policy)
     mesh = sharding.make_mesh(*sizes)
     base, delta = jax.device_put((base, delta), param_shardings(policy, mesh))
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-    with jax.set_mesh(mesh):
-        assert "reduce_scatter" in str(jax.make_jaxpr(step)(delta, base, batch))
-        got = jax.jit(step)(delta, base, batch)
+    split = dataclasses.replace(policy, mesh=mesh)
+    assert "reduce_scatter" in str(jax.make_jaxpr(step, static_argnums=3)(delta, base, batch, split))
+    got = jax.jit(step, static_argnums=3)(delta, base, batch, split)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max()), got, want)
 
 
@@ -195,15 +192,15 @@ def test_embeddings_are_looked_up_in_pieces(capfd):
     policy = POLICIES["full"]
     base, _ = trees(policy)
 
-    def total(base, batch):
+    def total(base, batch, policy):
         return jnp.mean(jnp.square(policy.bind(base, None)(*batch)))
 
-    want = jax.jit(jax.value_and_grad(total))(base, rows())
+    want = jax.jit(jax.value_and_grad(total), static_argnums=2)(base, rows(), policy)
     mesh = sharding.make_mesh(2, 4, 1)
     shardings = param_shardings(policy, mesh)[0]
-    with jax.set_mesh(mesh):
-        step = jax.jit(jax.value_and_grad(total), out_shardings=(None, shardings))
-        got = step(jax.device_put(base, shardings), jax.device_put(rows(), sharding.batch_sharding(mesh)))
+    step = jax.jit(jax.value_and_grad(total), static_argnums=2, out_shardings=(None, shardings))
+    placed = jax.device_put(rows(), sharding.batch_sharding(mesh))
+    got = step(jax.device_put(base, shardings), placed, dataclasses.replace(policy, mesh=mesh))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, want)
     assert "rematerialization" not in capfd.readouterr().err
 

@@ -10,10 +10,12 @@ import optax
 import pytest
 
 from configs import quickstart
+from popi_jax.config import changed, parse
+from popi_jax.data.batch import Batch, GeneratorBatch, InferenceBatch
 from popi_jax.model import sharding
-from popi_jax.modes import setup as system_lib
+from popi_jax.modes import programs
 from popi_jax.training import scoring, steps
-from popi_jax.training.steps import GeneratorBatch, InferenceBatch, Settings
+from popi_jax.training.steps import Settings
 from tests import tiny
 
 U, K, M = 4, 3, 2
@@ -34,6 +36,7 @@ def settings(lora=None, **changes) -> Settings:
         "kl": "exact",
         "kl_coef": 0.1,
         "temperature": 1.0,
+        "seed": 0,
     }
     return Settings(**(fields | changes))
 
@@ -45,16 +48,16 @@ def test_a_method_without_an_inference_model_has_no_phi():
     assert own.phi is None and own.opt_phi is None
     assert_close(own.theta, both.theta)
     assert config.policy.fuse(base, None) is base
-    experiment = quickstart.get_config()
+    experiment = parse(quickstart.get_config())
     for method in ("popi", "zero_shot_summary", "raw_signals", "oracle", "population"):
-        experiment.method = method
-        assert (system_lib.make_settings(experiment, config.policy).tx_phi is None) == (method != "popi")
+        own = programs.make_settings(changed(experiment, {"method": method}), config.policy)
+        assert (own.tx_phi is None) == (method != "popi")
 
 
 def world(config: Settings, seed=0, users=U, empty=False, n_bins=0, groups=1, micros=(1, 1)):
     """A base, a state away from it, and a batch of users with all kinds of lengths; `empty`: some rows are padding.
 
-    The batch's third part has the rows of each user's first summary. `micros`: micro-batches of either model.
+    The batch's `learned` has the rows of each user's first summary. `micros`: micro-batches of either model.
     """
     rng = np.random.default_rng(seed)
     base = config.policy.init_base(jax.random.key(0))
@@ -69,7 +72,8 @@ def world(config: Settings, seed=0, users=U, empty=False, n_bins=0, groups=1, mi
     if empty:
         lines.prefix_length_B[:5] = lines.branch_length_BxN[:5] = 0
     shape = {"micros": micros[1], "n_bins": n_bins, "groups": groups}
-    return base, state, (inference, rows_of(lines, ref, **shape), rows_of(*of_summary(0, lines, ref), **shape))
+    learned = rows_of(*of_summary(0, lines, ref), **shape)
+    return base, state, Batch(rows_of(lines, ref, **shape), inference, learned)
 
 
 def rows_of(lines, ref, micros=1, **shape) -> GeneratorBatch:
@@ -97,7 +101,7 @@ def of_summary(k, lines, ref):
 
 def from_all(batch):
     """The same batch, theta learning from all of its rows."""
-    return (*batch[:2], None)
+    return dataclasses.replace(batch, learned=None)
 
 
 @functools.cache  # Compiling is what these tests spend their time on: the same step of the same settings once.
@@ -112,7 +116,7 @@ def assert_close(a, b, rtol=1e-5, atol=1e-6):
 @pytest.mark.parametrize("micros", [(4, 1), (1, 8), (2, 4)])
 @pytest.mark.parametrize(
     ("fn", "part"),
-    [(steps.joint_step, from_all), (steps.joint_step, tuple), (steps.inference_step, lambda batch: batch[:2])],
+    [(steps.joint_step, from_all), (steps.joint_step, lambda batch: batch), (steps.inference_step, from_all)],
     ids=["joint", "joint_first", "inference"],
 )
 def test_micro_batches_equal_one_batch(fn, part, micros):
@@ -131,8 +135,8 @@ def test_what_each_step_moves():
     moved = {}
     for name, fn, rows in (
         ("joint", steps.joint_step, from_all(batch)),
-        ("inference", steps.inference_step, batch[:2]),
-        ("generator", steps.generator_step, batch[1]),
+        ("inference", steps.inference_step, from_all(batch)),
+        ("generator", steps.generator_step, Batch(batch.generator)),
     ):
         new, _ = jitted(fn, config)(state, base, rows)
         gaps = [
@@ -149,8 +153,9 @@ def test_joint_is_both_steps_from_one_batch(learned):
     config = settings(tiny.LORA)
     base, state, batch = world(config)
     joint, metrics = jitted(steps.joint_step, config)(state, base, from_all(batch) if learned == "all" else batch)
-    inference, alone = jitted(steps.inference_step, config)(state, base, batch[:2])
-    generator, _ = jitted(steps.generator_step, config)(state, base, batch[1] if learned == "all" else batch[2])
+    inference, alone = jitted(steps.inference_step, config)(state, base, from_all(batch))
+    rows = batch.generator if learned == "all" else batch.learned
+    generator, _ = jitted(steps.generator_step, config)(state, base, Batch(rows))
     assert_close(joint.phi, inference.phi)
     assert_close(joint.theta, generator.theta)
     np.testing.assert_allclose(metrics["loss"], alone["loss"], rtol=1e-6)  # Logged of all rows either way.
@@ -159,16 +164,16 @@ def test_joint_is_both_steps_from_one_batch(learned):
 def test_first_summaries_give_the_loss_of_all_on_average():
     # Whichever summary is the first, the mean of theta's gradients is that of all rows: nothing favours a place.
     config = settings(tiny.LORA)
-    base, state, (inference, pairs, _) = world(config)
-    ref = pairs.ref_logp_Rx2[0]
+    base, state, batch = world(config)
+    inference, ref = batch.inference, batch.generator.ref_logp_Rx2[0]
     lines = tiny.rows(np.random.default_rng(5), U * K * M, 2, 5, 4)
     everything = rows_of(lines, ref)
     step = jitted(steps.joint_step, config)
-    whole, _ = step(state, base, (inference, everything, None))
+    whole, _ = step(state, base, Batch(everything, inference))
     moves = []
     for k in range(K):
         learned = rows_of(*of_summary(k, lines, ref))
-        moves.append(step(state, base, (inference, everything, learned))[0].theta)
+        moves.append(step(state, base, Batch(everything, inference, learned))[0].theta)
     assert_close(jax.tree.map(lambda *leaves: sum(leaves) / K, *moves), whole.theta)
 
 
@@ -181,24 +186,28 @@ def test_rewards_by_hand():
 def test_users_count_alike_however_many_queries_they_have():
     """The loss that moves theta is the mean over users of what phi is rewarded for, POPI section 3."""
     config = settings(tiny.LORA)
-    base, state, (inference, generator, _) = world(config)
+    base, state, batch = world(config)
+    inference, generator = batch.inference, batch.generator
     lines = tiny.rows(np.random.default_rng(5), U * K * M, 2, 5, 4)
     few = np.arange(U * K * M).reshape(U, K, M)[0, :, 1:].ravel()  # The first user has one query.
     lines.prefix_length_B[few], lines.branch_length_BxN[few] = 0, 0
     generator = rows_of(lines, generator.ref_logp_Rx2[0])
-    _, metrics = jitted(steps.joint_step, config)(state, base, (inference, generator, None))
+    _, metrics = jitted(steps.joint_step, config)(state, base, Batch(generator, inference))
     np.testing.assert_allclose(metrics["loss"], -metrics["reward"], rtol=1e-6)
     by_row = dataclasses.replace(generator, weight_R=(generator.weight_R > 0).astype(np.float32))
-    _, metrics = jitted(steps.joint_step, config)(state, base, (inference, by_row, None))
+    _, metrics = jitted(steps.joint_step, config)(state, base, Batch(by_row, inference))
     assert abs(metrics["loss"] + metrics["reward"]) > 1e-3
 
 
 def test_policy_at_its_reference_has_the_loss_of_no_opinion():
     config = settings(tiny.LORA)
-    base, _, (_, generator, _) = world(config)
+    base, _, batch = world(config)
+    generator = batch.generator
     state = steps.init_state(jax.random.key(1), base, config)
-    ref = steps.pair_logps(config.policy, base, None, jax.tree.map(lambda x: x[0], generator.rows), "sum")[None]
-    _, metrics = jitted(steps.generator_step, config)(state, base, dataclasses.replace(generator, ref_logp_Rx2=ref))
+    bins = jax.tree.map(lambda x: x[0], generator.bins)
+    ref = scoring.response_logps(config.policy.bind(base, None), bins, "sum")[None]
+    rows = Batch(dataclasses.replace(generator, ref_logp_Rx2=ref))
+    _, metrics = jitted(steps.generator_step, config)(state, base, rows)
     np.testing.assert_allclose(metrics["loss"], np.log(2) / 0.1, rtol=1e-5)
     np.testing.assert_allclose(metrics["margin"], 0.0, atol=1e-5)
 
@@ -209,17 +218,17 @@ def test_generator_learns_and_inference_follows_its_reward():
     step = jitted(steps.generator_step, config)
     losses = []
     for _ in range(12):
-        state, metrics = step(state, base, batch[1])
+        state, metrics = step(state, base, Batch(batch.generator))
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.2
 
-    own = jax.tree.map(lambda x: x[0], batch[0])
+    own = jax.tree.map(lambda x: x[0], batch.inference)
     loss_R = np.zeros((U, K, M), np.float32)
     loss_R[:, 1:] = 5.0  # The first summary of every user is the good one.
     reward = steps.summary_rewards(jnp.asarray(loss_R.ravel()), jnp.ones(loss_R.size), U, K)
     grad = jax.jit(jax.grad(lambda phi: steps.inference_loss(phi, base, own, reward, jnp.float32(0), config)[0]))
     phi = jax.tree.map(lambda p, g: p - 0.02 * g, state.phi, grad(state.phi))
-    before, after = (scoring.score(config.policy.bind(base, p), own.rows).logp_BxNxS.sum(-1) for p in (state.phi, phi))
+    before, after = (scoring.score(config.policy.bind(base, p), own.lines).logp_BxNxS.sum(-1) for p in (state.phi, phi))
     gain = np.asarray(after - before)
     assert (gain[:, 0].mean() > 0) and (gain[:, 1:].mean() < gain[:, 0].mean())
 
@@ -248,13 +257,10 @@ def test_sharded_equals_one_device(sizes, lora):
     alone, metrics = jitted(steps.joint_step, config)(state, base, batch)
     mesh = sharding.make_mesh(*sizes)
     policy = config.policy
-    placed_base = jax.device_put(
-        base, sharding.param_shardings(policy.logical_axes_base(), policy.abstract_base(), mesh)
-    )
-    delta = sharding.param_shardings(policy.logical_axes_delta(), policy.abstract_delta(), mesh)
+    placed_base, delta = jax.device_put(base, policy.base_shardings(mesh)), policy.delta_shardings(mesh)
     placed = dataclasses.replace(state, phi=jax.device_put(state.phi, delta), theta=jax.device_put(state.theta, delta))
     rows = jax.device_put(batch, sharding.stack_sharding(mesh))  # 48 rows, 8 users: the rows' arrays divide too.
-    with jax.set_mesh(mesh):
-        sharded, sharded_metrics = jitted(steps.joint_step, config)(placed, placed_base, rows)
+    split = dataclasses.replace(config, policy=dataclasses.replace(policy, mesh=mesh))
+    sharded, sharded_metrics = jitted(steps.joint_step, split)(placed, placed_base, rows)
     assert_close(metrics, sharded_metrics, rtol=1e-4, atol=1e-5)
     assert_close((alone.phi, alone.theta), (sharded.phi, sharded.theta), rtol=1e-5, atol=1e-5)

@@ -19,15 +19,22 @@ from configs import psoups_smollm2, quickstart
 from configs import users as users_config
 from experiments import results_table
 from popi_jax import checkpoint
+from popi_jax.config import changed, parse
 from popi_jax.errors import UserError
 from popi_jax.evaluation import evaluate
-from popi_jax.modes import personalize, train
-from popi_jax.modes import setup as system_lib
-from popi_jax.training import batches
+from popi_jax.modes import setup, train
+from popi_jax.modes.evaluate import evaluate_checkpoint
+from popi_jax.training import batches, schedule
+from popi_jax.training.metrics import Profiler
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = f"--config={ROOT}/configs/quickstart.py:runlocal"
 ENV = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")} | {"JAX_PLATFORMS": "cpu"}
+
+
+def runlocal(**values):
+    """The quickstart's smallest settings with these keys changed."""
+    return changed(parse(quickstart.get_config("runlocal")), values)
 
 
 def command(workdir, *flags, mode="train", config=CONFIG):
@@ -101,7 +108,7 @@ def test_kill_resumes_bit_for_bit(finished, tmp_path):
     assert interrupt(tmp_path, signal.SIGKILL, FLAGS)[0] == -signal.SIGKILL
     again = run(tmp_path, *FLAGS)
     assert again.returncode == 0, again.stderr
-    assert "going on from the checkpoint of step" in again.stdout
+    assert "resuming from the checkpoint of step" in again.stdout
     assert metrics(tmp_path) == metrics(finished)
     assert (tmp_path / "eval_records.jsonl").read_text() == (finished / "eval_records.jsonl").read_text()
 
@@ -156,8 +163,13 @@ BAD = [
     ("schedule.name", "sideways", "sideways"),
     ("sampling.k", 1, "config.sampling.k is 1"),
     ("sampling.k_generator", 7, "config.sampling.k_generator is 7"),
-    ("eval.top_p", 0.0, "config.eval.top_p is 0.0"),
-    ("limits.buckets", (64, 0), "config.limits.buckets is (64, 0)"),
+    ("eval.top_p", 0.0, "config.eval.top_p is 0.0; it must be greater than 0"),
+    ("eval.temperature", float("inf"), "config.eval.temperature is inf; it should be a finite number"),
+    ("optim.b2", float("nan"), "config.optim.b2 is nan"),
+    ("seed", 2**32, "config.seed is 4294967296; it must be less than 4294967296"),
+    ("seed", None, "config.seed is None; it should be a valid integer"),
+    ("limits.buckets", (64, 0), "config.limits.buckets.1 is 0"),
+    ("limits.buckets", ("a",), "config.limits.buckets.0 is 'a'"),
     ("prompts.pair_fields", ("prompt",), "config.prompts.pair_fields is ('prompt',)"),
     ("prompts.summary_stop", "two words", "config.prompts.summary_stop is"),
     ("train.accumulation_inference", 3, "config.train.accumulation_inference is 3"),
@@ -171,25 +183,22 @@ BAD = [
 
 @pytest.mark.parametrize(("key", "value", "shown"), BAD, ids=[f"{key}={value}" for key, value, _ in BAD])
 def test_mistakes_in_the_config_are_named(key, value, shown, tmp_path):
-    config = quickstart.get_config("runlocal")
-    section, name = key.split(".")
-    config[section][name] = value
     with pytest.raises(UserError) as error:
-        train.train(config, tmp_path)
+        train.train(runlocal(**{key: value}), tmp_path)
     assert shown in str(error.value) and "\n" not in str(error.value)
 
 
 def test_no_kind_of_step_has_fewer_rows_than_micro_batches():
     """In its second phase two_phase shows the generator one summary a user; zero_shot_summary draws as many as popi."""
-    config = quickstart.get_config("runlocal")
-    config.train.users_per_step, config.data.queries_per_user, config.sampling.k_generator = 4, 2, 0
-    config.sampling.k, config.train.accumulation_generator = 2, 16
-    system_lib.check_micro_batches(config, 1)
-    config.schedule.name, config.schedule.n_phi, config.schedule.n_theta = "two_phase", 1, 1
+    config = runlocal(
+        **{"train.users_per_step": 4, "data.queries_per_user": 2, "sampling.k": 2, "sampling.k_generator": 0},
+        **{"train.accumulation_generator": 16, "mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1},
+    )
+    setup.make_mesh(config)
+    phases = {"schedule.name": "two_phase", "schedule.n_phi": 1, "schedule.n_theta": 1}
     with pytest.raises(UserError, match="16, more than the 8 rows of a step: 4 users .* x 1 summaries x 2 queries"):
-        system_lib.check_micro_batches(config, 1)
-    config.schedule.name, config.method = "joint", "zero_shot_summary"
-    system_lib.check_micro_batches(config, 1)
+        setup.make_mesh(changed(config, phases))
+    setup.make_mesh(changed(config, {"method": "zero_shot_summary"}))
 
 
 @pytest.mark.parametrize(
@@ -228,20 +237,18 @@ def test_checkpoint_of_another_model(finished, tmp_path):
 
 
 def test_an_evaluation_leaves_the_runs_own_results_alone(finished, tmp_path):
-    config = quickstart.get_config("runlocal")
-    config.schedule.steps, config.eval.every, config.eval.users = 6, 4, 4
+    config = runlocal(**{"schedule.steps": 6, "eval.every": 4, "eval.users": 4})
     before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir() if path.is_file()}
-    personalize.evaluate_checkpoint(config, finished, None, None)
+    evaluate_checkpoint(config, finished, None, None)
     assert {path.name: path.stat().st_mtime_ns for path in finished.iterdir() if path.is_file()} == before
     own, again = (json.loads((p / "results.json").read_text()) for p in (finished, finished / "evaluation_step6"))
     assert again["rows"][0]["accuracy"] == own["rows"][0]["accuracy"]
-    config.data.test_users = 5
-    personalize.evaluate_checkpoint(config, finished, tmp_path / "fewer", 6)
+    evaluate_checkpoint(changed(config, {"data.test_users": 5}), finished, tmp_path / "fewer", 6)
     (row,) = json.loads((tmp_path / "fewer" / "results.json").read_text())["rows"]
     assert row["n"] == 10 and (tmp_path / "fewer" / "report.html").exists()
-    config.prompts.generator_instruction = "Answer."
+    config = changed(config, {"prompts.generator_instruction": "Answer."})
     with pytest.raises(UserError, match="was trained with another config: config.prompts.generator_instruction"):
-        personalize.evaluate_checkpoint(config, finished, tmp_path / "other", None)
+        evaluate_checkpoint(config, finished, tmp_path / "other", None)
 
 
 @pytest.mark.parametrize(
@@ -254,34 +261,31 @@ def test_an_evaluation_leaves_the_runs_own_results_alone(finished, tmp_path):
     ],
 )
 def test_what_exceeds_a_limit_is_told_before_the_first_step(method, limits, shown, tmp_path):
-    config = quickstart.get_config("runlocal")
-    config.method = method
-    config.limits.update(limits)
+    config = runlocal(method=method, **{f"limits.{name}": value for name, value in limits.items()})
     with pytest.raises(UserError) as error:
         train.train(config, tmp_path)
     assert shown in str(error.value) and not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_oracle_needs_personas(tmp_path):
-    config = users_config.get_config("runlocal")
+    config = parse(users_config.get_config("runlocal"))
     lines = [json.loads(line) for line in (ROOT / users_config.EXAMPLE).read_text().splitlines()]
     for line in lines:
         line.pop("persona", None)
     (tmp_path / "users.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config.data.path = str(tmp_path / "users.jsonl")
+    config = changed(config, {"data.path": str(tmp_path / "users.jsonl")})
     with pytest.raises(UserError, match=r"--methods: user .* has no persona"):
         results_table.make_table(config, tmp_path / "table", ["base", "oracle"], [0])
-    config.method = "oracle"
     with pytest.raises(UserError, match="has no persona, which method oracle shows"):
-        train.train(config, tmp_path / "run")
+        train.train(changed(config, {"method": "oracle"}), tmp_path / "run")
 
 
 def test_a_run_goes_on_with_its_own_examples(tmp_path):
-    config = users_config.get_config("runlocal")
-    config.eval.samples = 0
+    config = changed(
+        parse(users_config.get_config("runlocal")), {"eval.samples": 0, "data.path": str(tmp_path / "users.jsonl")}
+    )
     text = (ROOT / users_config.EXAMPLE).read_text()
     (tmp_path / "users.jsonl").write_text(text)
-    config.data.path = str(tmp_path / "users.jsonl")
     train.train(config, tmp_path / "run")
     (tmp_path / "users.jsonl").write_text(text.replace("the", "one", 1))
     with pytest.raises(UserError, match="was trained on other examples than config.data gives now"):
@@ -289,8 +293,7 @@ def test_a_run_goes_on_with_its_own_examples(tmp_path):
 
 
 def test_micro_batches_share_the_devices_alike(tmp_path):
-    config = quickstart.get_config("runlocal")
-    config.train.accumulation_inference, config.mesh.data, config.mesh.tensor = 2, 8, 1
+    config = runlocal(**{"train.accumulation_inference": 2, "mesh.data": 8, "mesh.tensor": 1})
     with pytest.raises(UserError, match="config.train.accumulation_inference is 2: 8 users .* mesh.fsdp = 8 devices"):
         train.train(config, tmp_path)
 
@@ -300,7 +303,7 @@ def test_a_trace_is_ended_wherever_the_run_starts_and_ends(start, end, calls, mo
     said = []
     monkeypatch.setattr("jax.profiler.start_trace", lambda folder: said.append("+"))
     monkeypatch.setattr("jax.profiler.stop_trace", lambda: said.append("-"))
-    with train.Profiler(tmp_path, (2, 3)) as profiler:
+    with Profiler(tmp_path, (2, 3)) as profiler:
         for step in range(start, end):
             before = len(said)
             profiler.enter(step)
@@ -309,9 +312,8 @@ def test_a_trace_is_ended_wherever_the_run_starts_and_ends(start, end, calls, mo
 
 
 def test_two_phases_with_adapters(tmp_path):
-    config = psoups_smollm2.get_config("runlocal")
-    config.eval.samples = 1
-    config.prompts.summary_start, config.prompts.summary_stop = "This reader likes", ","
+    start = {"prompts.summary_start": "This reader likes", "prompts.summary_stop": ",", "eval.samples": 1}
+    config = changed(parse(psoups_smollm2.get_config("runlocal")), start)
     row = train.train(config, tmp_path)
     assert row["method"] == "popi"
     summaries = [record.context for record in evaluate.read_records(tmp_path / "eval_records.jsonl")]
@@ -328,21 +330,21 @@ def test_two_phases_with_adapters(tmp_path):
     # A run that goes on finds them written, and logs the same of them.
     users = [types.SimpleNamespace(user=entry["user"]) for entry in written[:4]]
     found = batches.WrittenSummaries(tmp_path / "written_summaries.jsonl")
-    contexts, counts = found.contexts(system=None, phi=None, examples=users, key=None)
+    contexts, counts = found.contexts(sampler=None, phi=None, examples=users, key=None, sampling=None)
     assert contexts == [[entry["summary"]] for entry in written[:4]]
     assert counts == {"summaries_cut": metrics(tmp_path)[1]["summaries_cut"]}
 
 
 def test_popi_has_the_configs_schedule_unless_its_name_says_another():
-    config = psoups_smollm2.get_config()
+    config = parse(psoups_smollm2.get_config())
     own, joint, twice, turns = (
         results_table.method_config(config, method, 3)
         for method in ("popi", "popi_joint", "popi_two_phase", "popi_alternate")
     )
-    assert own.schedule.to_dict() == config.schedule.to_dict() and own.schedule.n_phi != own.schedule.n_theta
+    assert own.schedule == config.schedule and own.schedule.n_phi != own.schedule.n_theta
     assert joint.schedule.name == "joint" and joint.seed == 3
     assert twice.schedule.n_phi == twice.schedule.n_theta == config.schedule.steps
-    assert system_lib.update_counts(turns) == system_lib.update_counts(twice) == system_lib.update_counts(joint)
+    assert schedule.update_counts(turns) == schedule.update_counts(twice) == schedule.update_counts(joint)
     assert {c.method for c in (own, joint, twice, turns)} == {"popi"}
 
 
@@ -361,7 +363,7 @@ def test_a_decision_between_equals_is_right_in_half_of_the_cases():
 
 
 def test_results_table_and_its_resumption(tmp_path, capsys):
-    config = quickstart.get_config("runlocal")
+    config = runlocal()
     methods = ["base", "population", "popi", "bayes_signals"]
     results_table.make_table(config, tmp_path, methods, [0])
     results = json.loads((tmp_path / "results.json").read_text())
@@ -385,7 +387,8 @@ def test_results_table_and_its_resumption(tmp_path, capsys):
         set(results_table.DATA_TEXTS)
     ] * len(shown)
     page = (tmp_path / "report.html").read_text()
-    assert shown[0]["summary"] in page and html.escape(shown[0]["prompt"]) not in page
+    page = html.unescape(page)
+    assert shown[0]["summary"] in page and shown[0]["prompt"] not in page
     _taken_up_without_texts(tmp_path, config)
     _evaluated_with_fewer_signals(tmp_path, rows)
 
@@ -416,8 +419,7 @@ def _taken_up_without_texts(table, config):
 
 def _evaluated_with_fewer_signals(trained, rows):
     """The same runs in a table of other test users: nothing is trained, what is finished is kept."""
-    config, table = quickstart.get_config("runlocal"), trained / "two"
-    config.data.signals_per_user = 2
+    config, table = runlocal(**{"data.signals_per_user": 2}), trained / "two"
     methods = ["base", "population", "popi"]
     results_table.make_table(config, table, methods, [0], trained=trained)
     results = (table / "popi_seed0" / "results.json").stat().st_mtime_ns
@@ -427,6 +429,5 @@ def _evaluated_with_fewer_signals(trained, rows):
     assert not (table / "popi_seed0" / "checkpoints").exists() and (table / "shared" / "cache").exists()
     results_table.make_table(config, table, methods, [0], trained=trained)
     assert (table / "popi_seed0" / "results.json").stat().st_mtime_ns == results
-    config.lora.rank += 1
     with pytest.raises(UserError, match="another config: config.lora.rank"):
-        results_table.make_table(config, trained / "other", ["popi"], [0], trained=trained)
+        results_table.make_table(changed(config, {"lora.rank": 1}), trained / "other", ["popi"], [0], trained=trained)

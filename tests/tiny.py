@@ -4,9 +4,9 @@ import jax
 import numpy as np
 
 from popi_jax.data import packing
+from popi_jax.data.batch import PackedBatch, PrefixBatch
 from popi_jax.model.config import LoraConfig, ModelConfig
 from popi_jax.model.policy import Policy
-from popi_jax.training.scoring import PackedBatch, PrefixBatch
 
 CONFIG = ModelConfig(
     vocab_size=30,
@@ -74,7 +74,13 @@ def packed(
     trees = packing.plant(rows, [real[i : i + groups_of] for i in range(0, len(real), groups_of)], length)
     bins = [[trees[i] for i in own] for own in packing.fill_bins([tree.tokens for tree in trees], length)]
     parts = [bins[start :: max(micros, 1)] for start in range(max(micros, 1))]
-    shape = packing.BinShape(n_bins or len(parts[0]), length, groups)
-    scored = max(packing.most_scored(part, shape) for part in parts)
-    filled = [packing.pack_bins(rows, part, shape, scored=scored, pad_id=0, first_R=first_R) for part in parts]
+    n_bins = n_bins or len(parts[0])
+    size = n_bins // groups
+    scored = max(
+        sum(tree.scored_tokens for own in part[start : start + size] for tree in own)
+        for part in parts
+        for start in range(0, n_bins, size)
+    )
+    shape = packing.PairShape(len(rows), n_bins, length, groups, scored)
+    filled = [packing.pack_bins(rows, part, shape, pad_id=0, first_R=first_R) for part in parts]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *filled) if micros else filled[0]

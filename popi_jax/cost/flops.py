@@ -7,42 +7,48 @@ from typing import Any
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+RECOMPUTED = "rematted_computation"  # jax.checkpoint's own name; model/attention.py gives it to what it computes again.
 
-def count(jaxpr: core.ClosedJaxpr, while_trips: Iterable[int] = ()) -> float:
+
+def count(jaxpr: core.ClosedJaxpr, while_trips: Iterable[int] = (), *, recomputed: bool = True) -> float:
     """FLOPs of all matrix products, a multiplication and its addition as two; nothing else is counted.
 
-    Nor is what no result needs, which the compiler leaves out: a gradient rule gives a frozen weight its gradient, too.
-    Shapes in a jaxpr are those of whole arrays, so this is the work of all devices together; what a device repeats of
-    another's is not in it. Inside a shard_map shapes are one device's: they count once for each device of the mesh axes
-    that it is manual over. What jax.checkpoint computes again in the backward pass is in the jaxpr and counts. A Pallas
-    kernel counts as its cost estimate says, else as its products in one block times the blocks of its grid, those that
-    it skips included. Convolutions and ragged products are not counted: the models here have none.
+    Products that no result needs are not counted either: the compiler leaves them out (a gradient rule gives a frozen
+    weight its gradient, too). Shapes in a jaxpr are those of whole arrays, so this is the work of all devices together;
+    work that a device repeats of another's is not in it. Inside a shard_map shapes are one device's: they count once
+    for each device of the mesh axes that it is manual over. A Pallas kernel counts as its cost estimate says, else as
+    its products in one block times the blocks of its grid, those that it skips included. Convolutions and ragged
+    products are not counted: the models here have none.
 
     Args:
         jaxpr: from jax.make_jaxpr(f)(*args) or jax.jit(f).trace(*args).jaxpr.
         while_trips: how often each `while` runs, in order, for its end depends on the data, which a scan's does not;
             once where none is left.
+        recomputed: whether to count what a gradient computes a second time, which JAX and this package name
+            RECOMPUTED. Without it the count is the model's own work, the same for every choice of rematerialisation.
 
     Raises:
         ValueError: a kernel without a cost estimate whose grid is not known before it runs.
     """
     needed, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars), instantiate=True)
-    return _count(needed, iter(while_trips))
+    return _count(needed, iter(while_trips), recomputed)
 
 
-def _count(jaxpr: core.Jaxpr, while_trips: Iterator[int]) -> float:
-    return sum((_equation(eqn, while_trips) for eqn in jaxpr.eqns), 0.0)
+def _count(jaxpr: core.Jaxpr, while_trips: Iterator[int], recomputed: bool) -> float:
+    return sum((_equation(eqn, while_trips, recomputed) for eqn in jaxpr.eqns), 0.0)
 
 
-def _equation(eqn: core.JaxprEqn, while_trips: Iterator[int]) -> float:
+def _equation(eqn: core.JaxprEqn, while_trips: Iterator[int], recomputed: bool) -> float:
     name, params = eqn.primitive.name, eqn.params
+    if not recomputed and RECOMPUTED in str(eqn.source_info.name_stack):
+        return 0.0
     if name == "dot_general":
         return _product(eqn)
     if name == "pallas_call" and params["cost_estimate"] is not None:
         return float(params["cost_estimate"].flops)
     repeats = _repeats(eqn, while_trips)
     # Of a function with its own derivative only the primal is a jaxpr here: its rules are Python functions.
-    inner = [_count(sub, while_trips) for sub in core.jaxprs_in_params(params)]
+    inner = [_count(sub, while_trips, recomputed) for sub in core.jaxprs_in_params(params)]
     if name == "cond":
         return max(inner)
     return repeats * sum(inner)

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, first_line
 
 
 def read_text(path: str | pathlib.Path, remedy: str) -> str:
@@ -20,13 +20,14 @@ def read_text(path: str | pathlib.Path, remedy: str) -> str:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
 
 
-def parse_json(text: str, where: str, line: int | None = None) -> Any:
+def parse_json(text: str, where: str, line: int | None = None, remedy: str = "mend this line") -> Any:
     """Parses JSON, refusing repeated keys, of which `json` would silently keep the last.
 
     Args:
         text: the JSON.
         where: the file, for the error.
         line: the line of the file that `text` is; None if it is the whole file.
+        remedy: what to do about text that is not JSON, for the error.
 
     Raises:
         UserError: naming the line.
@@ -45,7 +46,9 @@ def parse_json(text: str, where: str, line: int | None = None) -> Any:
         return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         place = f"{where}:{error.lineno}" if line is None else place
-        raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno}); mend this line") from None
+        raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno}); {remedy}") from None
+    except ValueError as error:  # An integer of thousands of digits.
+        raise UserError(f"{place}: not JSON ({first_line(error)}); {remedy}") from None
     except RecursionError:
         raise UserError(f"{place}: JSON nested too deep; flatten it") from None
 

@@ -8,8 +8,7 @@ import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import ml_collections
-
+from popi_jax.config import Limits, Prompts
 from popi_jax.data import templates
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError
@@ -57,8 +56,8 @@ class Encoder:
     """
 
     tokenizer: Tokenizer
-    prompts: ml_collections.ConfigDict
-    limits: ml_collections.ConfigDict
+    prompts: Prompts
+    limits: Limits
     overflow: OverflowLog = dataclasses.field(default_factory=OverflowLog)
 
     def signals(self, example: Example) -> Ids:
@@ -71,7 +70,7 @@ class Encoder:
 
         def render(signals: Sequence[Signal]) -> Ids:
             messages = templates.inference_messages(
-                signals, self.prompts.inference_instruction, tuple(self.prompts.pair_fields)
+                signals, self.prompts.inference_instruction, self.prompts.pair_fields
             )
             return [*self.tokenizer.render(messages), *start]
 
@@ -123,10 +122,9 @@ class Encoder:
         self._check(f"prompt {prompt[:40]!r}", len(self.prompt(prompt, context)), "prompt")
 
     def _check(self, what: str, tokens: int, limit: str) -> None:
-        if tokens > self.limits[limit]:
-            raise UserError(
-                f"{what} takes {tokens} tokens, limits.{limit} is {self.limits[limit]}; raise it or shorten the text"
-            )
+        most = getattr(self.limits, limit)
+        if tokens > most:
+            raise UserError(f"{what} takes {tokens} tokens, limits.{limit} is {most}; raise it or shorten the text")
 
     def cost(self, context: str | None) -> int:
         """What telling the generator `context` costs, in tokens of its text."""
@@ -146,7 +144,7 @@ class Encoder:
         """The newest signals with which the prompt stays within the limit; UserError if there are none such."""
         if not example.signals:
             raise UserError(f"user {example.user!r} has no signals; give at least one")
-        most, tokens, n_signals = self.limits[limit], length(example.signals), len(example.signals)
+        most, tokens, n_signals = getattr(self.limits, limit), length(example.signals), len(example.signals)
         if tokens <= most:
             return example.signals
         over = (

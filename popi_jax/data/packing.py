@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from popi_jax.data.batch import PackedBatch
 from popi_jax.model.attention import ROW
-from popi_jax.training.scoring import PackedBatch
 
 Ids = list[int]
 
@@ -62,16 +62,16 @@ def round_up(count: int, step: int) -> int:
     return max(1, -(-count // step)) * step
 
 
-def pad_rows(prompts: Sequence[Ids], buckets: Sequence[int], pad_id: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-pads to the smallest bucket that holds the longest: ids [B, T], lengths [B], int32.
+def pad_rows(prompts: Sequence[Ids], shape: tuple[int, int], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-pads prompts: ids [B, T], lengths [B], int32, with B and T from `shape`.
 
-    B = `rows`, at least as many as there are; those added have length 0. Any `pad_id` does: lengths tell what is real.
+    Rows beyond the prompts have length 0. Any `pad_id` does: lengths tell which tokens are real.
     """
-    if len(prompts) > rows:
-        raise ValueError(f"{len(prompts)} prompts do not fit into {rows} rows")
-    length_B = np.zeros(rows, np.int32)
+    if len(prompts) > shape[0]:
+        raise ValueError(f"{len(prompts)} prompts do not fit into {shape[0]} rows")
+    length_B = np.zeros(shape[0], np.int32)
     length_B[: len(prompts)] = [len(ids) for ids in prompts]
-    ids_BxT = np.full((rows, bucket(int(length_B.max(initial=0)), buckets)), pad_id, np.int32)
+    ids_BxT = np.full(shape, pad_id, np.int32)
     for row, ids in enumerate(prompts):
         ids_BxT[row, : len(ids)] = ids
     return ids_BxT, length_B
@@ -126,7 +126,7 @@ class Tree:
         return sum(len(branch.scored) for branch in self.branches)
 
     @property
-    def rows(self) -> list[int]:
+    def members(self) -> list[int]:
         """The rows that are in it, each once."""
         return list(dict.fromkeys(branch.r for branch in self.branches))
 
@@ -199,27 +199,19 @@ def fill_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class BinShape:
-    """n_bins = C bins of `length` = L tokens, in `groups` = G groups of as many bins each; see PackedBatch."""
+class PairShape:
+    """Packed rows: R rows in C = n_bins bins of L = length tokens, in G = groups, each with W = scored positions."""
 
+    rows: int
     n_bins: int
     length: int
-    groups: int = 1
+    groups: int
+    scored: int
 
     @property
     def group_bins(self) -> int:
         """How many bins are in a group."""
         return self.n_bins // self.groups
-
-
-def most_scored(bins: Sequence[Sequence[Tree]], shape: BinShape) -> int:
-    """The scored tokens of the fullest group of bins, rounded up to a quarter of a group's length: few shapes."""
-    size = shape.group_bins
-    counts = [
-        sum(tree.scored_tokens for members in bins[start : start + size] for tree in members)
-        for start in range(0, shape.n_bins, size)
-    ]
-    return round_up(max(counts), -(-size * shape.length // 4))
 
 
 def first_equals(keys: Sequence[Hashable]) -> list[int]:
@@ -231,9 +223,8 @@ def first_equals(keys: Sequence[Hashable]) -> list[int]:
 def pack_bins(
     rows: Sequence[Row],
     bins: Sequence[Sequence[Tree]],
-    shape: BinShape,
+    shape: PairShape,
     *,
-    scored: int,
     pad_id: int,
     first_R: Sequence[int] | None = None,
 ) -> PackedBatch:
@@ -242,13 +233,13 @@ def pack_bins(
     Args:
         rows: R rows of N branches each.
         bins: the trees of each bin; see `plant` and `fill_bins`.
-        shape: at least as many bins, the added ones empty, and no shorter than the tokens of any.
-        scored: W, no less than the scored tokens of any group.
+        shape: at least as many bins, the added ones empty, no shorter than the tokens of any, with room for the scored
+            tokens of every group.
         pad_id: fills what is left; any id does.
         first_R: for each row the one that is packed for it, see `first_equals`; None: each for itself.
     """
     (N,) = {len(row.branches) for row in rows}
-    n_bins, length, groups, size = shape.n_bins, shape.length, shape.groups, shape.group_bins
+    n_bins, length, groups, size, scored = shape.n_bins, shape.length, shape.groups, shape.group_bins, shape.scored
     tokens_CxL = np.full((n_bins, length), pad_id, np.int32)
     positions_CxL, segments_CxL = np.zeros((n_bins, length), np.int32), np.full((n_bins, length), -1, np.int32)
     predictor_GxW, target_GxW = np.zeros((groups, scored), np.int32), np.full((groups, scored), pad_id, np.int32)
@@ -273,7 +264,7 @@ def pack_bins(
                 target_GxW[g, asked], branch_GxW[g, asked] = ids, r * N + n
                 start, first = own.stop, asked.stop
     own_R = np.asarray(range(len(rows)) if first_R is None else first_R, np.int32)
-    here = {r for members in bins for tree in members for r in tree.rows}
+    here = {r for members in bins for tree in members for r in tree.members}
     length_RxN = np.array(
         [[len(ids) * (own in here) for ids in row.branches] for row, own in zip(rows, own_R.tolist(), strict=True)],
         np.int32,

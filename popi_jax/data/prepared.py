@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
+from popi_jax.config import Data
 from popi_jax.data import psoups, stylebook, users
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError
@@ -149,28 +150,27 @@ def training_iterator(
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
-def from_config(config: Any, workdir: str | pathlib.Path) -> dict[str, ExampleSource]:
+def from_config(data: Data, workdir: str | pathlib.Path) -> dict[str, ExampleSource]:
     """Loads and prepares config.data, in data.prepared_dir or else <workdir>/data; logs what was dropped."""
     counts: collections.Counter[str] = collections.Counter()
-    examples = load_examples(config, counts)
+    examples = load_examples(data, counts)
     for reason, count in counts.items():
         logging.warning("data: dropped %d %s", count, reason)
     print("data:", ", ".join(f"{len(part)} {split} examples" for split, part in examples.items()))
-    data_dir = config.data.prepared_dir or pathlib.Path(workdir) / "data"
-    return prepare(config.data.dataset, examples, config.data.to_json(sort_keys=True), data_dir)
+    data_dir = data.prepared_dir or pathlib.Path(workdir) / "data"
+    return prepare(data.dataset, examples, json.dumps(data.model_dump(), sort_keys=True), data_dir)
 
 
-def load_examples(config: Any, counts: collections.Counter[str] | None = None) -> dict[str, list[Example]]:
+def load_examples(data: Data, counts: collections.Counter[str] | None = None) -> dict[str, list[Example]]:
     """Returns {"train": [...], "test": [...]} of the data set that config.data names; see configs/base.py.
 
     Args:
-        config: the run's config.
+        data: config.data.
         counts: gains the number of what was dropped, by reason.
 
     Raises:
-        UserError: bad data, an unknown data set, or fewer examples than config.data asks for.
+        UserError: bad data, or fewer examples than config.data asks for.
     """
-    data = config.data
     if data.dataset == "stylebook":
         return stylebook.load(data)
     if data.dataset == "psoups":
@@ -186,23 +186,21 @@ def load_examples(config: Any, counts: collections.Counter[str] | None = None) -
             test_queries_per_user=data.test_queries_per_user,
             counts=counts,
         )
-    elif data.dataset == "users":
-        examples = _load_users(data)
     else:
-        raise UserError(f"config: data.dataset = {data.dataset!r} is unknown; use 'stylebook', 'psoups' or 'users'")
+        examples = _load_users(data)
     return {
         "train": _first(examples["train"], data.train_users, "train_users"),
         "test": _first(examples["test"], data.test_users, "test_users"),
     }
 
 
-def _path(data: Any) -> str:
+def _path(data: Data) -> str:
     if not data.path:
         raise UserError(f"config: data.path is empty; data.dataset = {data.dataset!r} reads a file, so give its path")
     return data.path
 
 
-def _load_users(data: Any) -> dict[str, list[Example]]:
+def _load_users(data: Data) -> dict[str, list[Example]]:
     """Reads users.jsonl; test users come from another file, or are held out. Both splits in random order."""
     rng = np.random.default_rng(data.seed)
     path = _path(data)
@@ -214,8 +212,6 @@ def _load_users(data: Any) -> dict[str, list[Example]]:
         if both:
             raise UserError(f"{data.test_path}: field 'user': {both[0]!r} is also in {path}; test on other users")
         return {"train": everyone, "test": [test[i] for i in rng.permutation(len(test))]}
-    if not 0 < data.test_fraction < 1:
-        raise UserError(f"config: data.test_fraction = {data.test_fraction}; use a share between 0 and 1, such as 0.3")
     n_test = round(data.test_fraction * len(everyone))
     if not 0 < n_test < len(everyone):
         raise UserError(

@@ -3,7 +3,7 @@
 import pathlib
 from typing import Any
 
-from popi_jax.data import checks
+from popi_jax.data import checks, files
 from popi_jax.errors import UserError
 
 FIELDS = ("prompt", "summary", "user")
@@ -18,15 +18,11 @@ def read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
     Raises:
         UserError: one line that names the file, the line, the field and the remedy.
     """
-    text = checks.read_text(path, "give the path of a prompts.jsonl file")
     beside = path.parent / "summaries.jsonl"
     summaries = _read_summaries(beside) if beside.exists() else {}
     entries: list[dict[str, Any]] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, record in files.numbered_objects(path, "give the path of a prompts.jsonl file"):
         where = f"{path}:{number}"
-        record = checks.as_object(checks.parse_json(line, str(path), number), where)
         checks.only_fields(record, FIELDS, where)
         checks.text_field(record, "prompt", where)
         if "summary" not in record:
@@ -47,11 +43,9 @@ def read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def _read_summaries(path: pathlib.Path) -> dict[str, str]:
     summaries = {}
-    for number, line in enumerate(checks.read_text(path, "").split("\n"), start=1):
-        if line.strip():
-            where = f"{path}:{number}"
-            record = checks.as_object(checks.parse_json(line, str(path), number), where)
-            if not isinstance(record.get("summary"), str):  # May be empty: a model can write nothing.
-                raise UserError(f"{where}: field 'summary' is missing or no text; run --mode=summarize again")
-            summaries[checks.text_field(record, "user", where)] = record["summary"]
+    for number, record in files.numbered_objects(path, "run --mode=summarize again"):
+        where = f"{path}:{number}"
+        if not isinstance(record.get("summary"), str):  # May be empty: a model can write nothing.
+            raise UserError(f"{where}: field 'summary' is missing or no text; run --mode=summarize again")
+        summaries[checks.text_field(record, "user", where)] = record["summary"]
     return summaries

@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from popi_jax.data import checks
+from popi_jax.data import checks, files
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError
 
@@ -35,14 +35,9 @@ def read_users(path: str | pathlib.Path, split: str = "train", require_queries: 
         UserError: one line that names the file, the line, the field and the remedy.
     """
     path = pathlib.Path(path)
-    text = checks.read_text(path, "give the path of a users.jsonl file")
     line_of: dict[str, int] = {}
     examples = []
-    # Only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        record = checks.as_object(checks.parse_json(line, str(path), number), f"{path}:{number}")
+    for number, record in files.numbered_objects(path, "give the path of a users.jsonl file"):
         example = _parse_user(record, path, number, split, require_queries)
         if example.user in line_of:
             first = line_of[example.user]

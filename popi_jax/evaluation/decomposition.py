@@ -14,14 +14,15 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from popi_jax.config import SUMMARIZED
 from popi_jax.data import stylebook, stylebook_exact, stylebook_text
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError
-from popi_jax.evaluation import evaluate, stats
-from popi_jax.modes.setup import SUMMARIZED, System, stream_key
-from popi_jax.rollout import pairs
+from popi_jax.evaluation import stats
+from popi_jax.evaluation.evaluate import Evaluator
+from popi_jax.model.weights import Tree
 from popi_jax.rollout.pairs import Item
-from popi_jax.rollout.references import References
+from popi_jax.training.rng import stream_key
 
 USERS, TRIPLES = 64, 32
 
@@ -48,11 +49,13 @@ class Measured:
         return {f"exact_{name}_nats": value for name, value in dataclasses.asdict(exact).items()}
 
 
-def measure(system: System, phi, theta, examples: Sequence[Example], references: References, step: int) -> Measured:
+def measure(
+    evaluator: Evaluator, phi: Tree | None, theta: Tree | None, examples: Sequence[Example], step: int
+) -> Measured:
     """Scores every distinct context of the users with every common triple."""
-    config = system.config
+    config, references = evaluator.config, evaluator.references
     users = list(examples)[:USERS]
-    contexts = evaluate.contexts(system, phi, users, stream_key(config.seed, "evaluate", step))
+    contexts = evaluator.contexts(phi, users, stream_key(config.seed, "evaluate", step))
     own = [[context.text for context in some] for some in contexts]
     if config.method in SUMMARIZED:
         own = one_wording(own)
@@ -60,8 +63,7 @@ def measure(system: System, phi, theta, examples: Sequence[Example], references:
     place = {text: i for i, text in enumerate(distinct)}
     queries = stylebook.common_queries(config.data.seed, TRIPLES)
     items = [Item(query, text) for text in distinct for query in queries]
-    rows = config.eval.users_per_batch * config.eval.summaries_per_user
-    logps_Px2 = pairs.pair_logps(system, theta, items, rows)
+    logps_Px2 = evaluator.scorer.logps(theta, items)
     asked = [Item(query, None) for query in queries]
     references.remember(asked)
     ref_Tx2 = references.lookup(asked)

@@ -12,23 +12,19 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from popi_jax.config import SUMMARIZED, Config
+from popi_jax.data import files
+from popi_jax.data.prepared import ExampleSource
 from popi_jax.data.schema import Example, Query
 from popi_jax.errors import UserError
 from popi_jax.evaluation import stats
-from popi_jax.modes import runfiles
-from popi_jax.modes.setup import SUMMARIZED, System, stream_key
-from popi_jax.rollout import pairs
-from popi_jax.rollout import text as rollout
-from popi_jax.rollout.pairs import Item
+from popi_jax.model.weights import Tree
+from popi_jax.rollout import contexts, text
+from popi_jax.rollout.contexts import Context
+from popi_jax.rollout.pairs import Item, PairScorer
 from popi_jax.rollout.references import References, reference_item
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What the generator is told of a user (None: nothing); not finished where limits.summary cut a summary short."""
-
-    text: str | None
-    finished: bool = True
+from popi_jax.rollout.text import TextSampler
+from popi_jax.training.rng import stream_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,83 +52,119 @@ class Record:
     h_signals_ref: float
 
 
-def contexts(system: System, phi, examples: Sequence[Example], key: jax.Array) -> list[list[Context]]:
-    """What the generator is told of each user under config.method; several entries where summaries are sampled."""
-    config = system.config
-    method = config.method
-    if method in ("base", "population"):
-        return [[Context(None)]] * len(examples)
-    if method == "oracle":
-        nameless = next((example.user for example in examples if not example.persona), None)
-        if nameless is not None:
-            raise UserError(f"user {nameless!r} has no persona, which method oracle shows; give one or leave it out")
-        return [[Context(example.persona)] for example in examples]
-    if method == "raw_signals":
-        return [[Context(system.encoder.raw_signals(example))] for example in examples]
-    delta = None if method == "zero_shot_summary" else phi
-    order = sorted(range(len(examples)), key=lambda i: len(system.encoder.signals(examples[i])))
-    out: list[list[Context]] = [[] for _ in examples]
-    sampling = rollout.in_use(config)
-    for batch, start in enumerate(range(0, len(order), sampling.rows)):
-        part = order[start : start + sampling.rows]
-        drawn = rollout.draw_summaries(
-            system,
-            delta,
-            [examples[i] for i in part],
-            jax.random.fold_in(key, batch),
-            sampling,
-            k=config.eval.summaries_per_user,
-        )
-        for i, texts, finished in zip(part, drawn.texts_UxK, drawn.finished_UxK.tolist(), strict=True):
-            out[i] = [Context(*own) for own in zip(texts, finished, strict=True)]
-    return out
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Evaluates a generator and an inference model on users.
 
-
-def evaluate(
-    system: System, phi, theta, examples: Sequence[Example], references: References, step: int
-) -> list[Record]:
-    """Scores every query of every example under every context of its user.
-
-    The base method has no implicit reward (its policy is the reference): its h is log pi_ref(y+|x) - log pi_ref(y-|x),
-    the response that it finds likelier.
+    Attributes:
+        config: method, seed, objective and eval are read.
+        sampler: draws summaries and responses.
+        scorer: scores pairs.
+        references: knows log pi_ref.
     """
-    config, encoder = system.config, system.encoder
-    user_contexts = contexts(system, phi, examples, stream_key(config.seed, "evaluate", step))
-    found: list[tuple[int, Example, Query, Context]] = []
-    row = 0
-    for example, own in zip(examples, user_contexts, strict=True):
-        for query in example.queries:
-            found += [(row, example, query, context) for context in own]
-            row += 1
-    items = [Item(query, context.text) for _, _, query, context in found]
-    signals = {example.user: encoder.raw_signals(example) for example in examples}
-    logps = pairs.pair_logps(system, theta, items, config.eval.users_per_batch * config.eval.summaries_per_user)
-    asked = [
-        reference_item(system, item, signals[example.user]) for (_, example, *_), item in zip(found, items, strict=True)
-    ]
-    shown_signals = [Item(query, signals[example.user]) for _, example, query, _ in found]
-    # References on sampled summaries are of no use to a later evaluation.
-    references.remember(shown_signals + (asked if config.objective.reference_context != "summary" else []))
-    ref_logps, signal_ref_logps = references.lookup(asked), references.lookup(shown_signals)
-    if config.method == "base":
-        ref_logps, signal_ref_logps = np.zeros_like(ref_logps), np.zeros_like(signal_ref_logps)
-    h, h_signals_ref = (logps - ref_logps) @ (1, -1), (logps - signal_ref_logps) @ (1, -1)
-    return [
-        Record(
-            row=row,
-            user=example.user,
-            group=query.group or example.user,
-            persona=example.persona,
-            provenance=query.provenance,
-            context=context.text,
-            context_tokens=encoder.cost(context.text),
-            finished=context.finished,
-            signal_tokens=encoder.cost(signals[example.user]),
-            h=float(h[i]),
-            h_signals_ref=float(h_signals_ref[i]),
+
+    config: Config
+    sampler: TextSampler
+    scorer: PairScorer
+    references: References
+
+    def contexts(self, phi: Tree | None, examples: Sequence[Example], key: jax.Array) -> list[list[Context]]:
+        """What the generator is told of each user, see `rollout.contexts.of_users`."""
+        return contexts.of_users(self.config, self.sampler, phi, examples, key)
+
+    def records(self, phi: Tree | None, theta: Tree | None, examples: Sequence[Example], step: int) -> list[Record]:
+        """Scores every query of every example under every context of its user.
+
+        The base method has no implicit reward (its policy is the reference): its h is log pi_ref(y+|x) -
+        log pi_ref(y-|x), so that it prefers the response which it finds likelier.
+        """
+        config, encoder = self.config, self.sampler.encoder
+        user_contexts = self.contexts(phi, examples, stream_key(config.seed, "evaluate", step))
+        found: list[tuple[int, Example, Query, Context]] = []
+        row = 0
+        for example, own in zip(examples, user_contexts, strict=True):
+            for query in example.queries:
+                found += [(row, example, query, context) for context in own]
+                row += 1
+        items = [Item(query, context.text) for _, _, query, context in found]
+        signals = {example.user: encoder.raw_signals(example) for example in examples}
+        logps = self.scorer.logps(theta, items)
+        which = config.objective.reference_context
+        asked = [
+            reference_item(which, item, signals[example.user])
+            for (_, example, *_), item in zip(found, items, strict=True)
+        ]
+        shown_signals = [Item(query, signals[example.user]) for _, example, query, _ in found]
+        # References on sampled summaries are of no use to a later evaluation.
+        self.references.remember(shown_signals + (asked if which != "summary" else []))
+        ref_logps, signal_ref_logps = self.references.lookup(asked), self.references.lookup(shown_signals)
+        if config.method == "base":
+            ref_logps, signal_ref_logps = np.zeros_like(ref_logps), np.zeros_like(signal_ref_logps)
+        h, h_signals_ref = (logps - ref_logps) @ (1, -1), (logps - signal_ref_logps) @ (1, -1)
+        return [
+            Record(
+                row=row,
+                user=example.user,
+                group=query.group or example.user,
+                persona=example.persona,
+                provenance=query.provenance,
+                context=context.text,
+                context_tokens=encoder.cost(context.text),
+                finished=context.finished,
+                signal_tokens=encoder.cost(signals[example.user]),
+                h=float(h[i]),
+                h_signals_ref=float(h_signals_ref[i]),
+            )
+            for i, (row, example, query, context) in enumerate(found)
+        ]
+
+    def periodic(self, phi: Tree | None, theta: Tree | None, test: ExampleSource, step: int) -> dict[str, float]:
+        """Metrics of a periodic evaluation, on eval.users of the test users (0: all)."""
+        users = self.config.eval.users
+        examples = [test[i] for i in range(min(users, len(test)) if users else len(test))]
+        row = result_row(self.records(phi, theta, examples, step), self.config, self.config.method)
+        names = ("accuracy", "accuracy_signals_ref", "loss", "nats", "summary_tokens_mean")
+        return {f"eval_{name}": float(row[name]) for name in names}  # type: ignore[arg-type]
+
+    def respond(
+        self, phi: Tree | None, theta: Tree | None, examples: Sequence[Example], step: int
+    ) -> list[dict[str, object]]:
+        """The lines of samples.jsonl: users with their summary, and the generator's own response beside y+ and y-."""
+        config, encoder = self.config, self.sampler.encoder
+        examples = [e for e in examples if e.queries][: config.eval.samples]
+        if not examples:
+            return []
+        context_key, response_key = jax.random.split(stream_key(config.seed, "respond", step))
+        texts = [own[0].text for own in self.contexts(phi, examples, context_key)]
+        queries = [example.queries[0] for example in examples]
+        items = [Item(query, told) for query, told in zip(queries, texts, strict=True)]
+        drawn = self.sampler.draw(
+            theta,
+            [encoder.prompt(query.prompt, told) for query, told in zip(queries, texts, strict=True)],
+            response_key,
+            dataclasses.replace(text.in_use(config), batch_size=len(queries)),
+            branches=1,
+            max_tokens=config.eval.response_tokens,
         )
-        for i, (row, example, query, context) in enumerate(found)
-    ]
+        logps = self.scorer.logps(theta, items, len(items))
+        return [
+            {
+                "user": example.user,
+                "persona": example.persona,
+                "signals": encoder.raw_signals(example),
+                "signal_tokens": encoder.cost(encoder.raw_signals(example)),
+                "summary": told if config.method in SUMMARIZED else "",
+                "prompt": query.prompt,
+                "response": response[0],
+                "chosen": query.chosen,
+                "rejected": query.rejected,
+                "logp_chosen": float(logp[0]),
+                "logp_rejected": float(logp[1]),
+            }
+            for example, told, query, response, logp in zip(
+                examples, texts, queries, drawn.texts_UxK, logps, strict=True
+            )
+        ]
 
 
 def row_values(records: Sequence[Record], values: Sequence[float]) -> tuple[np.ndarray, list[str]]:
@@ -156,7 +188,7 @@ def nats(records: Sequence[Record], beta: float) -> tuple[np.ndarray, list[str]]
     return row_values(records, [float(np.logaddexp(0.0, -beta * record.h)) for record in records])
 
 
-def result_row(records: Sequence[Record], config, method: str) -> dict[str, object]:
+def result_row(records: Sequence[Record], config: Config, method: str) -> dict[str, object]:
     """One row of results.json."""
     accuracy_R, groups_R = correct(records)
     interval = stats.bootstrap_mean_ci(accuracy_R, groups_R, config.eval.bootstrap, seed=0)
@@ -192,53 +224,15 @@ def result_row(records: Sequence[Record], config, method: str) -> dict[str, obje
     }
 
 
-def respond(system: System, phi, theta, examples: Sequence[Example], step: int) -> list[dict[str, object]]:
-    """What samples.jsonl holds: users with their summary, and the generator's own response beside y+ and y-."""
-    config = system.config
-    examples = [e for e in examples if e.queries][: config.eval.samples]
-    if not examples:
-        return []
-    context_key, response_key = jax.random.split(stream_key(config.seed, "respond", step))
-    texts = [own[0].text for own in contexts(system, phi, examples, context_key)]
-    queries = [example.queries[0] for example in examples]
-    items = [Item(query, text) for query, text in zip(queries, texts, strict=True)]
-    drawn = rollout.draw_text(
-        system,
-        theta,
-        [system.encoder.prompt(query.prompt, text) for query, text in zip(queries, texts, strict=True)],
-        response_key,
-        dataclasses.replace(rollout.in_use(config), rows=len(queries)),
-        branches=1,
-        max_tokens=config.eval.response_tokens,
-    )
-    logps = pairs.pair_logps(system, theta, items, len(items))
-    return [
-        {
-            "user": example.user,
-            "persona": example.persona,
-            "signals": system.encoder.raw_signals(example),
-            "signal_tokens": system.encoder.cost(system.encoder.raw_signals(example)),
-            "summary": text if config.method in SUMMARIZED else "",
-            "prompt": query.prompt,
-            "response": response[0],
-            "chosen": query.chosen,
-            "rejected": query.rejected,
-            "logp_chosen": float(logp[0]),
-            "logp_rejected": float(logp[1]),
-        }
-        for example, text, query, response, logp in zip(examples, texts, queries, drawn.texts_UxK, logps, strict=True)
-    ]
-
-
 def write_records(path: pathlib.Path, records: Sequence[Record]) -> None:
     """Writes records as JSON lines: what paired comparisons between runs read."""
-    runfiles.write_jsonl(path, [dataclasses.asdict(record) for record in records])
+    files.write_jsonl(path, [dataclasses.asdict(record) for record in records])
 
 
 def read_records(path: pathlib.Path) -> list[Record]:
     """Reads what `write_records` wrote; UserError where another version of this code did."""
     try:
-        return [Record(**record) for record in runfiles.read_jsonl(path)]
+        return [Record(**record) for record in files.read_jsonl(path)]
     except TypeError as error:
         raise UserError(f"{path}: of another version ({error}); choose another --workdir") from error
 

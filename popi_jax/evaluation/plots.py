@@ -1,4 +1,4 @@
-"""The report's figures: methods compared, accuracy per persona, training curves. Rows in, matplotlib figures out."""
+"""Draws the report's figures: a comparison of methods, accuracy per persona, and training curves."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# In the order that tables and figures show them.
+# Method -> label. Tables and figures keep this order.
 METHODS = {
     "base": "Base model",
     "population": "Population",
@@ -30,7 +30,7 @@ METHODS = {
     "bayes_persona": "Bayes given persona",
 }
 HERO, INK, MUTED, GRID = "#2457d6", "#1d2433", "#7b8496", "#e4e7ee"
-LINES = (HERO, "#d97706")  # Blue and amber: distinct for the colour-blind too.
+LINES = (HERO, "#d97706")  # Colour-blind readers can tell blue from amber.
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -52,31 +52,39 @@ STYLE: dict[Any, Any] = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "legend.frameon": False,
-    "svg.hashsalt": "popi",  # The same figure gives the same file.
+    "svg.hashsalt": "popi",  # A fixed salt makes the ids in an SVG file reproducible.
 }
-# Panels of the curves: title, then the metrics drawn in it with their labels.
+# Panels of the curves: (title, ((metric, legend label), ...)).
 PANELS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("Loss", (("loss", "training"), ("eval_loss", "test"))),
     ("Accuracy", (("accuracy", "training"), ("eval_accuracy", "test"))),
     ("Reward", (("reward", "mean over summaries"),)),
     ("KL of q to its reference (nats per summary)", (("kl", "training"),)),
     ("Summary length (tokens)", (("summary_tokens", "training"), ("eval_summary_tokens_mean", "test"))),
-    ("Spread of a user's K rewards", (("reward_std", "standard deviation"),)),
+    ("Spread of the K rewards per user", (("reward_std", "standard deviation"),)),
     ("Gradient norm", (("grad_norm_inference", "inference"), ("grad_norm_generator", "generator"))),
-    ("Sampler and trainer log-probs, largest gap", (("sampler_gap_max", "gap"),)),
+    ("Largest gap between sampler and trainer log-probs", (("sampler_gap_max", "gap"),)),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """One method over its seeds.
+    """The results of one method, averaged over its seeds. None marks a figure that a row lacks.
 
     Attributes:
+        seeds: number of runs.
+        n: number of test rows.
         accuracy: mean over seeds.
-        interval: means of the ends of the seeds' 95% intervals: another seed's run is tested on the same users, so it
-            does not narrow what the choice of users leaves open. None where the rows have none.
+        interval: (low, high), each averaged over the seeds' 95% intervals. More seeds do not narrow it, because every
+            seed is tested on the same users.
         per_seed: accuracy of each seed.
-        popi_minus_this: popi's accuracy minus this one's with the ends of its paired interval; None where unknown.
+        context_tokens: tokens of context per prompt, mean over test rows and seeds.
+        summary_tokens: tokens of summary per prompt, 0 for a method without summaries.
+        raw_signal_tokens: tokens of the user's raw signals, mean over test rows and seeds.
+        loss: test loss.
+        informativeness: estimate of I(o; z) in nats.
+        popi_minus_this: (difference, low, high): POPI's accuracy minus this method's, with its paired 95% interval.
+        by_persona: persona -> accuracy.
     """
 
     method: str
@@ -95,17 +103,17 @@ class Summary:
 
     @property
     def label(self) -> str:
-        """The method's name for people."""
+        """The method's display name."""
         return METHODS.get(self.method, self.method)
 
 
 def style() -> contextlib.AbstractContextManager[None]:
-    """The look of every figure, to draw and to save it in."""
+    """Returns the style context in which figures are drawn and saved as SVG."""
     return matplotlib.rc_context(STYLE)
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
-    """Rows of results.json, one per method and seed, to one Summary per method, in METHODS' order."""
+    """Groups rows of results.json, one per method and seed, into one Summary per method, in the order of METHODS."""
     by_method: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_method.setdefault(row["method"], []).append(row)
@@ -140,7 +148,7 @@ def _summary(method: str, rows: Sequence[Mapping[str, Any]]) -> Summary:
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str, index: int | None = None) -> float | None:
-    """The mean over the rows of a key that a method may lack (a Bayes row has no tokens); None if any row lacks it."""
+    """Returns the mean of `key` over the rows, or None if any row lacks it (a Bayes row has no tokens)."""
     values = [row.get(key) for row in rows]
     if index is not None:
         values = [value[index] if value else None for value in values]
@@ -149,7 +157,7 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str, index: int | None = None)
 
 
 def results_figure(summaries: Sequence[Summary]) -> Figure:
-    """Left: accuracy of each method with its 95% interval. Right: accuracy against the context that it costs."""
+    """Draws accuracy with its 95% interval per method (left) and accuracy against context tokens (right)."""
     with style():
         costs = [s for s in summaries if s.context_tokens is not None]
         figure = Figure(figsize=(10.5, 1.5 + 0.36 * max(len(summaries), 5)), layout="constrained")
@@ -183,20 +191,20 @@ def _accuracy_axes(axes: Axes, summaries: Sequence[Summary]) -> None:
 
 
 def _cost_axes(axes: Axes, summaries: Sequence[Summary]) -> None:
-    # A log scale has no 0, where base and population stand: symlog draws it.
+    # Base and population cost 0 tokens, which a log scale cannot show. Symlog can.
     axes.set_xscale("symlog", linthresh=4, linscale=0.5)
     seen: list[tuple[float, float]] = []
     for s in sorted(summaries, key=lambda s: s.accuracy):
         hero = s.method == "popi"
         assert s.context_tokens is not None
         axes.plot(s.context_tokens, s.accuracy, "o", color=HERO if hero else INK, markersize=8 if hero else 6)
-        # Methods of the same cost and accuracy would print over each other: the later one moves up.
+        # Labels of methods with nearly the same cost and accuracy would overlap, so later ones move up.
         near = sum(abs(x - s.context_tokens) < 0.5 * x + 2 and abs(y - s.accuracy) < 0.012 for x, y in seen)
         seen += [] if hero else [(s.context_tokens, s.accuracy)]
         axes.annotate(
             s.label,
             (s.context_tokens, s.accuracy),
-            xytext=(-9, 0) if hero else (8, 11 * near),  # POPI to the left, clear of the oracle that it comes close to.
+            xytext=(-9, 0) if hero else (8, 11 * near),  # POPI's label goes left, clear of the nearby oracle.
             textcoords="offset points",
             ha="right" if hero else "left",
             va="center",
@@ -210,12 +218,12 @@ def _cost_axes(axes: Axes, summaries: Sequence[Summary]) -> None:
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
     axes.margins(y=0.12)
-    axes.set_xlabel("tokens of context per prompt (log scale)")
-    axes.set_title("Accuracy against its cost in context", pad=10)
+    axes.set_xlabel("context tokens per prompt (log scale)")
+    axes.set_title("Test accuracy against context tokens", pad=10)
 
 
 def personas_figure(summaries: Sequence[Summary]) -> Figure | None:
-    """Accuracy per persona and method, as a table of shades; None where the rows do not say."""
+    """Draws a heat map of accuracy per persona and method. Returns None if no row has accuracy per persona."""
     summaries = [s for s in summaries if s.by_persona]
     if not summaries:
         return None
@@ -230,7 +238,7 @@ def personas_figure(summaries: Sequence[Summary]) -> Figure | None:
             axes.text(x, y, "" if np.isnan(value) else f"{value:.0%}", ha="center", va="center", fontsize=9)
         axes.set_xticks(range(len(summaries)), [s.label.replace(" ", "\n", 1) for s in summaries], color=INK)
         wrapped = [textwrap.fill(textwrap.shorten(name, 120, placeholder="…"), 64) for name in names]
-        axes.set_yticks(range(len(names)), wrapped, fontsize=8.5, parse_math=False)  # A persona may cost $20.
+        axes.set_yticks(range(len(names)), wrapped, fontsize=8.5, parse_math=False)  # A persona may contain $ signs.
         axes.tick_params(axis="y", labelcolor=INK)
         axes.xaxis.tick_top()
         for spine in axes.spines.values():
@@ -239,9 +247,9 @@ def personas_figure(summaries: Sequence[Summary]) -> Figure | None:
 
 
 def curves_figure(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Training curves, a panel per metric that metrics.jsonl has; None where it has none.
+    """Draws one panel for each entry of PANELS that the lines of metrics.jsonl cover. Returns None if there is none.
 
-    Every training step is drawn faint with a moving mean over it; evaluations are dots.
+    Training steps are a faint line under their moving mean. Evaluations are dots.
     """
     panels = [
         (title, present)
@@ -277,7 +285,7 @@ def curves_figure(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
 
 
 def moving_mean(values: np.ndarray) -> np.ndarray:
-    """Exponential moving mean without the start's bias (Kingma and Ba 2015, section 3), over 1/25 of the points."""
+    """Returns the exponential moving mean over about 1/25 of the points, bias-corrected (Kingma and Ba 2015)."""
     decay = 1 - 1 / max(1.0, len(values) / 25)
     total, weight, out = 0.0, 0.0, []
     for value in values:

@@ -51,8 +51,7 @@ def attend(q_BxLxHxDh: jax.Array, k_BxLxKvxDh: jax.Array, v_BxLxKvxDh: jax.Array
     q_BxKvxGxLxDh = (q_BxLxHxDh * Dh**-0.5).reshape(B, L, Kv, H // Kv, Dh).transpose(0, 2, 3, 1, 4)
     k_BxKvxLxDh = k_BxLxKvxDh.transpose(0, 2, 1, 3)
     v_BxKvxLxDh = v_BxLxKvxDh.transpose(0, 2, 1, 3)
-    average = _softmax_average if remat.computes_again() else _softmax_average_and_log_sum
-    out_BxKvxGxLxDh, _ = average(q_BxKvxGxLxDh, k_BxKvxLxDh, v_BxKvxLxDh, segments_BxL)
+    out_BxKvxGxLxDh, _ = _softmax_average(q_BxKvxGxLxDh, k_BxKvxLxDh, v_BxKvxLxDh, segments_BxL)
     return out_BxKvxGxLxDh.transpose(0, 3, 1, 2, 4).reshape(B, L, H, Dh)
 
 
@@ -111,7 +110,9 @@ def _backward(kept: tuple[jax.Array, ...], gradients: tuple[jax.Array, jax.Array
         q_BxKvxGxQxDh, dout_BxKvxGxQxDh, common_BxKvxGxQx1, log_sum_BxKvxGxQx1 = (
             x[:, :, :, start:end] for x in (q_BxKvxGxLxDh, dout_BxKvxGxLxDh, common_BxKvxGxLx1, log_sum_BxKvxGxLx1)
         )
-        p_BxKvxGxQxE = jnp.exp(_scores(q_BxKvxGxLxDh, k_BxKvxLxDh, segments_BxL, start, end) - log_sum_BxKvxGxQx1)
+        with jax.named_scope(remat.RECOMPUTED):
+            s_BxKvxGxQxE = _scores(q_BxKvxGxLxDh, k_BxKvxLxDh, segments_BxL, start, end)
+        p_BxKvxGxQxE = jnp.exp(s_BxKvxGxQxE - log_sum_BxKvxGxQx1)
         dp_BxKvxGxQxE = product("bkgqd,bked->bkgqe", dout_BxKvxGxQxDh, v_BxKvxLxDh[:, :, :end])
         ds_BxKvxGxQxE = (p_BxKvxGxQxE * (dp_BxKvxGxQxE - common_BxKvxGxQx1)).astype(q_BxKvxGxLxDh.dtype)
         dq_blocks.append(product("bkgqe,bked->bkgqd", ds_BxKvxGxQxE, k_BxKvxLxDh[:, :, :end]))

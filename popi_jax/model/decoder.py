@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from popi_jax.model import attention, kernels, remat, sharding
 from popi_jax.model import lora as lora_lib
@@ -132,7 +133,14 @@ class Linear(nnx.Module):
     `axes` are the logical axes of one layer's kernel.
     """
 
-    def __init__(self, values: dict[str, jax.Array], axes: tuple[str, ...], input_dims: int, lora_scale: float):
+    def __init__(
+        self,
+        values: dict[str, jax.Array],
+        axes: tuple[str, ...],
+        input_dims: int,
+        lora_scale: float,
+        mesh: Mesh | None,
+    ):
         self.kernel = nnx.Param(values["kernel"])
         self.bias = nnx.Param(values["bias"]) if "bias" in values else None
         self.a = nnx.LoRAParam(values["a"]) if "a" in values else None
@@ -140,6 +148,7 @@ class Linear(nnx.Module):
         self.axes = axes
         self.input_dims = input_dims
         self.lora_scale = lora_scale
+        self.mesh = mesh
 
     def __call__(self, x: jax.Array) -> jax.Array:
         rows = x.shape[: x.ndim - self.input_dims]
@@ -148,12 +157,12 @@ class Linear(nnx.Module):
         # In the compute type before it is gathered: half the bytes to send.
         kernel = self.kernel[...].astype(x.dtype)
         R, into = x_RxE.shape
-        stays = sharding.weight_stays(R, into, kernel.size // into)
+        stays = sharding.weight_stays(R, into, kernel.size // into, mesh=self.mesh)
         if not stays:
-            kernel = sharding.gather(kernel, self.axes)
+            kernel = sharding.gather(kernel, self.axes, self.mesh)
 
         def times(x_RxE: jax.Array, kernel_ExO: jax.Array, into: str, out: str) -> jax.Array:
-            return (sharding.send_rows(_matmul, into, out) if stays else _matmul)(x_RxE, kernel_ExO)
+            return (sharding.send_rows(_matmul, into, out, self.mesh) if stays else _matmul)(x_RxE, kernel_ExO)
 
         from_axis, to_axis = self.axes[0], self.axes[self.input_dims]
         y_RxO = times(x_RxE, kernel.reshape(into, -1), from_axis, to_axis)
@@ -173,14 +182,14 @@ class Layer(nnx.Module):
     Built with the weights of all layers, stacked; a scan slices them, so that its methods see one layer's.
     """
 
-    def __init__(self, values: Tree, config: ModelConfig, lora: LoraConfig | None):
+    def __init__(self, values: Tree, config: ModelConfig, lora: LoraConfig | None, mesh: Mesh | None):
         lora_scale = 0.0 if lora is None else lora.scale
 
         declared = declare(config)["layers"]
 
         def linear(name: str) -> Linear:
             axes = declared[name]["kernel"].axes[1:]
-            return Linear(values[name], axes, lora_lib.INPUT_DIMS[name], lora_scale)
+            return Linear(values[name], axes, lora_lib.INPUT_DIMS[name], lora_scale, mesh)
 
         self.attn_norm = Norm(values["attn_norm"], config.norm_eps)
         self.q, self.k, self.v, self.o = linear("q"), linear("k"), linear("v"), linear("o")
@@ -217,14 +226,15 @@ class Decoder(nnx.Module):
     restarts where the prefix ended.
     """
 
-    def __init__(self, config: ModelConfig, lora: LoraConfig | None, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, lora: LoraConfig | None, mesh: Mesh | None, *, rngs: nnx.Rngs):
         declared = declare(config)
         if lora is not None:
             declared = merge_trees(declared, lora_lib.declare(declared["layers"], lora))
         values = init_tree(declared, rngs.params())
         self.config = config
+        self.mesh = mesh
         self.embed = nnx.Dict(embedding=nnx.Param(values["embed"]["embedding"]))
-        self.layers = Layer(values["layers"], config, lora)
+        self.layers = Layer(values["layers"], config, lora, mesh)
         self.final_norm = Norm(values["final_norm"], config.norm_eps)
         self.head = None if config.tie_embeddings else nnx.Dict(kernel=nnx.Param(values["head"]["kernel"]))
 
@@ -309,28 +319,29 @@ class Decoder(nnx.Module):
             hidden_RxD = hidden.reshape(-1, hidden.shape[-1])
             kernel_DxV = self.embed["embedding"][...].T if self.head is None else self.head["kernel"][...]
             multiply: Callable[..., jax.Array] = functools.partial(product, "rd,dv->rv")
-            if sharding.weight_stays(len(hidden_RxD), *kernel_DxV.shape):
-                multiply = sharding.send_rows(multiply, "embed", "vocab")
+            if sharding.weight_stays(len(hidden_RxD), *kernel_DxV.shape, mesh=self.mesh):
+                multiply = sharding.send_rows(multiply, "embed", "vocab", self.mesh)
             return multiply(hidden_RxD, kernel_DxV.astype(hidden.dtype)).reshape(*hidden.shape[:-1], -1)
 
     def _embed(self, tokens_BxL: jax.Array) -> jax.Array:
         # Every device looks up its part of the model width for the tokens of all that share the table, then each gets
         # its own rows. Left to itself the compiler makes the stream's gradient whole on every device.
         with jax.named_scope("embed"):
-            tokens_BxL = sharding.constrain(sharding.constrain(tokens_BxL, ("batch", "length")), ("few", "length"))
+            constrain = functools.partial(sharding.constrain, mesh=self.mesh)
+            tokens_BxL = constrain(constrain(tokens_BxL, ("batch", "length")), ("few", "length"))
             x_BxLxD = self.embed["embedding"][...][tokens_BxL].astype(self.config.compute_dtype)
-            x_BxLxD = sharding.constrain(x_BxLxD, ("few", "length", "embed"))
-            return sharding.constrain(x_BxLxD, ("batch", "length", "activation"))
+            x_BxLxD = constrain(x_BxLxD, ("few", "length", "embed"))
+            return constrain(x_BxLxD, ("batch", "length", "activation"))
 
     def _forward(
         self, tokens_BxL: jax.Array, positions_BxL: jax.Array, segments_BxL: jax.Array, keep: bool
     ) -> tuple[jax.Array, Any]:
         """Returns hidden_BxLxD and, if kept, the keys and values of all layers, as the cache has them."""
         rope = _rope(self.config, positions_BxL)
-        attend = kernels.bind(self.config.attention)
+        attend = kernels.bind(self.config.attention, self.mesh)
 
         def body(x_BxLxD: jax.Array, layer: Layer) -> tuple[jax.Array, Any]:
-            x_BxLxD = sharding.constrain(x_BxLxD, ("batch", "length", "activation"))
+            x_BxLxD = sharding.constrain(x_BxLxD, ("batch", "length", "activation"), self.mesh)
             q_BxLxHxDh, k_BxLxKvxDh, v_BxLxKvxDh = layer.project(x_BxLxD, rope)
             with jax.named_scope("attend"):
                 attended_BxLxHxDh = attend(q_BxLxHxDh, k_BxLxKvxDh, v_BxLxKvxDh, segments_BxL)

@@ -22,7 +22,6 @@ import safetensors
 import safetensors.numpy
 
 from popi_jax.errors import UserError
-from popi_jax.model import sharding
 from popi_jax.model import tokenizer as tokenizer_lib
 from popi_jax.model.config import ModelConfig
 from popi_jax.model.policy import Policy
@@ -291,7 +290,7 @@ def load(path_or_id: str | os.PathLike[str], mesh: jax.sharding.Mesh | None = No
     policy = Policy(config)
     placed = policy.abstract_base()
     if mesh is not None:
-        placed = sharding.param_shardings(policy.logical_axes_base(), placed, mesh)
+        placed = policy.base_shardings(mesh)
     for leaf in table:
         place = None if mesh is None else _get(placed, leaf.path)
         _set(params, leaf.path, _load_leaf(weights, leaf, config, place))

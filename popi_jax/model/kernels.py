@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import Mesh
 
 from popi_jax.errors import UserError
 from popi_jax.model import attention, remat, sharding
@@ -62,42 +62,38 @@ def resolve(name: str, platform: str, compute_dtype: str) -> str:
     return name
 
 
-def bind(name: str) -> Attend:
-    """The attention of this resolved name; like `attention.attend`, it runs under jit with or without a mesh set.
+def bind(name: str, mesh: Mesh | None) -> Attend:
+    """The attention of this resolved name, on this mesh or on one device.
 
     XLA's is split by the compiler. A kernel is opaque to it, so the others run on each device's own lines and heads.
 
     Raises:
-        UserError: (when traced) lines or heads that do not divide over the mesh that is set.
+        UserError: (when traced) lines or heads that do not divide over the mesh.
     """
-    return {"xla": attention.attend, "splash": per_device(splash), "cudnn": per_device(cudnn)}[name]
+    return {"xla": attention.attend, "splash": per_device(splash, mesh), "cudnn": per_device(cudnn, mesh)}[name]
 
 
-def per_device(attend: Attend) -> Attend:
-    """`attend` on each device's share of the lines and heads (sharding.RULES), where a mesh is set; no communication.
+def per_device(attend: Attend, mesh: Mesh | None) -> Attend:
+    """`attend` on each device's share of the lines and heads (sharding.RULES); no communication.
 
     Query heads and their kv heads are split alike, so that a device holds whole groups of them.
     """
+    if mesh is None:
+        return attend
 
     @functools.wraps(attend)
     def split(q_BxLxHxDh: jax.Array, k_BxLxKvxDh: jax.Array, v_BxLxKvxDh: jax.Array, segments_BxL: jax.Array) -> Any:
-        args = (q_BxLxHxDh, k_BxLxKvxDh, v_BxLxKvxDh, segments_BxL)
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
-            return attend(*args)
-        q_spec, kv_spec = (
-            _spec(x, ("batch", "length", heads, "head_dim"), mesh)
-            for x, heads in ((q_BxLxHxDh, "heads"), (k_BxLxKvxDh, "kv_heads"))
-        )
-        in_specs = (q_spec, kv_spec, kv_spec, _spec(segments_BxL, ("batch", "length"), mesh))
+        def spec(x: jax.Array, *axes: str) -> jax.sharding.PartitionSpec:
+            return sharding.spec(axes, x.shape, mesh, "attention")
+
+        q_spec = spec(q_BxLxHxDh, "batch", "length", "heads", "head_dim")
+        kv_spec = spec(k_BxLxKvxDh, "batch", "length", "kv_heads", "head_dim")
+        in_specs = (q_spec, kv_spec, kv_spec, spec(segments_BxL, "batch", "length"))
         # Unchecked: a kernel does not say over which axes its result varies.
-        return jax.shard_map(attend, in_specs=in_specs, out_specs=q_spec, check_vma=False)(*args)
+        split_attend = jax.shard_map(attend, mesh=mesh, in_specs=in_specs, out_specs=q_spec, check_vma=False)
+        return split_attend(q_BxLxHxDh, k_BxLxKvxDh, v_BxLxKvxDh, segments_BxL)
 
     return split
-
-
-def _spec(x: jax.Array, axes: tuple[str, ...], mesh: AbstractMesh) -> jax.sharding.PartitionSpec:
-    return sharding.spec(axes, x.shape, mesh, "attention")
 
 
 def splash(

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from popi_jax.model import decoder as decoder_lib
 from popi_jax.model import lora as lora_lib
-from popi_jax.model import weights
+from popi_jax.model import sharding, weights
 from popi_jax.model.config import LoraConfig, ModelConfig
 from popi_jax.model.decoder import Decoder
 from popi_jax.model.weights import Tree
@@ -23,10 +24,12 @@ class Policy:
     Attributes:
         config: the model's shapes.
         lora: the adapter's shape; None for full fine-tuning, where delta is a whole set of weights.
+        mesh: the devices that activations are split over as sharding.RULES say; None for one device.
     """
 
     config: ModelConfig
     lora: LoraConfig | None = None
+    mesh: Mesh | None = None
 
     def init_base(self, key: jax.Array) -> Tree:
         """Random base weights, float32."""
@@ -48,10 +51,10 @@ class Policy:
         In full fine-tuning delta holds the weights, and base is not looked at. Pure: works inside jit and grad.
         """
         if delta is None:
-            return nnx.merge(_graph(self.config, None), base)
+            return nnx.merge(_graph(self.config, None, self.mesh), base)
         if self.lora is None:
-            return nnx.merge(_graph(self.config, None), delta)
-        return nnx.merge(_graph(self.config, self.lora), weights.merge_trees(base, delta))
+            return nnx.merge(_graph(self.config, None, self.mesh), delta)
+        return nnx.merge(_graph(self.config, self.lora, self.mesh), weights.merge_trees(base, delta))
 
     def fuse(self, base: Tree, delta: Tree | None) -> Tree:
         """Plain base-shaped weights of the same function as bind(base, delta), for export."""
@@ -69,13 +72,13 @@ class Policy:
         """Shapes and types of the delta: config.trained_dtype."""
         return weights.abstract_tree(self._declared_delta(), self.config.trained_dtype)
 
-    def logical_axes_base(self) -> Tree:
-        """Logical axis names of the base weights, for sharding.param_shardings."""
-        return weights.axes_tree(self._declared_base())
+    def base_shardings(self, mesh: Mesh) -> Tree:
+        """The sharding of every base weight on this mesh."""
+        return sharding.param_shardings(weights.axes_tree(self._declared_base()), self.abstract_base(), mesh)
 
-    def logical_axes_delta(self) -> Tree:
-        """Logical axis names of the delta."""
-        return weights.axes_tree(self._declared_delta())
+    def delta_shardings(self, mesh: Mesh) -> Tree:
+        """The sharding of every array of the delta on this mesh."""
+        return sharding.param_shardings(weights.axes_tree(self._declared_delta()), self.abstract_delta(), mesh)
 
     def _declared_base(self) -> Tree:
         return decoder_lib.declare(self.config)
@@ -86,6 +89,6 @@ class Policy:
 
 
 @functools.cache
-def _graph(config: ModelConfig, lora: LoraConfig | None) -> Any:
+def _graph(config: ModelConfig, lora: LoraConfig | None, mesh: Mesh | None) -> Any:
     """The decoder's static part; made without drawing a weight."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, lora, rngs=nnx.Rngs(0))))[0]
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, lora, mesh, rngs=nnx.Rngs(0))))[0]

@@ -1,14 +1,14 @@
 """Rematerialisation: what a backward pass computes again instead of keeping it."""
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-_OFF = contextvars.ContextVar("_OFF", default=False)
 DOTS = "dots"  # What keepable marks, for jax.checkpoint and for kernels that mark their own.
+# The scope of everything that a gradient computes a second time: jax.checkpoint's own name, so that a trace or a count
+# of products tells all of it by one name.
+RECOMPUTED = "rematted_computation"
 
 
 # config.model.remat: what is kept of each layer. From most memory to least, and from the least computed again to the
@@ -32,11 +32,6 @@ def keepable(product: jax.Array) -> jax.Array:
     return checkpoint_name(product, DOTS)
 
 
-def computes_again() -> bool:
-    """Whether a gradient may compute again what it could have kept: not within `nothing_twice`."""
-    return not _OFF.get()
-
-
 def remat(fn: Callable, *, looped: bool, kept: Callable[..., bool] | None = None) -> Callable:
     """The same function; its gradient computes it again from its arguments.
 
@@ -46,14 +41,4 @@ def remat(fn: Callable, *, looped: bool, kept: Callable[..., bool] | None = None
             whose result is kept.
         kept: of jax.checkpoint_policies: what is kept nonetheless.
     """
-    return jax.checkpoint(fn, prevent_cse=not looped, policy=kept) if computes_again() else fn
-
-
-@contextlib.contextmanager
-def nothing_twice() -> Iterator[None]:
-    """Within, what is traced computes nothing again: its products are the model's own, to be counted."""
-    token = _OFF.set(True)
-    try:
-        yield
-    finally:
-        _OFF.reset(token)
+    return jax.checkpoint(fn, prevent_cse=not looped, policy=kept)

@@ -137,9 +137,9 @@ def optimizer_shardings(tx: optax.GradientTransformation, abstract: Any, shardin
     )
 
 
-def row_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Over how many devices the rows of a batch are split."""
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+def row_shards(mesh: Mesh | AbstractMesh | None) -> int:
+    """Over how many devices the rows of a batch are split; 1 without a mesh."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -157,9 +157,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
+def compiler_options(mesh: Mesh | None) -> dict[str, str]:
     """For jax.jit of every program that runs on this mesh."""
-    if mesh.devices.flat[0].platform != "tpu":
+    if mesh is None or mesh.devices.flat[0].platform != "tpu":
         return {}
     # Else a weight that `gather` makes whole is taken apart again, piece by piece, with sums written after each: ten
     # times the memory traffic of a 3B model's forward pass, and twice its temporaries.
@@ -173,38 +173,37 @@ def to_host(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Holds an activation to its logical axes where a mesh is set (jax.set_mesh); does nothing where none is.
+def constrain(x: jax.Array, axes: Sequence[str], mesh: Mesh | None) -> jax.Array:
+    """Holds an activation to its logical axes on this mesh; does nothing without one.
 
-    Without it the compiler may split activations as it finds the weights, along the model width, instead of by rows.
+    Otherwise the compiler may split activations like the weights, along the model width, instead of by rows.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh, "activation"))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh, "activation")))
 
 
-def weight_stays(rows: int, into: int, out: int) -> bool:
+def weight_stays(rows: int, into: int, out: int, *, mesh: Mesh | None) -> bool:
     """Whether `rows` rows are sent to the pieces of a weight [into, out] for their product, and not the pieces to them.
 
     What fsdp splits is gathered where there are many rows, as in training. The rows of one decoded token are far fewer
     numbers than the weight: every device of a replica then multiplies all of them with its own piece, which is read
     once and sent nowhere.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1:
+    if mesh is None or mesh.shape["fsdp"] == 1:
         return False
     rows //= mesh.shape["data"]
     return rows <= _MOST_FEW and rows * (into + out) < into * out
 
 
-def send_rows(multiply: Callable, into: str, out: str) -> Callable:
-    """`multiply`, for rows [R, E] and a weight [E, O] that stays where it lies, with a mesh set.
+def send_rows(multiply: Callable, into: str, out: str, mesh: Mesh | None) -> Callable:
+    """`multiply`, for rows [R, E] and a weight [E, O] that stays on its devices.
 
     Args:
         multiply: the product of two such matrices.
         into: the weight's logical axis E.
         out: its logical axis O.
+        mesh: the mesh that both lie on.
 
     Returns:
         The same function of whole arrays; its result lies by rows.
@@ -218,41 +217,41 @@ def send_rows(multiply: Callable, into: str, out: str) -> Callable:
         few, batch, fsdp = RULES["few"], RULES["batch"], RULES[into]
         in_specs = (PartitionSpec(few, fsdp), PartitionSpec(fsdp, RULES[out]))
         # Unchecked: `multiply` may have a derivative of its own, which does not say over which axes it varies.
-        return jax.shard_map(add_up, in_specs=in_specs, out_specs=PartitionSpec(batch, RULES[out]), check_vma=False)
+        out_specs = PartitionSpec(batch, RULES[out])
+        return jax.shard_map(add_up, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     if "fsdp" not in RULES[out]:
         return multiply
 
     def place(x_RxE: jax.Array, kernel_ExO: jax.Array) -> jax.Array:
-        y_RxO = constrain(multiply(constrain(x_RxE, ("few", into)), kernel_ExO), ("few", out))
+        y_RxO = constrain(multiply(constrain(x_RxE, ("few", into), mesh), kernel_ExO), ("few", out), mesh)
         # In two moves: else the weight is made whole to have the rows in their place at once.
-        return constrain(y_RxO, ("batch", "activation"))
+        return constrain(y_RxO, ("batch", "activation"), mesh)
 
     return place
 
 
-def gather(weight: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """A weight for its use: whole along fsdp, where a mesh is set. Its gradient goes back to the pieces.
+def gather(weight: jax.Array, axes: Sequence[str], mesh: Mesh | None) -> jax.Array:
+    """A weight for its use: whole along fsdp. Its gradient goes back to the pieces.
 
     Left to itself the compiler goes through the pieces one by one wherever a product uses them, and writes its sums to
     memory after each.
     """
-    return weight if jax.sharding.get_abstract_mesh().empty else _gathered(tuple(axes), weight)
+    return weight if mesh is None else _gathered(tuple(axes), mesh, weight)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gathered(axes: tuple[str, ...], weight: jax.Array) -> jax.Array:
-    mesh = jax.sharding.get_abstract_mesh()
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gathered(axes: tuple[str, ...], mesh: Mesh, weight: jax.Array) -> jax.Array:
     pieces = spec(axes, weight.shape, mesh, "weight")
     whole = PartitionSpec(*(None if part == ("fsdp",) else part for part in pieces))
-    return jax.lax.with_sharding_constraint(weight, whole)
+    return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, whole))
 
 
-def _gathered_forward(axes: tuple[str, ...], weight: jax.Array) -> tuple[jax.Array, None]:
-    return _gathered(axes, weight), None
+def _gathered_forward(axes: tuple[str, ...], mesh: Mesh, weight: jax.Array) -> tuple[jax.Array, None]:
+    return _gathered(axes, mesh, weight), None
 
 
-def _gathered_backward(axes: tuple[str, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    return (constrain(gradient, axes),)
+def _gathered_backward(axes: tuple[str, ...], mesh: Mesh, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (constrain(gradient, axes, mesh),)
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)

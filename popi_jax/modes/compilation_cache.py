@@ -1,6 +1,6 @@
-"""Keeps compiled programs between processes: a run that is gone on with, or evaluated, does not compile again.
+"""Keeps compiled programs between processes, so that a run that is resumed or evaluated does not compile again.
 
-They are native code, so they lie in a folder of the user's own and never in a workdir, which may be passed on.
+The programs are native code. They are kept in the user's cache folder and never in a workdir, which may be shared.
 """
 
 import contextlib
@@ -10,58 +10,80 @@ import pathlib
 import platform
 
 import jax
+from etils import epath
 
-_MAX_BYTES = 4 << 30  # Of the folder: beyond it, what was not used for longest goes.
-_MIN_COMPILE_S = "0.1"  # JAX's own default, 1 s, leaves out half of a small model's programs.
+_MAX_BYTES = 4 << 30  # Of the folder. Beyond it, JAX removes the programs that were not used for the longest time.
+_NO_LIMIT = -1
+_MIN_COMPILE_S = 0.1  # JAX's default, 1 s, leaves out half of a small model's programs.
 
 
 def enable() -> None:
     """Makes JAX keep compiled programs in `folder()`, unless the environment says otherwise.
 
-    JAX's own variables go before: JAX_COMPILATION_CACHE_DIR names another folder (on a pod a bucket, so that every
-    host finds them), which is left to its owner; JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. To be called before
+    JAX's own variables take precedence: JAX_COMPILATION_CACHE_DIR names another folder (on a pod a bucket, so that
+    every host finds the programs), which is used as it is; JAX_ENABLE_COMPILATION_CACHE=false keeps nothing;
+    JAX_COMPILATION_CACHE_MAX_SIZE and JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS replace our values. Call this before
     anything is compiled.
     """
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     own = folder()
-    _tidy(own)
+    settings = {
+        "jax_compilation_cache_max_size": _limit(own),
+        "jax_persistent_cache_min_compile_time_secs": _MIN_COMPILE_S,
+    }
+    for name, value in settings.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
+    if jax.config.jax_compilation_cache_max_size != _NO_LIMIT:  # type: ignore[attr-defined]
+        _remove_unfinished(own)
     jax.config.update("jax_compilation_cache_dir", str(own))
-    seconds = os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", _MIN_COMPILE_S)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", float(seconds))
 
 
 def folder() -> pathlib.Path:
     """$XDG_CACHE_HOME/popi_jax/compiled (~/.cache by default), and in it one folder per kind of CPU.
 
-    JAX tells accelerators apart by itself, and CPUs not: code for one with AVX-512 would crash on one without, where
-    machines share a home.
+    JAX distinguishes accelerators but not CPUs: where machines share a home, code that was compiled for AVX-512 would
+    crash on a CPU without it.
     """
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(home) / "popi_jax" / "compiled" / hashlib.sha256(_cpu().encode()).hexdigest()[:16]
 
 
-def _tidy(own: pathlib.Path) -> None:
-    """Makes room. JAX's own limit keeps a second file per program; killed between the two, it takes no program more."""
-    found = []
-    for path in own.glob("*"):
-        with contextlib.suppress(FileNotFoundError):  # Another process tidies, too.
-            stat = path.stat()
-            found.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
-    total = sum(size for _, size, _ in found)
-    for _, size, path in sorted(found):
-        if total <= _MAX_BYTES:
-            break
-        path.unlink(missing_ok=True)
-        total -= size
+def _limit(own: pathlib.Path) -> int:
+    """Creates the folder and returns its limit in bytes; _NO_LIMIT where the folder's owner has no name.
+
+    Owners have no name in a container that runs under an arbitrary user id. JAX 0.10.2 reads file sizes through etils,
+    which looks up the owner's name and fails, so that a limit would stop almost every write (jax-ml/jax#40650).
+    """
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+        epath.Path(own).stat()
+    except KeyError:
+        return _NO_LIMIT
+    except OSError:  # JAX warns of a folder that cannot be written, and the run goes on without it.
+        pass
+    return _MAX_BYTES
+
+
+def _remove_unfinished(own: pathlib.Path) -> None:
+    """Removes the entries without the second file that JAX writes under a limit, which holds the time of last use.
+
+    A process that is killed between the two leaves an entry that may be cut short, and beside which JAX 0.10.2 keeps
+    no other program (jax-ml/jax#39880; findings/jax_cache_entry_without_atime.sh).
+    """
+    with contextlib.suppress(OSError):  # An entry that stays costs time, and must not stop a run.
+        for entry in own.glob("*-cache"):
+            if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
+                entry.unlink(missing_ok=True)  # Another process may remove it, too.
 
 
 def _cpu() -> str:
     described = platform.machine() + platform.processor()
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # Not on Linux: machines of one architecture share no home there, as a rule.
+    except OSError:  # Not Linux. There, machines rarely share a home.
         return described
-    # The instructions that it has, and the model, which the compiler tunes for; once, however many cores there are.
+    # The instruction sets, and the model, which the compiler tunes for. Every core repeats them; each line counts once.
     kinds = ("flags", "Features", "model", "model name", "cpu family", "CPU part")
     return described + "".join(dict.fromkeys(line for line in lines if line.split("\t")[0].strip() in kinds))

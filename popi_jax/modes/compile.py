@@ -6,47 +6,46 @@ Shapes: as in steps.py, rollout.py and pairs.py.
 """
 
 import dataclasses
-import functools
 import os
 import pathlib
 import re
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
+from popi_jax.config import SUMMARIZED, Config
 from popi_jax.cost import bound, chips, flops, printed, traffic
-from popi_jax.data import packing
+from popi_jax.data.shapes import Shapes, abstract_bins, bins_shardings, placed
 from popi_jax.errors import UserError, first_line
-from popi_jax.model import hub, remat, sharding
-from popi_jax.modes import setup as system_lib
-from popi_jax.modes import train
-from popi_jax.modes.setup import Plan
-from popi_jax.rollout import pairs, sampler
-from popi_jax.rollout import text as rollout
-from popi_jax.training import scoring, steps
+from popi_jax.model import hub, sharding
+from popi_jax.model.weights import Tree
+from popi_jax.modes import setup
+from popi_jax.modes.programs import Programs
+from popi_jax.rollout import sampler, text
+from popi_jax.training import schedule
 
 HERE = "here"  # The topology that is this machine's own devices.
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """One jitted function of a run, with abstract arguments that know their shardings.
+class Call:
+    """One program of a run with abstract arguments that know their shardings.
 
     Attributes:
-        name: what the report calls it.
-        fn: jitted.
-        args: of fn.
+        name: in the report.
+        fn: jitted, from programs.py.
+        args: its arrays.
+        options: its static arguments.
         trips: how often each loop runs whose end depends on the data: the decode loops, at most.
     """
 
     name: str
     fn: Any
     args: tuple[Any, ...]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
     trips: tuple[int, ...] = ()
 
 
@@ -73,124 +72,64 @@ def slice_devices(topology: str) -> list[jax.Device]:
         ) from error
 
 
-def programs(plan: Plan) -> list[Program]:
-    """Every program of a run of this plan, at the limits of its config."""
-    config, mesh = plan.config, plan.mesh
-    everywhere = sharding.replicated(mesh)
-    policy = plan.policy
-    base = placed(
-        policy.abstract_base(), sharding.param_shardings(policy.logical_axes_base(), policy.abstract_base(), mesh)
-    )
-    state = train.abstract_state(plan)
-    kinds = sorted({system_lib.step_kind(config, step) for step in range(system_lib.total_steps(config))})
+def calls(config: Config, programs: Programs) -> list[Call]:
+    """Every call of a run's programs, at the limits of its config."""
+    shapes = Shapes(config, programs.mesh, config.limits.buckets)
+    base, state = programs.abstract_base(), programs.abstract_state()
+    kinds = sorted(schedule.step_kinds(config))
     found = []
-    writes = config.method in system_lib.SUMMARIZED
+    writes = config.method in SUMMARIZED
     if writes:
-        k = max(system_lib.summaries_per_user(config, kind) for kind in kinds)
-        found.append(_summaries(plan, "sample", base, state.phi, rollout.in_training(config), k))
-    step_fns = train.make_steps(plan)
-    found += [Program(f"{kind} step", step_fns[kind], (state, base, abstract_batch(plan, kind))) for kind in kinds]
+        k = max((shapes.summaries(kind) for kind in kinds), default=1)
+        found.append(_summaries(shapes, programs, "sample", base, state.phi, text.in_training(config), k))
+    found += [
+        Call(f"{kind} step", programs.train_steps[kind], (state, base, shapes.step(kind).abstract(programs.mesh)))
+        for kind in kinds
+    ]
     if writes:
         k = config.eval.summaries_per_user
-        found.append(_summaries(plan, "evaluate: sample", base, state.phi, rollout.in_use(config), k))
-    rows = packing.round_up(config.eval.users_per_batch * config.eval.summaries_per_user, sharding.row_shards(mesh))
-    scored = abstract_bins(plan, rows)
-    score = jax.jit(
-        functools.partial(steps.pair_logps, policy, reduction=config.objective.logp_reduction),
-        out_shardings=everywhere,
-        compiler_options=sharding.compiler_options(mesh),
-    )
-    args = (base, state.theta, placed(scored, pairs.packed_shardings(mesh, sharding.batch_sharding(mesh))))
-    found.append(Program("evaluate: score", score, args))
+        found.append(_summaries(shapes, programs, "evaluate: sample", base, state.phi, text.in_use(config), k))
+    split = bins_shardings(sharding.batch_sharding(programs.mesh), programs.mesh)
+    bins = placed(abstract_bins(shapes.scoring()), split)
+    found.append(Call("evaluate: score", programs.score, (base, state.theta, bins)))
     if config.eval.samples:
-        sampling = dataclasses.replace(rollout.in_use(config), rows=config.eval.samples)
+        sampling = dataclasses.replace(text.in_use(config), batch_size=config.eval.samples)
         lengths = config.limits.prompt, config.eval.response_tokens
-        found.append(_drawing(plan, "evaluate: respond", base, state.theta, sampling, 1, *lengths))
+        found.append(_drawing(shapes, programs, "evaluate: respond", base, state.theta, sampling, 1, *lengths))
     return found
 
 
-def _summaries(plan: Plan, name: str, base, phi, sampling: rollout.Sampling, k: int) -> Program:
-    limits = plan.config.limits
-    return _drawing(plan, name, base, phi, sampling, k, limits.signals, limits.summary)
+def _summaries(
+    shapes: Shapes, programs: Programs, name: str, base: Tree, phi: Tree, sampling: text.Sampling, k: int
+) -> Call:
+    limits = shapes.config.limits
+    return _drawing(shapes, programs, name, base, phi, sampling, k, limits.signals, limits.summary)
 
 
 def _drawing(
-    plan: Plan, name: str, base, delta, sampling: rollout.Sampling, branches: int, longest: int, max_tokens: int
-) -> Program:
+    shapes: Shapes,
+    programs: Programs,
+    name: str,
+    base: Tree,
+    delta: Tree,
+    sampling: text.Sampling,
+    branches: int,
+    longest: int,
+    max_tokens: int,
+) -> Call:
     """`branches` texts after each prompt, the prompts all as long as the longest."""
-    mesh = plan.mesh
-    B = packing.round_up(sampling.rows, sharding.row_shards(mesh))
-    lines = _int32(B, packing.bucket(longest, plan.buckets)), _int32(B)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    options: dict[str, Any] = {"policy": plan.policy, "branches": branches, "max_tokens": max_tokens}
+    mesh = programs.mesh
+    B, T = shapes.lines(sampling.batch_size, longest)
+    tokens, length = (jax.ShapeDtypeStruct(shape, np.int32) for shape in ((B, T), (B,)))
+    lines = placed((tokens, length), sharding.batch_sharding(mesh))
+    key = placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh))
+    options: dict[str, Any] = {"branches": branches, "max_tokens": max_tokens}
     # Any ids do: a program's shape does not depend on them.
     options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "stop_ids": (0,), "pad_id": 0}
-    compiler_options = sharding.compiler_options(mesh)
-    fn = jax.jit(functools.partial(rollout.draw, **options), compiler_options=compiler_options)
-    args = (base, delta, *placed(lines, sharding.batch_sharding(mesh)), placed(key, sharding.replicated(mesh)))
-    return Program(name, fn, args, trips=sampler.turns(max_tokens))
+    return Call(name, programs.sample, (base, delta, *lines, key), options, sampler.turns(max_tokens))
 
 
-def abstract_batch(plan: Plan, kind: str) -> Any:
-    """The batch of a step, every signal, prompt, summary and response as long as its limit."""
-    config, mesh = plan.config, plan.mesh
-    U = packing.round_up(config.train.users_per_step, sharding.row_shards(mesh))
-    learned = system_lib.summaries_per_user(config, "generator")
-    if kind == "generator":
-        return abstract_rows(plan, U * learned * config.data.queries_per_user)
-    A, K, S = config.train.accumulation_inference, config.sampling.k, config.limits.summary
-    T = packing.bucket(config.limits.signals, plan.buckets)
-    rows = scoring.PrefixBatch(_int32(A, U // A, T), _int32(A, U // A), _int32(A, U // A, K, S), _int32(A, U // A, K))
-    drawn = steps.InferenceBatch(rows, _abstract(jnp.float32, A, U // A, K, S))
-    inference = placed(drawn, sharding.stack_sharding(mesh))
-    generator = abstract_rows(plan, U * K * config.data.queries_per_user)
-    if kind == "inference":
-        return inference, generator
-    fewer = abstract_rows(plan, U * learned * config.data.queries_per_user) if learned < K else None
-    return inference, generator, fewer
-
-
-def abstract_rows(plan: Plan, R: int) -> steps.GeneratorBatch:
-    """R generator rows at the limits, in their micro-batches."""
-    mesh, A = plan.mesh, plan.config.train.accumulation_generator
-    micro = abstract_bins(plan, R, lambda count: packing.coarse(-(-count // A)))
-    bins = jax.tree.map(lambda x: jax.ShapeDtypeStruct((A, *x.shape), x.dtype), micro)
-    ref = _abstract(jnp.float32, A, R, 2), _abstract(jnp.float32, A, R)
-    return steps.GeneratorBatch(
-        placed(bins, pairs.packed_shardings(mesh, sharding.stack_sharding(mesh))),
-        *placed(ref, sharding.replicated(mesh)),
-    )
-
-
-def abstract_bins(plan: Plan, R: int, rounded: Callable[[int], int] = int) -> scoring.PackedBatch:
-    """R rows of the longest prompt with the two longest responses, packed; `rounded` gives the number of bins."""
-    limits, shards = plan.config.limits, sharding.row_shards(plan.mesh)
-    longest = limits.prompt + 2 * limits.response
-    length = max(limits.bin, packing.bucket(longest, plan.buckets))
-    per_bin = length // longest
-    C = packing.round_up(rounded(-(-R // per_bin)), shards)
-    W = packing.round_up(C // shards * per_bin * 2 * limits.response, -(-C // shards * length // 4))
-    bins, scored = _int32(C, length), _int32(shards, W)
-    return scoring.PackedBatch(bins, bins, bins, scored, scored, scored, _int32(R, 2), _int32(R))
-
-
-def placed(tree: Any, shardings: Any) -> Any:
-    """Abstract arrays with their shardings: a tree of them, or one for all."""
-    if isinstance(shardings, jax.sharding.Sharding):
-        one = shardings
-        shardings = jax.tree.map(lambda _: one, tree)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
-def _abstract(dtype: Any, *shape: int) -> Any:  # Any: it stands in for an array.
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _int32(*shape: int) -> Any:
-    return _abstract(np.int32, *shape)
-
-
-def report(config, topology: str) -> dict[str, Any]:
+def report(config: Config, topology: str) -> dict[str, Any]:
     """Compiles every program and says what each takes; what `table` shows and --output holds.
 
     Args:
@@ -200,24 +139,20 @@ def report(config, topology: str) -> dict[str, Any]:
     Raises:
         UserError: for a config that makes no sense, or does not fit the slice's mesh.
     """
-    system_lib.check(config)
     devices = slice_devices(topology)
-    mesh = system_lib.make_mesh(config, devices)
-    model = hub.read_config(model_shape(config), **system_lib.model_options(config, mesh))
-    plan = system_lib.make_plan(config, mesh, model)
-    # Of a kernel's products only the kernel knows; the plain attention does as many, but for what it masks.
-    plain = system_lib.make_plan(config, mesh, dataclasses.replace(model, attention="xla"))
+    mesh = setup.make_mesh(config, devices)
+    model = hub.read_config(model_shape(config), **setup.model_options(config, mesh))
+    run = setup.make_programs(config, mesh, model)
+    # A kernel's products are known to the kernel alone; plain attention does as many, apart from masked ones.
+    plain = setup.make_programs(config, mesh, dataclasses.replace(model, attention="xla"))
     kind = devices[0].device_kind
     chip = None if topology == HERE else chips.chip(kind)
     rows = []
-    # Made before the mesh is set: on devices that are not there not even a zero can be computed.
-    both = list(zip(programs(plan), programs(plain), strict=True))
-    with jax.set_mesh(mesh):
-        for program, counted in both:
-            print(f"compiling {program.name} ...", flush=True)
-            taken, moved = compile_program(program)
-            row = {"program": program.name} | products(counted) | taken
-            rows.append(row if chip is None else row | at_best(row, moved, mesh.size, chip))
+    for call, counted in zip(calls(config, run), calls(config, plain), strict=True):
+        print(f"compiling {call.name} ...", flush=True)
+        taken, moved = compile_call(call)
+        row = {"program": call.name} | products(counted) | taken
+        rows.append(row if chip is None else row | at_best(row, moved, mesh.size, chip))
     return {
         "schema": 1,
         "config": config.name,
@@ -229,7 +164,7 @@ def report(config, topology: str) -> dict[str, Any]:
     }
 
 
-def model_shape(config) -> pathlib.Path:
+def model_shape(config: Config) -> pathlib.Path:
     """The config.json that says what the model is: of the folder model.path, or model.shape."""
     if config.model.path == "stylebook" or pathlib.Path(config.model.path).is_dir():
         return hub.resolve(config.model.path) / "config.json"
@@ -241,25 +176,21 @@ def model_shape(config) -> pathlib.Path:
     return pathlib.Path(config.model.shape)
 
 
-def products(program: Program) -> dict[str, float]:
-    """FLOPs of the program's products on all devices: the model's own, and with what is computed again."""
-
-    def count() -> float:
-        # A function of its own each time: JAX keeps the trace of one that it knows, and what is computed again in it.
-        traced = jax.make_jaxpr(lambda *args: program.fn.__wrapped__(*args))(*program.args)
-        return flops.count(traced, program.trips)
-
-    with remat.nothing_twice():
-        own = count()
-    return {"model_flops_all_devices": own, "executed_flops_all_devices": count()}
+def products(call: Call) -> dict[str, float]:
+    """FLOPs of the call's products on all devices: the model's own, and with those that are computed again."""
+    traced = call.fn.trace(*call.args, **call.options).jaxpr
+    return {
+        "model_flops_all_devices": flops.count(traced, call.trips, recomputed=False),
+        "executed_flops_all_devices": flops.count(traced, call.trips),
+    }
 
 
-def compile_program(program: Program) -> tuple[dict[str, Any], traffic.Traffic | None]:
-    """What one program takes of each device, and what it moves, where the compiler can print it."""
+def compile_call(call: Call) -> tuple[dict[str, Any], traffic.Traffic | None]:
+    """What one call takes of each device, and what it moves, where the compiler can print it."""
     started = time.perf_counter()
     printed.forget()
     try:
-        compiled = program.fn.lower(*program.args).compile()
+        compiled = call.fn.lower(*call.args, **call.options).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -274,10 +205,10 @@ def compile_program(program: Program) -> tuple[dict[str, Any], traffic.Traffic |
         "total_bytes": memory.argument_size_in_bytes + results + memory.temp_size_in_bytes,
     }
     try:
-        text = printed.text(compiled)
+        hlo = printed.text(compiled)
     except jax.errors.JaxRuntimeError as error:  # XLA cannot print some of its own asynchronous instructions.
         return row | {"traffic": None, "why_no_traffic": first_line(error)}, None
-    moved = traffic.measure(text, program.trips)
+    moved = traffic.measure(hlo, call.trips)
     return row | {"traffic": dataclasses.asdict(moved)}, moved
 
 

@@ -1,15 +1,23 @@
-"""The files that a run leaves in its workdir beside metrics and checkpoints: config.json, results.json, JSON lines."""
+"""Whose workdir it is: config.json and environment.json, and whether a finished or a new run may use it."""
 
-import json
-import math
+import importlib.metadata
+import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+import popi_jax
+from popi_jax.config import Config
+from popi_jax.data import files
 from popi_jax.errors import UserError
-from popi_jax.training import metrics
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
 
 # What may change between two starts of one run and leaves its results as they are, but for rounding.
 _ASIDE = (
@@ -36,7 +44,7 @@ class Stopped(Exception):
         super().__init__(f"stopped after step {step}; run the same command again to go on")
 
 
-def claim(workdir: pathlib.Path, config) -> None:
+def claim(workdir: pathlib.Path, config: Config) -> None:
     """Describes the run in its workdir; refuses a workdir that holds a run of another config."""
     changed = _changed(workdir, config)
     bound = {key: values for key, values in changed.items() if not key.startswith(_FREE)}
@@ -50,13 +58,19 @@ def claim(workdir: pathlib.Path, config) -> None:
     describe(workdir, config)
 
 
-def describe(folder: pathlib.Path, config) -> None:
+def one_process(mode: str) -> None:
+    """Refuses a mode that several processes would do over and over."""
+    if jax.process_count() > 1:
+        raise UserError(f"--mode={mode} runs in one process; leave out --distributed")
+
+
+def describe(folder: pathlib.Path, config: Config) -> None:
     """Writes config.json and environment.json: how to make again what the folder holds."""
-    write_text(folder / "config.json", json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n")
-    metrics.write_environment(folder)
+    files.write_json(folder / "config.json", config.model_dump(mode="json"))
+    write_environment(folder)
 
 
-def check_use(workdir: pathlib.Path, config) -> None:
+def check_use(workdir: pathlib.Path, config: Config) -> None:
     """Refuses to use a trained run with a config that makes something else of its weights or its figures.
 
     Data, limits, precision, mesh and everything of the training itself may differ.
@@ -69,69 +83,49 @@ def check_use(workdir: pathlib.Path, config) -> None:
         )
 
 
-def write_results(workdir: pathlib.Path, config, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes results.json, schema 1; a number that is not finite becomes null."""
-    results = {"schema": 1, "config": config.name, "dataset": config.data.dataset, "split": "test", "rows": list(rows)}
-    write_text(workdir / "results.json", json.dumps(_finite(results), indent=2, ensure_ascii=False) + "\n")
-
-
-def finished_row(workdir: pathlib.Path, config) -> dict[str, Any] | None:
+def finished_row(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None:
     """The row of a run of this config that has finished, None if there is none."""
-    path = workdir / "results.json"
-    if not path.exists() or any(not key.startswith(_ASIDE) for key in _changed(workdir, config)):
+    results = files.read_json(workdir / "results.json")
+    if results is None or any(not key.startswith(_ASIDE) for key in _changed(workdir, config)):
         return None
-    return json.loads(path.read_text(encoding="utf-8"))["rows"][0]
+    return results["rows"][0]
 
 
-def write_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One JSON object a line; a number that is not finite becomes null, for JSON has none."""
-    write_text(path, "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows))
+def write_environment(workdir: pathlib.Path) -> None:
+    """Writes environment.json: versions, git commit, devices and the command of this start."""
+    device = jax.devices()[0]
+    environment = {
+        "popi_jax": popi_jax.__version__,
+        "git": git_commit(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "devices": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "processes": jax.process_count(),
+        "flags": {name: os.environ[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if name in os.environ},
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    files.write_json(workdir / "environment.json", environment)
 
 
-def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
-    """What `write_jsonl` wrote, [] where there is no such file; UserError that names a line that is not an object."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    rows = []
-    # Only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON strings may hold.
-    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error}); remove the file and run again") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: not a JSON object; remove the file and run again")
-        rows.append(row)
-    return rows
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all; in a run of several processes the first one writes."""
-    if jax.process_index() != 0:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _changed(workdir: pathlib.Path, config) -> dict[str, tuple[Any, Any]]:
-    """The keys in which the workdir's config.json differs from the config, with both values; {} if there is none."""
-    path = workdir / "config.json"
-    if not path.exists():
-        return {}
+def git_commit() -> str | None:
+    """The commit of the code that runs, "+" if files were changed since; None outside a git checkout."""
+    git = ["git", "-C", str(pathlib.Path(__file__).parent)]
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); choose another --workdir") from error
-    before, now = _flat(there), _flat(json.loads(config.to_json_best_effort()))
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        changed = subprocess.run([*git, "diff", "HEAD", "--quiet"], timeout=10, check=False).returncode != 0
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+" if changed else "")
+
+
+def _changed(workdir: pathlib.Path, config: Config) -> dict[str, tuple[Any, Any]]:
+    """The keys in which the workdir's config.json differs from the config, with both values; {} if there is none."""
+    there = files.read_json(workdir / "config.json", "choose another --workdir")
+    if there is None:
+        return {}
+    before, now = _flat(there), _flat(config.model_dump(mode="json"))
     return {k: (before.get(k), now.get(k)) for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)}
 
 

@@ -1,22 +1,21 @@
-"""Scores preference pairs: log pi(y+|x, z) and log pi(y-|x, z) of queries under what the generator is told of a user.
+"""Preference pairs as rows: packs them for a train step, and scores them: log pi(y+|x, z) and log pi(y-|x, z).
 
-Shapes: R rows for the generator, user-major as in steps.py; C bins of L tokens.
+Shapes: R rows; C bins of L tokens.
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from popi_jax.data import packing
+from popi_jax.data.batch import PackedBatch
+from popi_jax.data.encoding import Encoder
+from popi_jax.data.packing import PairShape, Row, Tree
 from popi_jax.data.schema import Query
-from popi_jax.model import sharding
-from popi_jax.modes.setup import System
-from popi_jax.training import steps
-from popi_jax.training.scoring import PackedBatch
+from popi_jax.data.shapes import Bins, Shapes, bins_shardings
+from popi_jax.model import sharding, weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,116 +26,115 @@ class Item:
     context: str | None
 
 
-@functools.cache
-def _jitted(mesh: jax.sharding.Mesh) -> Any:
-    return jax.jit(
-        steps.pair_logps,
-        static_argnames=("policy", "reduction"),
-        compiler_options=sharding.compiler_options(mesh),
-    )
+@dataclasses.dataclass(frozen=True)
+class Planted:
+    """Rows in bins, not yet laid out: all rows, the index of the first equal one of each, the trees of each bin."""
+
+    rows: list[Row]
+    first_R: list[int]
+    trees: list[list[Tree]]
+    length: int
+
+    @property
+    def bins(self) -> Bins:
+        """What the shape of their arrays depends on."""
+        return Bins(self.length, [sum(tree.scored_tokens for tree in own) for own in self.trees])
 
 
-def pair_row(system: System, item: Item | None) -> packing.Row:
-    """A prompt with y+ and y-; None is a row of padding."""
-    if item is None:
-        return packing.Row([], [[], []])
-    prefix, chosen, rejected = system.encoder.pair(item.query, item.context)
-    return packing.Row(prefix, [chosen, rejected])
+@dataclasses.dataclass(frozen=True)
+class Packer:
+    """Puts pairs into bins. Equal items are read once, and so is what several queries are told of the same user."""
+
+    encoder: Encoder
+    shapes: Shapes
+
+    def row(self, item: Item | None) -> Row:
+        """A prompt with y+ and y-; None is a row of padding."""
+        if item is None:
+            return Row([], [[], []])
+        prefix, chosen, rejected = self.encoder.pair(item.query, item.context)
+        return Row(prefix, [chosen, rejected])
+
+    def plant(self, items: Sequence[Item | None]) -> Planted:
+        """Distributes the items' rows over bins.
+
+        What is told of a user is read once for all queries that follow it, where that is less to read.
+        """
+        rows = [self.row(item) for item in items]
+        first_R = packing.first_equals(items)
+        chosen = sorted(set(first_R))
+        longest, limit = max(rows[r].tokens for r in chosen), self.encoder.limits.bin
+        capacity = limit if longest <= limit else packing.bucket(longest, self.shapes.buckets)
+        sharing: dict[str | None, list[int]] = {}
+        for r in chosen:
+            item = items[r]
+            if item is not None:
+                sharing.setdefault(item.context, []).append(r)
+        trees = packing.plant(rows, sharing.values(), capacity)
+        length = self.shapes.bin_length([tree.tokens for tree in trees])
+        bins = packing.fill_bins([tree.tokens for tree in trees], length)
+        return Planted(rows, first_R, [[trees[i] for i in own] for own in bins], length)
+
+    def pack(self, planted: Planted, shape: PairShape, micro_batches: int) -> PackedBatch:
+        """Lays out a train step's rows as a stack of micro-batches; still on the host.
+
+        The micro-batches share out the bins: each knows all rows, and has the lengths of those that its bins hold.
+        """
+        packed = [
+            # Dealt out in turn, for the first are the fullest.
+            packing.pack_bins(
+                planted.rows, planted.trees[start::micro_batches], shape, pad_id=self._pad_id, first_R=planted.first_R
+            )
+            for start in range(micro_batches)
+        ]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *packed)
+
+    def pack_rows(self, rows: Sequence[Row], trees: Sequence[Sequence[Tree]], shape: PairShape) -> PackedBatch:
+        """Lays out these rows alone, each once, filled up with rows of padding."""
+        return packing.pack_bins(
+            [*rows, *[self.row(None)] * (shape.rows - len(rows))], trees, shape, pad_id=self._pad_id
+        )
+
+    @property
+    def _pad_id(self) -> int:
+        return self.encoder.tokenizer.pad_id
 
 
-def planted_bins(
-    system: System, items: Sequence[Item | None], rows: Sequence[packing.Row], chosen: Sequence[int]
-) -> tuple[list[list[packing.Tree]], int]:
-    """The trees of the chosen rows, bin by bin, and the bins' length: see `bin_length`.
+@dataclasses.dataclass(frozen=True)
+class PairScorer:
+    """Log-probabilities of pairs.
 
-    What is told of a user is read once for all queries that follow it, where that is less to read.
+    Attributes:
+        score: programs.score, the compiled `scoring.response_logps`.
+        base: the frozen weights.
+        packer: puts the pairs into bins.
     """
-    limit = system.config.limits.bin
-    longest = max(rows[r].tokens for r in chosen)
-    capacity = limit if longest <= limit else packing.bucket(longest, system.buckets)
-    told: dict[str | None, list[int]] = {}
-    for r in chosen:
-        item = items[r]
-        if item is not None:
-            told.setdefault(item.context, []).append(r)
-    trees = packing.plant(rows, told.values(), capacity)
-    length = bin_length(system, [tree.tokens for tree in trees])
-    return [[trees[i] for i in own] for own in packing.fill_bins([tree.tokens for tree in trees], length)], length
 
+    score: Callable[..., jax.Array]
+    base: weights.Tree
+    packer: Packer
 
-def bin_length(system: System, lengths: Sequence[int]) -> int:
-    """The length of bins for such rows: limits.bin, or a bucket that holds the longest where that pads far less."""
-    limit = system.config.limits.bin
-    longest = max(lengths, default=0)
-    if longest > limit:
-        return packing.bucket(longest, system.buckets)
-    positions = {
-        size: len(packing.fill_bins(lengths, size)) * size
-        for size in (limit, *system.buckets)
-        if longest <= size <= limit
-    }
-    best = min(positions, key=lambda size: positions[size])
-    # Not for a little less: another length is another shape to compile.
-    return best if positions[best] < 0.9 * positions[limit] else limit
+    def logps(self, theta: weights.Tree | None, items: Sequence[Item], at_a_time: int | None = None) -> np.ndarray:
+        """Log pi(y+|x,z) and log pi(y-|x,z) of every item, [n, 2]; theta None is the reference.
 
-
-def packed_shardings(mesh: jax.sharding.Mesh, bins: Any) -> PackedBatch:
-    """Where a PackedBatch lies: its bins as `bins` says, what there is of each row on all devices."""
-    everywhere: Any = sharding.replicated(mesh)
-    names = [field.name for field in dataclasses.fields(PackedBatch)]
-    return PackedBatch(**{name: everywhere if name in ("length_RxN", "first_R") else bins for name in names})
-
-
-def pack_pairs(system: System, items: Sequence[Item | None], least_bins: int = 0) -> PackedBatch:
-    """Packs a train step's rows, in `least_bins` bins or more in all, as a stack of micro-batches; still on the host.
-
-    Of rows that are the same, as those of a user's summaries of the same text, one is read. It is the bins that the
-    micro-batches share out: each knows of all rows, and has the lengths of those that its bins hold.
-    """
-    rows = [pair_row(system, item) for item in items]
-    first_R = packing.first_equals(items)
-    bins, length = planted_bins(system, items, rows, sorted(set(first_R)))
-    micro_batches = system.config.train.accumulation_generator
-    # Dealt out in turn, for the first are the fullest. Rounded up, so that steps have few shapes, and every device has
-    # as many bins.
-    parts = [bins[start::micro_batches] for start in range(micro_batches)]
-    shards = sharding.row_shards(system.mesh)
-    n_bins = packing.round_up(packing.coarse(-(-max(least_bins, len(bins)) // micro_batches)), shards)
-    shape = packing.BinShape(n_bins, length, shards)
-    scored = max(packing.most_scored(part, shape) for part in parts)
-    packed = [
-        packing.pack_bins(rows, part, shape, scored=scored, pad_id=system.tokenizer.pad_id, first_R=first_R)
-        for part in parts
-    ]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *packed)
-
-
-def pair_logps(system: System, theta, items: Sequence[Item], rows: int) -> np.ndarray:
-    """Log pi(y+|x,z) and log pi(y-|x,z) of every item, [n, 2]; about `rows` of them at a time, all in one shape.
-
-    Many summaries of a trained model are the same text: equal items are scored once.
-    """
-    first_R = packing.first_equals(items)
-    unique = sorted(set(first_R))
-    encoded = [pair_row(system, items[i]) for i in unique]
-    bins, length = planted_bins(system, [items[i] for i in unique], encoded, range(len(unique)))
-    shards = sharding.row_shards(system.mesh)
-    n_bins = packing.round_up(-(-len(bins) * min(rows, len(unique)) // len(unique)), shards)
-    parts = [bins[start : start + n_bins] for start in range(0, len(bins), n_bins)]
-    placed = packed_shardings(system.mesh, sharding.batch_sharding(system.mesh))
-    shape = packing.BinShape(n_bins, length, shards)
-    scored = max(packing.most_scored(part, shape) for part in parts)
-    members = [[r for own in part for tree in own for r in tree.rows] for part in parts]
-    most = packing.coarse(max(map(len, members)))  # Of rows, so that other calls have as many.
-    score = _jitted(system.mesh)
-    logps = np.zeros((len(unique), 2), np.float32)
-    for part, chosen in zip(parts, members, strict=True):
-        place = {r: n for n, r in enumerate(chosen)}
-        own = [[tree.renumbered(place) for tree in part_bin] for part_bin in part]
-        some = [encoded[r] for r in chosen] + [pair_row(system, None)] * (most - len(chosen))
-        packed = packing.pack_bins(some, own, shape, scored=scored, pad_id=system.tokenizer.pad_id)
-        rows_placed = jax.device_put(packed, placed)
-        reduction = system.config.objective.logp_reduction
-        out = score(policy=system.policy, base=system.base, theta=theta, rows=rows_placed, reduction=reduction)
-        logps[chosen] = sharding.to_host(out)[: len(chosen)]
-    return logps[np.searchsorted(unique, first_R)]
+        About `at_a_time` items (None: an evaluation's batch) are scored together, all in one shape. Many summaries of a
+        trained model are the same text: equal items are scored once.
+        """
+        shapes = self.packer.shapes
+        planted = self.packer.plant(items)
+        unique = sorted(set(planted.first_R))
+        n_bins = shapes.scoring_bins(len(planted.trees), len(unique), at_a_time or shapes.config.eval.rows)
+        parts = [planted.trees[start : start + n_bins] for start in range(0, len(planted.trees), n_bins)]
+        members = [[r for own in part for tree in own for r in tree.members] for part in parts]
+        bins = [Bins(planted.length, planted.bins.scored[i * n_bins : (i + 1) * n_bins]) for i in range(len(parts))]
+        # Rounded, so that other calls have as many rows.
+        shape = shapes.scoring(packing.coarse(max(map(len, members))), n_bins, bins)
+        sharding_of = bins_shardings(sharding.batch_sharding(shapes.mesh), shapes.mesh)
+        logps = np.zeros((len(items), 2), np.float32)
+        for part, chosen in zip(parts, members, strict=True):
+            place = {r: n for n, r in enumerate(chosen)}
+            own = [[tree.renumbered(place) for tree in part_bin] for part_bin in part]
+            packed = self.packer.pack_rows([planted.rows[r] for r in chosen], own, shape)
+            out = self.score(self.base, theta, jax.device_put(packed, sharding_of))
+            logps[chosen] = sharding.to_host(out)[: len(chosen)]
+        return logps[planted.first_R]

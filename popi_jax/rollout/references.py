@@ -8,24 +8,21 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from popi_jax.modes.setup import System
-from popi_jax.rollout import pairs
-from popi_jax.rollout.pairs import Item
+from popi_jax.rollout.pairs import Item, PairScorer
 
 
 class References:
     """log pi_ref of query pairs: a constant of the data set, computed in one pass and kept (POPI section 2).
 
-    The file's name is a hash of all that the values depend on but the pairs; each pair is found by its own hash.
+    Args:
+        scorer: scores the pairs that are not known yet, with the base model.
+        folder: where the values are kept.
+        identity: everything that the values depend on but the pairs; its hash is part of the file's name. Each pair is
+            found by its own hash.
     """
 
-    def __init__(self, system: System, folder: pathlib.Path, rows: int):
-        self._system, self._rows = system, rows
-        config = system.config
-        identity = (
-            f"{system.fingerprint}|{system.tokenizer.fingerprint}|{config.prompts.generator_instruction}"
-            f"|{config.objective.logp_reduction}|{config.model.compute_dtype}|{config.model.frozen_dtype}"
-        )
+    def __init__(self, scorer: PairScorer, folder: pathlib.Path, identity: str):
+        self._scorer = scorer
         self._path = folder / f"reference_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
         self._known: dict[str, np.ndarray] = {}
         if self._path.exists():
@@ -37,7 +34,7 @@ class References:
         missing = list({_item_key(item): item for item in items if _item_key(item) not in self._known}.items())
         if not missing:
             return
-        logps = pairs.pair_logps(self._system, None, [item for _, item in missing], self._rows)
+        logps = self._scorer.logps(None, [item for _, item in missing])
         self._known.update(zip([key for key, _ in missing], logps, strict=True))
         if jax.process_index() != 0:
             return
@@ -49,7 +46,7 @@ class References:
     def lookup(self, items: Sequence[Item]) -> np.ndarray:
         """Log pi_ref of y+ and y-, [n, 2]; what `remember` has not seen is computed, in this order, and not kept."""
         unknown = [item for item in items if _item_key(item) not in self._known]
-        fresh = pairs.pair_logps(self._system, None, unknown, self._rows) if unknown else ()
+        fresh = self._scorer.logps(None, unknown) if unknown else ()
         known = collections.ChainMap(dict(zip(map(_item_key, unknown), fresh, strict=True)), self._known)
         return np.stack([known[_item_key(item)] for item in items])
 
@@ -64,10 +61,12 @@ def _item_key(item: Item) -> str:
     return hashlib.sha256("\1".join(parts).encode()).hexdigest()
 
 
-def reference_item(system: System, item: Item, signals: str) -> Item:
-    """What the reference is shown for this row: the question only, unless objective.reference_context says otherwise.
+def reference_item(which: str, item: Item, signals: str) -> Item:
+    """What the reference is shown for a row.
 
-    `signals` are the user's raw ones, where those are what it is shown.
+    Args:
+        which: objective.reference_context; "prompt" shows the question alone.
+        item: the row, as the policy reads it.
+        signals: the user's raw signals, for "signals".
     """
-    which = system.config.objective.reference_context
     return Item(item.query, {"prompt": None, "summary": item.context, "signals": signals}[which])

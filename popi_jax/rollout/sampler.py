@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from popi_jax.model import sharding
 from popi_jax.model.decoder import Cache, Decoder
+from popi_jax.model.policy import Policy
+from popi_jax.model.weights import Tree
 
 # A token's attention reads every slot of the branches' cache that the compiled loop knows, filled or not. So a long
 # continuation is drawn in several loops, each of which knows no more slots than it can fill; few, for each is compiled.
@@ -86,12 +88,6 @@ class _DecodeState:
         return {name: getattr(self, name) for name in fields if name not in ("index", "cache")}
 
 
-def _devices() -> int:
-    """Over how many devices the prompts are split."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else sharding.row_shards(mesh)
-
-
 def _pick(x_XxBxY: jax.Array, place_GxP: jax.Array, axis: int = 0) -> jax.Array:
     """Takes P of each device's prompts; nothing goes from one device to another."""
     G, P = place_GxP.shape
@@ -156,6 +152,7 @@ def sample(
     """
     B, T = prompt_BxT.shape
     N, S = branches, max_tokens
+    devices = sharding.row_shards(decoder.mesh)
     index_1xT = jnp.arange(T)[None, :]
     segments_BxT = jnp.where(index_1xT < prompt_length_B[:, None], 0, -1)
     positions_BxT = jnp.broadcast_to(index_1xT, (B, T))
@@ -167,7 +164,7 @@ def sample(
     empty_BxN = jnp.broadcast_to(prompt_length_B[:, None] == 0, (B, N))
     state = _DecodeState(
         index=jnp.int32(0),
-        place_B=jnp.arange(B) % (B // _devices()),
+        place_B=jnp.arange(B) % (B // devices),
         prompt_length_B=prompt_length_B,
         token_BxN=jnp.full((B, N), pad_id, jnp.int32),
         tokens_BxNxS=jnp.full((B, N, S), pad_id, jnp.int32),
@@ -177,7 +174,14 @@ def sample(
         cache=cache,
     )
     draw = functools.partial(
-        _draw, key=key, prompts=B, temperature=temperature, top_p=top_p, stop_ids=stop_ids, pad_id=pad_id
+        _draw,
+        key=key,
+        prompts=B,
+        devices=devices,
+        temperature=temperature,
+        top_p=top_p,
+        stop_ids=stop_ids,
+        pad_id=pad_id,
     )
 
     def advance(slots: int, state: _DecodeState) -> _DecodeState:
@@ -187,8 +191,22 @@ def sample(
         return draw(dataclasses.replace(state, cache=cache), decoder.logits(hidden_BxNxD))
 
     with jax.named_scope("decode"):
-        state = _draw_all(draw(state, logits_BxNxV), advance, _loop_ends(S), _HALVINGS)
+        state = _draw_all(draw(state, logits_BxNxV), advance, _loop_ends(S), _HALVINGS, devices)
     return Samples(state.tokens_BxNxS, state.length_BxN, state.logp_BxNxS, state.done_BxN & ~empty_BxN)
+
+
+def draw(
+    base: Tree,
+    delta: Tree | None,
+    prompt_BxT: jax.Array,
+    prompt_length_B: jax.Array,
+    key: jax.Array,
+    *,
+    policy: Policy,
+    **options: Any,
+) -> Samples:
+    """`sample` with the decoder that `policy` makes of these weights: what is jitted, see modes/programs.py."""
+    return sample(policy.bind(base, delta), prompt_BxT, prompt_length_B, key, **options)
 
 
 @jax.named_scope("draw")
@@ -198,6 +216,7 @@ def _draw(
     *,
     key: jax.Array,
     prompts: int,
+    devices: int,
     temperature: float,
     top_p: float,
     stop_ids: tuple[int, ...],
@@ -208,7 +227,7 @@ def _draw(
         logp_BxNxV = truncate(logits_BxNxV, temperature=temperature, top_p=top_p)
     noise_BxNxV = jax.random.gumbel(jax.random.fold_in(key, state.index), (prompts, *logp_BxNxV.shape[1:]))
     if len(logp_BxNxV) < prompts:
-        noise_BxNxV = _pick(noise_BxNxV, state.place_B.reshape(_devices(), -1))
+        noise_BxNxV = _pick(noise_BxNxV, state.place_B.reshape(devices, -1))
     token_BxN = _first_largest(logp_BxNxV + noise_BxNxV)  # jax.random.categorical's, which takes argmax.
     logp_BxN = jnp.take_along_axis(logp_BxNxV, token_BxN[..., None], axis=-1)[..., 0]
     token_BxN = jnp.where(state.done_BxN, pad_id, token_BxN).astype(jnp.int32)
@@ -225,10 +244,14 @@ def _draw(
 
 
 def _draw_all(
-    state: _DecodeState, advance: Callable[[int, _DecodeState], _DecodeState], ends: Sequence[int], halvings: int
+    state: _DecodeState,
+    advance: Callable[[int, _DecodeState], _DecodeState],
+    ends: Sequence[int],
+    halvings: int,
+    devices: int,
 ) -> _DecodeState:
     """Advances until all are done, or have as many tokens as the last of `ends`."""
-    G = _devices()
+    G = devices
     E = len(state.done_BxN) // G
     P = -(-E // 2) if halvings and E > 1 else 0
 
@@ -244,4 +267,4 @@ def _draw_all(
     if not P:
         return state
     place_GxP = jnp.argsort(~waiting_GxE(state), axis=1, stable=True)[:, :P]
-    return state.put_back(place_GxP, _draw_all(state.pick(place_GxP), advance, ends[-1:], halvings - 1))
+    return state.put_back(place_GxP, _draw_all(state.pick(place_GxP), advance, ends[-1:], halvings - 1, G))

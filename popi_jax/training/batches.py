@@ -1,10 +1,10 @@
-"""What a step reads: the summaries that it needs, drawn; the rows of both models, laid out on the mesh.
+"""Makes the Batch of a train step: draws the summaries that it needs, and lays out the rows of both models.
 
 Shapes: U users, K summaries each, S tokens of a summary at most, M queries per user; R = U * K * M rows (u, k, m); a
-step is given stacks of A micro-batches, see steps.py. Where signals are read and summaries drawn, the users are B lines
-of T tokens and the summaries N branches (sampler.py); rows packed are C bins of L tokens (packing.py); x is any axis.
+Batch has stacks of A micro-batches, see steps.py; x is any axis.
 """
 
+import dataclasses
 import json
 import pathlib
 import time
@@ -14,21 +14,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from popi_jax.data import packing
+from popi_jax.config import SUMMARIZED, Config, StepKind
+from popi_jax.data import files
+from popi_jax.data.batch import Batch, GeneratorBatch, InferenceBatch, PrefixBatch
+from popi_jax.data.packing import PairShape
 from popi_jax.data.schema import Example, Query
+from popi_jax.data.shapes import Measured, Shapes, StepShape, batch_shardings
 from popi_jax.errors import UserError
-from popi_jax.evaluation import evaluate
-from popi_jax.model import sharding
-from popi_jax.modes import runfiles
-from popi_jax.modes import setup as system_lib
-from popi_jax.modes.setup import System
-from popi_jax.rollout import pairs
-from popi_jax.rollout import text as rollout
-from popi_jax.rollout.pairs import Item
+from popi_jax.model.weights import Tree
+from popi_jax.rollout import contexts, text
+from popi_jax.rollout.pairs import Item, Packer, Planted
 from popi_jax.rollout.references import References, reference_item
-from popi_jax.rollout.text import Drawn
-from popi_jax.training import steps
-from popi_jax.training.scoring import PrefixBatch
+from popi_jax.rollout.text import Drawn, TextSampler
+from popi_jax.training.rng import STREAMS, stream_key
 
 _WRITTEN = ("user", "summary", "finished")  # The fields of a line of written_summaries.jsonl.
 
@@ -39,17 +37,17 @@ class WrittenSummaries:
     def __init__(self, path: pathlib.Path):
         self._path = path
         try:
-            self._known = {e["user"]: {name: e[name] for name in _WRITTEN} for e in runfiles.read_jsonl(path)}
+            self._known = {e["user"]: {name: e[name] for name in _WRITTEN} for e in files.read_jsonl(path)}
         except KeyError as error:
             raise UserError(f"{path}: of another version ({error} is missing); choose another --workdir") from error
 
     def contexts(
-        self, system: System, phi, examples: Sequence[Example], key: jax.Array
+        self, sampler: TextSampler, phi: Tree, examples: Sequence[Example], key: jax.Array, sampling: text.Sampling
     ) -> tuple[list[list[str | None]], dict[str, float]]:
-        """The examples' summaries, those that are not written yet drawn with phi, as in training; and what to log."""
+        """The examples' summaries, and what to log; a summary that is not written yet is drawn with phi."""
         missing = [example for example in examples if example.user not in self._known]
         if missing:
-            drawn = rollout.draw_summaries(system, phi, missing, key, rollout.in_training(system.config), k=1)
+            drawn = sampler.summaries(phi, missing, key, sampling, k=1)
             fresh = [
                 {"user": example.user, "summary": texts[0], "finished": finished}
                 for example, texts, (finished,) in zip(
@@ -66,54 +64,136 @@ class WrittenSummaries:
         return [[entry["summary"]] for entry in own], cut(np.array([entry["finished"] for entry in own]))
 
 
-def make_batch(
-    system: System,
-    state: steps.TrainState,
-    examples: Sequence[Example],
-    step: int,
-    kind: str,
-    references: References,
-    written: WrittenSummaries,
-) -> tuple[Any, dict[str, Any]]:
-    """Draws the summaries that this step needs and lays out its rows.
+@dataclasses.dataclass(frozen=True)
+class BatchMaker:
+    """Makes batches; `sampler` draws summaries, `packer` packs rows, `references` knows log pi_ref."""
 
-    Returns:
-        The batch of the step `kind`, and counts to log: tokens scored (each once), summaries cut by the limit.
-    """
-    config = system.config
-    k = system_lib.summaries_per_user(config, kind)
-    key = system_lib.stream_key(config.seed, "sample", step)
-    counts: dict[str, Any] = {}
-    drawn = None
-    if config.method == "popi" and kind == "generator" and config.schedule.name == "two_phase":
-        contexts, counts = written.contexts(system, state.phi, examples, key)
-    elif config.method in system_lib.SUMMARIZED:
-        jax.block_until_ready(state.phi)  # What the step before still does is not sampling.
+    config: Config
+    sampler: TextSampler
+    packer: Packer
+    references: References
+    written: WrittenSummaries
+
+    @property
+    def shapes(self) -> Shapes:
+        """The source of all shapes."""
+        return self.packer.shapes
+
+    def make(
+        self, phi: Tree | None, examples: Sequence[Example], step: int, kind: StepKind
+    ) -> tuple[Batch, dict[str, Any]]:
+        """Draws the summaries that this step needs and lays out its rows on the mesh.
+
+        Args:
+            phi: the inference model's adapter or weights; None for a method without one.
+            examples: the step's users.
+            step: steps taken before, which choose the random draws.
+            kind: of the step.
+
+        Returns:
+            The batch, and counts to log: tokens scored (each once), summaries cut by the limit.
+        """
+        drawn, told_UxK, counts = self._contexts(phi, examples, step, kind)
+        queries = [self._queries(example, step, place) for place, example in enumerate(examples)]
+        rows = _Rows.of(self, examples, queries, told_UxK)
+        learned = self.shapes.summaries("generator")
+        fewer = None
+        if kind == "joint" and learned < self.shapes.summaries(kind):
+            fewer = _Rows.of(self, examples, queries, [told[:learned] for told in told_UxK])
+        measured = Measured(
+            generator=rows.planted.bins,
+            signals=0 if drawn is None else drawn.prefix_BxT.shape[1],
+            summary=0 if drawn is None else int(drawn.samples.length_BxN.max()),
+            learned=None if fewer is None else fewer.planted.bins,
+        )
+        shape = self.shapes.step(kind, measured)
+        batch = Batch(
+            generator=self._generator(rows, shape.generator),
+            inference=None if drawn is None or kind == "generator" else _inference(drawn, shape),
+            learned=None if fewer is None or shape.learned is None else self._generator(fewer, shape.learned),
+        )
+        batch = jax.device_put(batch, batch_shardings(batch, self.shapes.mesh))
+        # An array still: the host does not wait for it here.
+        return batch, counts | {"tokens": batch.token_count}
+
+    def _contexts(
+        self, phi: Tree | None, examples: Sequence[Example], step: int, kind: StepKind
+    ) -> tuple[Drawn | None, list[list[str | None]], dict[str, Any]]:
+        """Each user's K contexts, with the summaries among them as they were drawn, and counts to log."""
+        config = self.config
+        key, sampling = stream_key(config.seed, "sample", step), text.in_training(config)
+        if config.method not in SUMMARIZED:
+            told = [contexts.told(config.method, self.sampler.encoder, example) for example in examples]
+            return None, [[context.text] for context in told], {}
+        if config.method == "popi" and kind == "generator" and config.schedule.name == "two_phase":
+            return None, *self.written.contexts(self.sampler, phi, examples, key, sampling)
+        jax.block_until_ready(phi)  # What the step before still does is not sampling.
         started = time.perf_counter()
-        drawn = rollout.draw_summaries(system, state.phi, examples, key, rollout.in_training(config), k=k)
-        contexts = [list(texts) for texts in drawn.texts_UxK]
+        drawn = self.sampler.summaries(phi, examples, key, sampling, k=self.shapes.summaries(kind))
         counts = cut(drawn.finished_UxK) | {"sample_s": time.perf_counter() - started}
-    else:
-        contexts = [[own.text for own in some] for some in evaluate.contexts(system, None, examples, key)]
-    queries = [chosen_queries(e, config.data.queries_per_user, config.seed, step, u) for u, e in enumerate(examples)]
-    generator = generator_batch(system, examples, queries, contexts, references)
-    tokens = generator.rows.token_count  # An array still: the host does not wait for it here.
-    if kind == "generator":
-        return generator, counts | {"tokens": tokens}
-    assert drawn is not None  # An inference or joint step is popi's, and draws.
-    inference = inference_batch(system, drawn)
-    counts["tokens"] = tokens + inference.rows.token_count
-    if kind == "inference":
-        return (inference, generator), counts
-    fewer = None
-    learned = system_lib.summaries_per_user(config, "generator")
-    if learned < k:
-        # Their share of all bins, which varies less than their own number: few shapes.
-        A, bins = generator.rows.tokens_CxL.shape[:2]
-        few = [own[:learned] for own in contexts]
-        least = A * bins * learned // k
-        fewer = generator_batch(system, examples, queries, few, references, least)
-    return (inference, generator, fewer), counts
+        return drawn, [list(texts) for texts in drawn.texts_UxK], counts
+
+    def _queries(self, example: Example, step: int, place: int) -> list[Query]:
+        return chosen_queries(example, self.config.data.queries_per_user, self.config.seed, step, place)
+
+    def _generator(self, rows: "_Rows", shape: PairShape) -> GeneratorBatch:
+        bins = self.packer.pack(rows.planted, shape, self.config.train.accumulation_generator)
+        # A row counts in the micro-batch that holds it.
+        weight_AxR = rows.weight_R * np.any(bins.length_RxN > 0, axis=-1)
+        ref_logp_AxRx2 = np.broadcast_to(rows.ref_logp_Rx2, (*weight_AxR.shape, 2))
+        return GeneratorBatch(bins, ref_logp_AxRx2, weight_AxR)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Rows (u, k, m) of a step, in bins but not laid out: each user's queries under each of the user's contexts."""
+
+    planted: Planted
+    ref_logp_Rx2: np.ndarray
+    weight_R: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        maker: BatchMaker,
+        examples: Sequence[Example],
+        queries: Sequence[Sequence[Query]],
+        told: Sequence[Sequence[str | None]],
+    ) -> "_Rows":
+        """The rows of these users.
+
+        Args:
+            maker: whose packer and references are used.
+            examples: the users.
+            queries: each user's, M at most; rows of padding keep the place of those missing.
+            told: each user's contexts, the same number for all.
+        """
+        which, M = maker.config.objective.reference_context, maker.config.data.queries_per_user
+        R = maker.shapes.users * len(told[0]) * M  # As many users as the inference batch has.
+        items: list[Item | None] = [None] * R
+        weight_R, ref_logp_Rx2 = np.zeros(R, np.float32), np.zeros((R, 2), np.float32)
+        asked: dict[int, Item] = {}
+        r = 0
+        for example, own_queries, own_told in zip(examples, queries, told, strict=True):
+            signals = maker.sampler.encoder.raw_signals(example) if which == "signals" else ""
+            for context in own_told:
+                for place, query in enumerate(own_queries, start=r):
+                    items[place] = item = Item(query, context)
+                    asked[place] = reference_item(which, item, signals)
+                    weight_R[place] = M / len(own_queries)
+                r += M
+        if asked:
+            ref_logp_Rx2[list(asked)] = maker.references.lookup(list(asked.values()))
+        return cls(maker.packer.plant(items), ref_logp_Rx2, weight_R)
+
+
+def _inference(drawn: Drawn, shape: StepShape) -> InferenceBatch:
+    """The users' signals with their sampled summaries as branches, token for token as they were drawn; a stack."""
+    assert shape.inference is not None
+    samples, S, A = drawn.samples, shape.inference.summary, shape.accumulation_inference
+    tokens_BxNxS, logp_BxNxS = samples.tokens_BxNxS[:, :, :S], samples.logp_BxNxS[:, :, :S]
+    lines = PrefixBatch(drawn.prefix_BxT, drawn.prefix_length_B, tokens_BxNxS, samples.length_BxN)
+    return jax.tree.map(lambda x: x.reshape(A, -1, *x.shape[1:]), InferenceBatch(lines, logp_BxNxS))
 
 
 def cut(finished_x: np.ndarray) -> dict[str, float]:
@@ -121,65 +201,9 @@ def cut(finished_x: np.ndarray) -> dict[str, float]:
     return {"summaries_cut": float(np.mean(~finished_x))}
 
 
-def inference_batch(system: System, drawn: Drawn) -> steps.InferenceBatch:
-    """The users' signals with their sampled summaries as branches, token for token as they were drawn; a stack."""
-    samples = drawn.samples
-    # K branches a user: padded to a bucket made for prompts, they could outweigh the signals.
-    S = min(packing.bucket(int(samples.length_BxN.max()), system.buckets), system.config.limits.summary)
-    rows = PrefixBatch(drawn.prefix_BxT, drawn.prefix_length_B, samples.tokens_BxNxS[:, :, :S], samples.length_BxN)
-    batch = steps.InferenceBatch(rows, samples.logp_BxNxS[:, :, :S])
-    A = system.config.train.accumulation_inference
-    stack = jax.tree.map(lambda x: x.reshape(A, -1, *x.shape[1:]), batch)
-    return jax.device_put(stack, sharding.stack_sharding(system.mesh))
-
-
-def generator_batch(
-    system: System,
-    examples: Sequence[Example],
-    queries: Sequence[Sequence[Query]],
-    contexts: Sequence[Sequence[str | None]],
-    references: References,
-    least_bins: int = 0,
-) -> steps.GeneratorBatch:
-    """The rows (u, k, m) of a step, a stack: each user's queries under each of the user's contexts.
-
-    Args:
-        examples: the users.
-        queries: of each user, at most M; where they are fewer, rows of padding keep the place of those missing.
-        contexts: of each user, the same number for all.
-        references: where the reference's log-probabilities come from.
-        least_bins: see `pairs.pack_pairs`.
-    """
-    config = system.config
-    M = config.data.queries_per_user
-    # As many users as the inference batch has.
-    R = rollout.padded_rows(system, config.train.users_per_step) * len(contexts[0]) * M
-    items: list[Item | None] = [None] * R
-    weight_R, ref_logp_Rx2 = np.zeros(R, np.float32), np.zeros((R, 2), np.float32)
-    asked: dict[int, Item] = {}
-    r = 0
-    for example, own_queries, own_contexts in zip(examples, queries, contexts, strict=True):
-        signals = system.encoder.raw_signals(example) if config.objective.reference_context == "signals" else ""
-        for context in own_contexts:
-            for place, query in enumerate(own_queries, start=r):
-                items[place] = item = Item(query, context)
-                asked[place] = reference_item(system, item, signals)
-                weight_R[place] = M / len(own_queries)
-            r += M
-    if asked:
-        ref_logp_Rx2[list(asked)] = references.lookup(list(asked.values()))
-    packed = pairs.pack_pairs(system, items, least_bins)
-    # A row counts in the micro-batch that holds it.
-    weight_AxR = weight_R * np.any(packed.length_RxN > 0, axis=-1)
-    ref_logp_AxRx2 = np.broadcast_to(ref_logp_Rx2, (*weight_AxR.shape, 2))
-    own = jax.device_put((ref_logp_AxRx2, weight_AxR), sharding.replicated(system.mesh))
-    rows = jax.device_put(packed, pairs.packed_shardings(system.mesh, sharding.stack_sharding(system.mesh)))
-    return steps.GeneratorBatch(rows, *own)
-
-
 def chosen_queries(example: Example, count: int, seed: int, step: int, place: int) -> list[Query]:
     """`count` of the example's queries, another draw each step; all of them, in order, where there are no more."""
     if len(example.queries) <= count:
         return list(example.queries)
-    rng = np.random.default_rng((seed, system_lib.STREAMS.index("queries"), step, place))
+    rng = np.random.default_rng((seed, STREAMS.index("queries"), step, place))
     return [example.queries[i] for i in sorted(rng.choice(len(example.queries), count, replace=False))]

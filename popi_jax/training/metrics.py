@@ -1,20 +1,16 @@
-"""What a run says of itself: metrics.jsonl (the truth), TensorBoard, progress, its parameters, its environment.
+"""A run's account of itself: metrics.jsonl (the truth), TensorBoard, progress, a table of its parameters, a trace.
 
 Only process 0 writes. Keys that end in `_s` (wall_s, tokens_per_s, ...) are times and rates of this machine; all else
 in metrics.jsonl is the same, bit for bit, whether or not the run was interrupted.
 """
 
 import collections
-import importlib.metadata
+import contextlib
 import json
 import math
-import os
 import pathlib
-import platform
-import subprocess
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TextIO
 
 import jax
@@ -24,12 +20,11 @@ import tensorboardX
 from rich.console import Console
 from rich.table import Table
 
-import popi_jax
+from popi_jax.data import files
 from popi_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 SHOWN = ("loss", "reward", "accuracy", "kl")  # By the progress display, where the step has them.
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
 
 
 class MetricWriter:
@@ -43,7 +38,8 @@ class MetricWriter:
 
     def __init__(self, workdir: pathlib.Path, resume_step: int, wall_s: float = 0.0) -> None:
         self._started = time.monotonic() - wall_s
-        self._before = (resume_step, self.wall_s())  # The last line with tokens: step, and when it was written.
+        self._paused_s = 0.0  # Spent on other things than steps: evaluations, checkpoints.
+        self._before = (resume_step, self._training_s())  # The last line with tokens: step, and when it was written.
         self._file: TextIO | None = None
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -59,18 +55,30 @@ class MetricWriter:
         """Seconds that the run has taken, all its starts together."""
         return time.monotonic() - self._started
 
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Within, time is not training's: tokens_per_s leaves it out."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused_s += time.monotonic() - started
+
+    def _training_s(self) -> float:
+        return self.wall_s() - self._paused_s
+
     def write(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
         """Writes one line: {"step", "wall_s", ...values}; on disk when it returns. What is not finite becomes null.
 
         Returns:
-            The values, and tokens_per_s since the last such line where they have `tokens`.
+            The values, and where they have `tokens`, tokens_per_s of training since the last such line.
         """
-        wall_s = self.wall_s()
+        wall_s, training_s = self.wall_s(), self._training_s()
         values = dict(values)
         if "tokens" in values:
-            step_before, wall_before = self._before
-            values["tokens_per_s"] = values["tokens"] * (step - step_before) / max(wall_s - wall_before, 1e-9)
-            self._before = (step, wall_s)
+            step_before, training_before = self._before
+            values["tokens_per_s"] = values["tokens"] * (step - step_before) / max(training_s - training_before, 1e-9)
+            self._before = (step, training_s)
         if self._file is None:
             return values
         line: dict[str, Any] = {"step": step, "wall_s": round(wall_s, 3)}
@@ -113,15 +121,8 @@ class CompileClock:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, [] where there is no such file. Raises UserError naming a line that is not JSON."""
-    path = workdir / METRICS_FILE
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], start=1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error}); remove the line") from error
-    return lines
+    """The lines of metrics.jsonl, [] where there is no such file; UserError names a line that is no JSON object."""
+    return files.read_jsonl(workdir / METRICS_FILE, "remove the line")
 
 
 def check_finite(step: int, values: Mapping[str, float]) -> None:
@@ -186,13 +187,39 @@ class Progress:
             self._bar.stop()
 
 
-def parameter_overview(params: Any) -> str:
+class Profiler:
+    """A profiler trace of the steps first..last, 0-based, as far as this start of the run takes them."""
+
+    def __init__(self, folder: pathlib.Path, steps_traced: Sequence[int]):
+        self._folder, self._span, self._tracing = folder, steps_traced, False
+
+    def enter(self, step: int, state: Any = None) -> None:
+        """Starts or ends the trace where `step` is about to be the first in, or beyond, the span.
+
+        It ends when `state`, which the steps before leave, is there: what they still do belongs to it.
+        """
+        inside = bool(self._span) and self._span[0] <= step <= self._span[1]
+        if inside and not self._tracing:
+            jax.profiler.start_trace(str(self._folder))
+        elif self._tracing and not inside:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+        self._tracing = inside
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.enter(-1)
+
+
+def parameter_overview(params: Any, statistics: Callable[[list[jax.Array]], Any]) -> str:
     """A table of every parameter: path, shape, type, mean and standard deviation; then the total.
 
-    Every process must call it: the statistics are computed where the parameters lie.
+    `statistics` is `mean_and_std`, compiled. Every process must call it: they are computed where the parameters lie.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    stats = jax.device_get(_mean_and_std([leaf for _, leaf in leaves]))
+    stats = jax.device_get(statistics([leaf for _, leaf in leaves]))
     table = Table("parameter", "shape", "type", box=None, pad_edge=False)
     table.add_column("mean", justify="right")
     table.add_column("std", justify="right")
@@ -207,63 +234,27 @@ def parameter_overview(params: Any) -> str:
     return f"{capture.get()}{count:,} parameters, {megabytes:,.1f} MB"
 
 
-def write_environment(workdir: pathlib.Path) -> None:
-    """Writes environment.json: versions, git commit, devices and the command of this start."""
-    if jax.process_index() != 0:
-        return
-    device = jax.devices()[0]
-    environment = {
-        "popi_jax": popi_jax.__version__,
-        "git": git_commit(),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "devices": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
-        "processes": jax.process_count(),
-        "flags": {name: os.environ[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if name in os.environ},
-        "command": sys.argv,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
-
-
-@jax.jit
-def _mean_and_std(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+def mean_and_std(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+    """Mean and standard deviation of each array, float32."""
     wide = [leaf.astype(jnp.float32) for leaf in leaves]
     return [(leaf.mean(), leaf.std()) for leaf in wide]
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
+    """Removes the lines of later steps, and a last line that a killed process has not finished."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # The process was killed while it wrote this one.
+    text = path.read_text(encoding="utf-8", errors="replace")
+    files.write_text(path, text[: text.rfind("\n") + 1])
     kept = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            late = json.loads(line)["step"] > step
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path}:{number}: not a line of metrics; remove it to go on") from error
-        kept += [] if late else [line]
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    part.replace(path)
+    for number, line in enumerate(files.read_jsonl(path, "remove the line"), start=1):
+        if not isinstance(line.get("step"), int):
+            raise UserError(f"{path}:{number}: field 'step' is missing or no integer; remove the line")
+        kept += [line] if line["step"] <= step else []
+    files.write_jsonl(path, kept)
 
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def git_commit() -> str | None:
-    """The commit of the code that runs, "+" if files were changed since; None outside a git checkout."""
-    git = ["git", "-C", str(pathlib.Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
-        changed = subprocess.run([*git, "diff", "HEAD", "--quiet"], timeout=10, check=False).returncode != 0
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head.stdout.strip() + ("+" if changed else "")

@@ -1,6 +1,7 @@
-"""Preference losses, advantages and KL estimators of POPI: arrays in, (sum, count) or elementwise out.
+"""POPI's preference losses, advantages and KL estimators. They take arrays and return arrays or (sum, count) pairs.
 
-POPI (arXiv 2510.17881), in equations numbered here; s are a user's signals, z a summary, x a prompt, y+ and y- answers:
+The objective of POPI (arXiv 2510.17881), with our own equation numbers. s is a user's signals, z a summary, x a prompt,
+y+ the chosen response and y- the rejected one:
 
     (1) h(x, z) = [log pi(y+|x,z) - log pi_ref(y+|x)] - [log pi(y-|x,z) - log pi_ref(y-|x)]
     (2) J(theta, phi) = E_s E_{z ~ q_phi(.|s)} mean_m l(h(x_m, z)) + lambda * E_s KL(q_phi(.|s) || q_0(.|s))
@@ -9,11 +10,11 @@ POPI (arXiv 2510.17881), in equations numbered here; s are a user's signals, z a
 
 Legend: U users, K summaries per user, S summary length; x any shape (of examples), x2 the two responses y+ and y-.
 
-A term that is summed over examples comes as (sum, count): add both over micro-batches and devices, divide once. Every
-term of the inference model counts one per summary of a valid user: its mean over U and K is the expectation in (2), and
-lambda keeps its meaning whatever K is.
-Log-probabilities of summaries are of the distribution sampled from: both q and q_0 at the sampling temperature,
-untruncated (top_p = 1), the end token included and what follows it masked.
+A term summed over examples is a (sum, count) pair. Add up both over micro-batches and devices, then divide once.
+The inference model's terms count each summary of a valid user once. Their mean over U and K is the expectation in (2),
+so lambda means the same for every K.
+Summaries are scored under the distribution that they were sampled from. Both q and q_0 are taken at the sampling
+temperature, without truncation (top_p = 1). The end token counts; what follows it is masked.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,9 @@ ADVANTAGES = ("rloo", "reinforce", "group_mean", "grpo")
 KL_ESTIMATORS = ("exact", "k1_reward", "k3_loss")
 LOGP_REDUCTIONS = ("sum", "mean")
 
-# Keeps grpo's quotient finite where all of a user's rewards are equal; the advantage is then 0 / 1e-4.
+# Keeps grpo's quotient finite where a user's rewards are all equal. Their advantages are then close to 0, but not
+# always exactly 0: the float32 mean of K equal rewards r may be off by (K + 1) |r| / 2^24, and this epsilon divides
+# that error. With r = -log(2) / 0.1 the advantage stays within 0.021 at K = 4 and 0.071 at K = 16. At K = 2 it is 0.
 GRPO_EPSILON = 1e-4
 
 
@@ -37,26 +40,29 @@ GRPO_EPSILON = 1e-4
 
 
 def weighted_total(values: jax.Array, weight: jax.Array) -> SumCount:
-    """Returns (weighted sum of values, sum of the weights); a mask is weights of 0 and 1. The two shapes are equal.
+    """Returns (weighted sum of the values, sum of the weights). Both arrays have the same shape; a mask is a weight.
 
-    What has no weight cannot leak, not even as NaN.
+    A value of weight 0 adds nothing, even if it is NaN.
     """
     weight = weight.astype(jnp.float32)
     return jnp.sum(jnp.where(weight > 0, values, 0.0) * weight), jnp.sum(weight)
 
 
 def total_logp(logp_xS: jax.Array, mask_xS: jax.Array) -> jax.Array:
-    """Sums the log-probabilities of the tokens that count, [..., S], over the last axis, in float32."""
+    """Sums the log-probabilities of unmasked tokens, [..., S], over the last axis, in float32."""
     return jnp.sum(jnp.where(mask_xS, logp_xS.astype(jnp.float32), 0.0), axis=-1)
 
 
 def reduce_logp(logp_x: jax.Array, length_x: jax.Array, reduction: str) -> jax.Array:
-    """Makes log pi(y|x) of responses' summed log-probabilities, [...], in nats.
+    """Returns the log-probability of each response that h is made of, [...], in nats.
 
     Args:
-        logp_x: log-probability of each response, summed over its tokens, the end token among them.
-        length_x: how many tokens those are.
-        reduction: "sum" is log pi(y|x), as POPI, DPO and IPO define h; "mean" divides by the number of tokens.
+        logp_x: log-probability of each response, summed over its tokens, including the end token.
+        length_x: number of those tokens.
+        reduction: "sum" gives log pi(y|x), as in POPI, DPO and IPO; "mean" divides it by the number of tokens.
+
+    Raises:
+        ValueError: an unknown reduction.
     """
     if reduction not in LOGP_REDUCTIONS:
         raise ValueError(f"logp_reduction is {reduction!r}; it must be one of {LOGP_REDUCTIONS}")
@@ -67,18 +73,18 @@ def reduce_logp(logp_x: jax.Array, length_x: jax.Array, reduction: str) -> jax.A
 
 
 def implicit_reward_margin(policy_logp_x2: jax.Array, ref_logp_x2: jax.Array) -> jax.Array:
-    """Returns h of (1), [...]: the two arguments are [..., 2], index 0 the chosen answer, index 1 the rejected."""
+    """Returns h of (1), [...], in nats. Both arguments are [..., 2]: the chosen response, then the rejected one."""
     ratio_x2 = policy_logp_x2 - ref_logp_x2
     return ratio_x2[..., 0] - ratio_x2[..., 1]
 
 
 def dpo_loss(h: jax.Array, beta: float) -> jax.Array:
-    """-log sigmoid(beta h) / beta, elementwise: DPO (Rafailov et al. 2023, eq. 7) over beta; slope -1/2 at h = 0."""
+    """-log sigmoid(beta h) / beta, elementwise: DPO (Rafailov et al. 2023, eq. 7) / beta. Slope -1/2 at h = 0."""
     return preference_nats(h, beta) / beta
 
 
 def ipo_loss(h: jax.Array, beta: float) -> jax.Array:
-    """(h - 1/(2 beta))^2 beta / 2, elementwise: IPO (Azar et al. 2023, eq. 17) times beta/2; slope -1/2 at h = 0."""
+    """(h - 1/(2 beta))^2 beta / 2, elementwise: IPO (Azar et al. 2023, eq. 17) * beta / 2. Slope -1/2 at h = 0."""
     return 0.5 * beta * (h - 0.5 / beta) ** 2
 
 
@@ -86,19 +92,23 @@ LOSSES: dict[str, LossFn] = {"dpo": dpo_loss, "ipo": ipo_loss}
 
 
 def preference_loss(name: str) -> LossFn:
-    """Returns l(h, beta), elementwise, by its name in the config."""
+    """Returns the elementwise loss l(h, beta) with this name in the config.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     if name not in LOSSES:
         raise ValueError(f"loss is {name!r}; it must be one of {tuple(LOSSES)}")
     return LOSSES[name]
 
 
 def preference_nats(h: jax.Array, beta: float) -> jax.Array:
-    """-log sigmoid(beta h), elementwise: nats that the observed label costs under Bradley-Terry with utility beta h."""
+    """-log sigmoid(beta h), elementwise: the label's negative log-likelihood under Bradley-Terry, in nats."""
     return -jax.nn.log_sigmoid(beta * h)
 
 
 def preference_accuracy(h: jax.Array) -> jax.Array:
-    """1.0 where the chosen answer's implicit reward is strictly the greater, elementwise; a tie is an error."""
+    """1.0 where the chosen response has the strictly greater implicit reward, elementwise. A tie counts as wrong."""
     return (h > 0).astype(jnp.float32)
 
 
@@ -108,22 +118,23 @@ def preference_accuracy(h: jax.Array) -> jax.Array:
 def advantages(
     name: str, reward_UxK: jax.Array, baseline: jax.Array | float, valid_U: jax.Array | None = None
 ) -> jax.Array:
-    """Returns A_UxK of (3), a constant to the gradient, 0 for users that are padding.
+    """Returns A_UxK of (3). No gradient flows through it. Padding gets 0.
 
-    "rloo" A_k = r_k - mean_{j != k} r_j (Kool et al. 2019; Ahmadian et al. 2024). Unbiased: the equality in (3) holds.
-    "reinforce" A_k = r_k - baseline (Williams 1992). Unbiased if the baseline is of earlier steps: `update_baseline`.
-    "group_mean" A_k = r_k - mean_j r_j, own sample included: (K - 1)/K of rloo, and so is the expected gradient.
-    "grpo" group_mean over (std + 1e-4), std with K - 1 in its denominator (Shao et al. 2024). Not the gradient of (2):
-    each user's part is rescaled by the spread of that user's own rewards.
+    "rloo": A_k = r_k - mean_{j != k} r_j (Kool et al. 2019; Ahmadian et al. 2024). Unbiased: the equality in (3) holds.
+    "reinforce": A_k = r_k - baseline (Williams 1992). Unbiased if the baseline comes from earlier steps; see
+    `update_baseline`.
+    "group_mean": A_k = r_k - mean_j r_j, own sample included. It is (K - 1)/K of rloo, and so is its expected gradient.
+    "grpo": group_mean / (std + 1e-4), where std has K - 1 in its denominator (Shao et al. 2024). This is not the
+    gradient of (2): each user's part is rescaled by the spread of that user's rewards.
 
     Args:
         name: one of ADVANTAGES. All but "reinforce" compare a user's summaries with each other and need K >= 2.
-        reward_UxK: r_k, greater is better; with k1_reward, after lambda times the penalty was subtracted.
-        baseline: scalar, read by "reinforce" alone.
-        valid_U: bool, False for padding; None if all are users.
+        reward_UxK: r_k; greater is better. With k1_reward, lambda times the penalty is already subtracted.
+        baseline: scalar. Only "reinforce" uses it.
+        valid_U: bool, False for padding. None means that every row is a user.
 
     Raises:
-        ValueError: an unknown name, or K < 2 where summaries are compared.
+        ValueError: an unknown name, or K < 2 for an advantage that compares summaries.
     """
     if name not in ADVANTAGES:
         raise ValueError(f"advantage is {name!r}; it must be one of {ADVANTAGES}")
@@ -143,10 +154,10 @@ def advantages(
 
 
 def update_baseline(baseline: jax.Array, reward: SumCount, decay: float) -> jax.Array:
-    """Returns the moving average of the rewards that the NEXT step's "reinforce" may use as its baseline.
+    """Returns the moving average of rewards: the baseline of "reinforce" in the NEXT step.
 
-    A baseline that has seen the samples it is subtracted from correlates with them and biases the gradient: compute
-    this step's advantages with the old one. A step without a valid user leaves it as it is.
+    Compute this step's advantages with the old baseline. A baseline that already contains this step's samples
+    correlates with them and biases the gradient. A step without a valid user leaves the baseline unchanged.
     """
     reward_sum, count = jax.lax.stop_gradient(reward)
     moved = decay * baseline + (1.0 - decay) * reward_sum / jnp.maximum(count, 1.0)
@@ -156,15 +167,15 @@ def update_baseline(baseline: jax.Array, reward: SumCount, decay: float) -> jax.
 def score_function_loss(
     sum_logp_UxK: jax.Array, advantage_UxK: jax.Array, valid_U: jax.Array | None = None
 ) -> SumCount:
-    """Surrogate of the first term of (3): its gradient means something, its value does not.
+    """Returns the surrogate for the first term of (3). Only its gradient has a meaning; its value has none.
 
-    sum / count = - mean over users and over K of A_k log q(z_k|s). POPI section 3 writes the sum over k; each of its K
-    terms alone is unbiased for the gradient of (2), so it is their mean that (3) and lambda call for.
+    sum / count = - mean over users and over K of A_k log q(z_k|s). Section 3 of POPI sums over k. Each of the K terms
+    alone is already unbiased for the gradient of (2), so (3) takes their mean and lambda means the same for every K.
 
     Args:
-        sum_logp_UxK: log q(z_k|s), differentiable, summed over tokens whatever logp_reduction is.
-        advantage_UxK: A_k, a constant here.
-        valid_U: bool, False for padding; None if all are users.
+        sum_logp_UxK: log q(z_k|s), differentiable. Always summed over tokens, whatever logp_reduction is.
+        advantage_UxK: A_k. No gradient flows through it.
+        valid_U: bool, False for padding. None means that every row is a user.
     """
     return weighted_total(-jax.lax.stop_gradient(advantage_UxK) * sum_logp_UxK, _valid_UxK(sum_logp_UxK, valid_U))
 
@@ -173,11 +184,11 @@ def score_function_loss(
 
 
 class KLTerms(NamedTuple):
-    """What a KL estimator adds to a step. Use all three whatever its name is: the parts that it lacks are zeros."""
+    """What a KL estimator adds to a step. Use all three for every estimator: a part that it does not have is zero."""
 
-    penalty_UxK: jax.Array  # Subtract lambda times this from the reward, before the advantages. No gradient.
-    loss: SumCount  # Add lambda times this to the loss; differentiable.
-    estimate: SumCount  # The measured sequence KL, in nats per summary: for the log. No gradient.
+    penalty_UxK: jax.Array  # Subtract lambda times this from the reward before computing advantages. No gradient.
+    loss: SumCount  # Add lambda times this to the loss. Differentiable.
+    estimate: SumCount  # The estimated sequence KL, in nats per summary, for the log. No gradient.
 
 
 def kl_terms(
@@ -188,32 +199,38 @@ def kl_terms(
     position_kl_UxKxS: jax.Array | None = None,
     valid_U: jax.Array | None = None,
 ) -> KLTerms:
-    """Returns the terms of the KL estimator `name`, per sequence: summed over S, never averaged.
+    """Returns the terms of the KL estimator `name`. They are per sequence: summed over S, never averaged.
 
-    "exact": sum_t KL_t + log q(z_t|z_<t) * stop_grad(KL-to-go strictly after t - baseline), KL_t the full-vocabulary
-    KL at t. The first part differentiates the choice of token t, the second that of the prefix. Unbiased for grad KL.
-    The baseline is the mean KL-to-go at t of the user's other summaries: independent of this one, so still unbiased
-    (measured with K = 4 on Markov chains: 0.56 of the variance at 12 tokens, 0.31 at 17, 0.20 at 37).
+    "exact": sum_t KL_t + log q(z_t|z_<t) * stop_grad(KL-to-go strictly after t - baseline), where KL_t is the
+    full-vocabulary KL at t. The first part differentiates the choice of token t, the second the choice of the prefix.
+    Together they are unbiased for grad KL. The baseline is the mean KL-to-go at t over the user's other summaries. It
+    is independent of this summary, so the estimate stays unbiased. (Variance with the baseline, as a share of that
+    without it, measured with K = 4 on Markov chains: 0.56 at 12 tokens, 0.31 at 17, 0.20 at 37.)
 
-    "k1_reward": sum_t log q - log q_0, a penalty on the reward; the score function makes it unbiased for grad KL. (The
-    same term differentiated in the loss has expected gradient E[grad log q] = 0: no control at all.)
+    "k1_reward": sum_t log q - log q_0, a penalty on the reward. The score function makes it unbiased for grad KL.
+    (The same term in the loss would have the expected gradient E[grad log q] = 0 and would control nothing.)
 
-    "k3_loss": sum_t exp(d) - d - 1, d = log q_0 - log q, differentiated. Its value is unbiased for KL(q||q_0), but its
-    expected gradient is E_{z ~ q} sum_t grad KL(q_0(.|z_<t) || q(.|z_<t)): the forward KL, the prefixes z_<t drawn from
-    q and held fixed. It pulls q towards q_0; it is not the gradient of (2).
+    "k3_loss": sum_t exp(d) - d - 1 with d = log q_0 - log q, differentiated. Its value is unbiased for KL(q||q_0). Its
+    expected gradient is E_{z ~ q} sum_t grad KL(q_0(.|z_<t) || q(.|z_<t)), the forward KL, with the prefixes z_<t drawn
+    from q and held fixed. It pulls q towards q_0, but is not the gradient of (2).
 
-    The estimate is sum_t KL_t, k1 and k3 in turn, each unbiased for the sequence KL; the first has the least variance.
+    The logged estimate is sum_t KL_t for "exact", k1 for "k1_reward" and k3 for "k3_loss". All three are unbiased for
+    the sequence KL; sum_t KL_t has the least variance.
 
     Args:
-        logp_UxKxS: log q(z_t|z_<t, s) of the sampled tokens; differentiable.
+        name: one of KL_ESTIMATORS.
+        logp_UxKxS: log q(z_t|z_<t, s) of the sampled tokens. Differentiable.
         ref_logp_UxKxS: the same under q_0.
-        mask_UxKxS: bool, True for sampled tokens, the end token included.
-        position_kl_UxKxS: sum_v q(v) (log q(v) - log q_0(v)) at each position; differentiable; for "exact" alone.
-        valid_U: bool, False for users that are padding; None if all are users.
+        mask_UxKxS: bool, True for sampled tokens, including the end token.
+        position_kl_UxKxS: sum_v q(v) (log q(v) - log q_0(v)) at each position. Differentiable. Only "exact" uses it.
+        valid_U: bool, False for padding. None means that every row is a user.
+
+    Raises:
+        ValueError: an unknown name, or "exact" without position_kl_UxKxS.
     """
     if name not in KL_ESTIMATORS:
         raise ValueError(f"kl is {name!r}; it must be one of {KL_ESTIMATORS}")
-    # Cleared before any arithmetic: exp() of what lies in the padding could overflow and poison the gradient with NaN.
+    # Mask before any arithmetic: exp() of values in the padding could overflow and turn the gradient into NaN.
     log_ratio_UxKxS = jnp.where(mask_UxKxS, logp_UxKxS - jax.lax.stop_gradient(ref_logp_UxKxS), 0.0)
     zeros_UxK = jnp.zeros(mask_UxKxS.shape[:2], jnp.float32)
     valid_UxK = _valid_UxK(zeros_UxK, valid_U)
@@ -235,9 +252,9 @@ def kl_terms(
 
 
 def _exact_kl_loss(kl_UxKxS: jax.Array, logp_UxKxS: jax.Array, mask_UxKxS: jax.Array) -> jax.Array:
-    """Returns, [U, K], the surrogate whose gradient is that of the sequence KL; see `kl_terms`."""
+    """Returns the surrogate whose gradient is that of the sequence KL, [U, K]; see `kl_terms`."""
     constant_kl_UxKxS = jax.lax.stop_gradient(kl_UxKxS)
-    # Strictly after t: KL_t and what precedes it do not depend on z_t and would add nothing but variance.
+    # Strictly after t: KL_t and the KL before it do not depend on z_t, and would only add variance.
     to_go_UxKxS = jnp.cumsum(constant_kl_UxKxS[..., ::-1], axis=-1)[..., ::-1] - constant_kl_UxKxS
     coefficient_UxKxS = to_go_UxKxS
     if kl_UxKxS.shape[1] > 1:
@@ -250,11 +267,11 @@ def _exact_kl_loss(kl_UxKxS: jax.Array, logp_UxKxS: jax.Array, mask_UxKxS: jax.A
 
 
 class InferenceLoss(NamedTuple):
-    """`inference_loss` of a batch."""
+    """The result of `inference_loss`."""
 
-    loss: SumCount  # Surrogate: sum / count has the gradient (3).
-    penalised_UxK: jax.Array  # The reward that the advantages saw, the KL penalty subtracted: for `update_baseline`.
-    kl: SumCount  # The measured sequence KL, in nats per summary: for the log.
+    loss: SumCount  # The surrogate: the gradient of sum / count is (3).
+    penalised_UxK: jax.Array  # The reward less the KL penalty, which the advantages are computed from.
+    kl: SumCount  # The estimated sequence KL, in nats per summary, for the log.
 
 
 def inference_loss(
@@ -270,19 +287,22 @@ def inference_loss(
     position_kl_UxKxS: jax.Array | None = None,
     valid_U: jax.Array | None = None,
 ) -> InferenceLoss:
-    """Puts (3) together: reward less penalty, advantages, score function, KL. Arguments as in the functions it calls.
+    """Returns the loss whose gradient is (3): penalised rewards, their advantages, the score function and the KL.
 
     Args:
         advantage: one of ADVANTAGES.
         kl: one of KL_ESTIMATORS.
-        kl_coef: lambda.
-        reward_UxK: r_k = - mean_m l(h(x_m, z_k)); no gradient flows through it.
-        baseline: scalar, of earlier steps, for "reinforce".
-        logp_UxKxS: see `kl_terms`, as the rest.
-        ref_logp_UxKxS: constant.
+        kl_coef: lambda, in the unit of the reward per nat of KL.
+        reward_UxK: r_k = - mean_m l(h(x_m, z_k)), in nats / beta. No gradient flows through it.
+        baseline: scalar, from earlier steps. Only "reinforce" uses it.
+        logp_UxKxS: see `kl_terms`, also for the arguments below.
+        ref_logp_UxKxS: no gradient flows through it.
         mask_UxKxS: bool.
-        position_kl_UxKxS: for "exact" alone.
+        position_kl_UxKxS: only "exact" uses it.
         valid_U: bool.
+
+    Raises:
+        ValueError: see `advantages` and `kl_terms`.
     """
     terms = kl_terms(kl, logp_UxKxS, ref_logp_UxKxS, mask_UxKxS, position_kl_UxKxS, valid_U)
     penalised_UxK = jax.lax.stop_gradient(reward_UxK) - kl_coef * terms.penalty_UxK
@@ -292,13 +312,13 @@ def inference_loss(
 
 
 def _mean_of_others(values_UxK: jax.Array) -> jax.Array:
-    """Returns for each k the mean over j != k along axis 1."""
+    """Returns, for each k, the mean over all j != k along axis 1."""
     total_Ux1 = jnp.sum(values_UxK, axis=1, keepdims=True)
     return (total_Ux1 - values_UxK) / (values_UxK.shape[1] - 1)
 
 
 def _valid_UxK(values_UxK: jax.Array, valid_U: jax.Array | None) -> jax.Array:
-    """Returns the users' validity for each of their K summaries."""
+    """Returns whether each summary belongs to a valid user, [U, K]."""
     if valid_U is None:
         return jnp.ones(values_UxK.shape, bool)
     return jnp.broadcast_to(valid_U.astype(bool)[:, None], values_UxK.shape)

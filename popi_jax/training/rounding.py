@@ -1,7 +1,7 @@
-"""Weights kept in bfloat16: an update is added in float32 and the sum rounded up or down by chance.
+"""Weights kept in bfloat16: an update is added in float32, and the sum is stochastically rounded.
 
-A bfloat16 number has 8 significant bits, so that an update of less than 1/512 of its weight is lost where the sum goes
-to the nearest one; rounded by chance, with the odds of how near the two neighbours are, the sum is right on average.
+A bfloat16 number has 8 significant bits. Rounded to the nearest one, an update of less than 1/512 of its weight is
+lost; stochastically rounded, with odds that follow from how near the two neighbours are, the sum is right on average.
 """
 
 from typing import Any
@@ -9,21 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_ROLES = ("phi", "theta")
-
-
-def step_key(step: jax.Array, role: str) -> jax.Array:
-    """The randomness of one role's update at this step: of nothing else, so that a restart replays it."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(0), _ROLES.index(role)), step)
-
 
 def add(params: Any, updates: Any, key: jax.Array) -> Any:
-    """Returns params + updates, each leaf in its own type; bfloat16 leaves are rounded by chance, each with own draws.
+    """Returns params + updates, each leaf in its own type; bfloat16 leaves are stochastically rounded.
 
     Args:
         params: a tree of float32 and bfloat16 arrays.
         updates: the same tree in float32.
-        key: of this update.
+        key: of this update; every leaf draws from a key of its own.
     """
     leaves, treedef = jax.tree.flatten(params)
     sums = [

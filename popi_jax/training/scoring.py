@@ -2,9 +2,7 @@
 
 A row is one prefix with N branches (y+ and y- under a prompt; K summaries under a user's signals). A branch sees the
 prefix and itself, so its log-probabilities and gradients are those of the separate sequence prefix + branch.
-There are two layouts. A PrefixBatch has a line [prefix | branch 1 | ... | branch N] per row, each part padded: what
-the sampler leaves, scored token by token. A PackedBatch has rows of all lengths one after another in bins of one
-length: made on the host, with little padding and nearly always of one shape, for responses, whose sum is wanted.
+`data/batch.py` describes the two layouts, PrefixBatch and PackedBatch.
 Shapes: B lines, T prefix length, N branches, S branch length, L = T + N * S; R rows with N branches in C bins of L
 tokens, in G groups of Y tokens, at most W of them of branches; P positions to score of each of J lines or groups, X of
 them in a chunk; D model width, V vocabulary.
@@ -14,71 +12,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 
+from popi_jax.data.batch import Array, PackedBatch, PrefixBatch
 from popi_jax.model import attention, sharding
 from popi_jax.model.decoder import Decoder
 from popi_jax.model.remat import remat
-
-Array = jax.Array | np.ndarray
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PrefixBatch:
-    """Right-padded token ids, int32. A row of length 0 is padding."""
-
-    prefix_BxT: Array
-    prefix_length_B: Array
-    branches_BxNxS: Array
-    branch_length_BxN: Array
-
-    @property
-    def valid_B(self) -> jax.Array:
-        """True at the rows that are not padding."""
-        return jnp.asarray(self.prefix_length_B) > 0
-
-    @property
-    def mask_BxNxS(self) -> jax.Array:
-        """True at the branches' real tokens."""
-        return jnp.arange(self.branches_BxNxS.shape[-1])[None, None, :] < self.branch_length_BxN[:, :, None]
-
-    @property
-    def token_count(self) -> jax.Array:
-        """How many tokens are not padding."""
-        return jnp.sum(self.prefix_length_B) + jnp.sum(self.branch_length_BxN)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PackedBatch:
-    """Rows in bins, int32: what packing.py makes with `pack_bins`.
-
-    Attributes:
-        tokens_CxL: token ids.
-        positions_CxL: rope positions: each row's start at 0, each branch's where its prefix ended.
-        segments_CxL: see attention.attend.
-        predictor_GxW: of each branch token, where the token lies whose hidden state predicts it: bin * L + place, the
-            bins counted from the group's first. A group is C / G bins that lie side by side on one device.
-        target_GxW: that branch token.
-        branch_GxW: which branch of which row it belongs to, row * N + branch; R * N where there is none.
-        length_RxN: tokens of each branch. A row of empty branches is padding, or in the bins of another micro-batch.
-        first_R: whose scores are this row's: its own, or of the equal row that was packed in its stead.
-    """
-
-    tokens_CxL: Array
-    positions_CxL: Array
-    segments_CxL: Array
-    predictor_GxW: Array
-    target_GxW: Array
-    branch_GxW: Array
-    length_RxN: Array
-    first_R: Array
-
-    @property
-    def token_count(self) -> jax.Array:
-        """How many tokens are not padding; those of equal rows count once."""
-        return jnp.sum(jnp.asarray(self.segments_CxL) >= 0)
+from popi_jax.training import objective
 
 
 @jax.tree_util.register_dataclass
@@ -158,7 +98,7 @@ def score(
         def one(hidden_JxXxD: jax.Array, target_JxX: jax.Array) -> jax.Array:
             return _gather(_log_softmax(decoder, hidden_JxXxD, temperature), target_JxX)
 
-        return TokenScores(unflatten(_in_chunks(one, chunk, hidden_JxPxD, target_JxP)))
+        return TokenScores(unflatten(_in_chunks(one, chunk, decoder.mesh, hidden_JxPxD, target_JxP)))
 
     ref_hidden_JxPxD = _flatten(predictors(reference, batch))
 
@@ -168,7 +108,8 @@ def score(
         kl_JxX = jnp.sum(jnp.exp(logp_JxXxV) * (logp_JxXxV - ref_logp_JxXxV), axis=-1)
         return _gather(logp_JxXxV, target_JxX), _gather(ref_logp_JxXxV, target_JxX), kl_JxX
 
-    logp_JxP, ref_logp_JxP, kl_JxP = _in_chunks(both, chunk, hidden_JxPxD, ref_hidden_JxPxD, target_JxP)
+    hidden = (hidden_JxPxD, ref_hidden_JxPxD)
+    logp_JxP, ref_logp_JxP, kl_JxP = _in_chunks(both, chunk, decoder.mesh, *hidden, target_JxP)
     return TokenScores(unflatten(logp_JxP), unflatten(ref_logp_JxP), unflatten(kl_JxP))
 
 
@@ -188,11 +129,17 @@ def score_packed(decoder: Decoder, batch: PackedBatch, *, chunk: int | None = No
     def one(hidden_JxXxD: jax.Array, target_JxX: jax.Array) -> jax.Array:
         return _gather(_log_softmax(decoder, hidden_JxXxD, 1.0), target_JxX)
 
-    logp_GxW = _in_chunks(one, chunk or _default_chunk(decoder), hidden_GxWxD, jnp.asarray(batch.target_GxW))
+    chunk = chunk or _default_chunk(decoder)
+    logp_GxW = _in_chunks(one, chunk, decoder.mesh, hidden_GxWxD, jnp.asarray(batch.target_GxW))
     R, N = batch.length_RxN.shape
     branch_GW = jnp.asarray(batch.branch_GxW).reshape(-1)
     packed_RxN = jax.ops.segment_sum(logp_GxW.reshape(-1), branch_GW, R * N + 1)[:-1].reshape(R, N)
     return packed_RxN[jnp.asarray(batch.first_R)]
+
+
+def response_logps(decoder: Decoder, bins: PackedBatch, reduction: str) -> jax.Array:
+    """Log pi(y|x, z) of every response, [R, N], in nats, reduced over its tokens as objective.logp_reduction says."""
+    return objective.reduce_logp(score_packed(decoder, bins), jnp.asarray(bins.length_RxN), reduction)
 
 
 def _flatten(hidden_BxNxSxD: jax.Array) -> jax.Array:
@@ -212,14 +159,13 @@ def _default_chunk(decoder: Decoder) -> int:
     return max(1, min(1024, (1 << 26) // decoder.config.vocab_size))
 
 
-def _in_chunks(fn, chunk: int, *args_JxPx: jax.Array):
+def _in_chunks(fn, chunk: int, mesh: Mesh | None, *args_JxPx: jax.Array):
     """Maps fn over pieces of the second axis, rematerialised, so that no [J, P, V] array exists at full length.
 
     The first axis stays whole: it is spread over devices, each of which goes through its own lines at the same time.
     """
     J, P = args_JxPx[0].shape[:2]
-    mesh = jax.sharding.get_abstract_mesh()
-    held = J if mesh.empty else -(-J // sharding.row_shards(mesh))
+    held = -(-J // sharding.row_shards(mesh))
     count = -(-held * P // chunk)
     size = -(-P // count)  # Of nearly equal chunks, so that little is added to fill the last.
     if size == P:

@@ -1,4 +1,4 @@
-"""The train steps: pure functions of (state, frozen base, batch), jitted once in train.py.
+"""The train steps: pure functions of (state, frozen base, batch); modes/programs.py jits each once.
 
 A batch has U users with K summaries each and M queries per user, so R = U * K * M generator rows, user-major: row
 (u, k, m) shows the generator query m and summary k of user u. Without summaries (population, say) K is 1.
@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from popi_jax.config import StepKind
+from popi_jax.data.batch import Batch, GeneratorBatch, InferenceBatch
 from popi_jax.model.policy import Policy
-from popi_jax.training import objective, rounding, scoring
-from popi_jax.training.scoring import PackedBatch, PrefixBatch
+from popi_jax.training import objective, rng, rounding, scoring
 
 Params = Any
 Terms = dict[str, objective.SumCount]
@@ -27,7 +28,7 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a step is compiled for; see configs/base.py for the meanings.
+    """What a step is compiled for; configs/base.py says what each means.
 
     tx_phi None: the method has no inference model of its own, see TrainState.
     """
@@ -43,6 +44,7 @@ class Settings:
     kl: str
     kl_coef: float
     temperature: float
+    seed: int  # Of stochastic rounding, see model.trained_dtype.
 
 
 @jax.tree_util.register_dataclass
@@ -60,33 +62,6 @@ class TrainState:
     opt_phi: Any
     opt_theta: Any
     baseline: Any  # float32 scalar: the moving average of the rewards; advantage = "reinforce" alone reads it.
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class InferenceBatch:
-    """rows: users' signals with K sampled summaries each. A user that is padding has prefix length 0."""
-
-    rows: PrefixBatch
-    sampler_logp_UxKxS: scoring.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class GeneratorBatch:
-    """rows: prompts with y+ and y- (in this order); ref_logp_Rx2 is reduced as Settings.logp_reduction says.
-
-    weight_R: M over the number of the user's queries in this batch, 0 at padding and at rows of other micro-batches: a
-    user with fewer than M queries counts as much as the others, for both models (the mean over m in POPI section 3).
-    """
-
-    rows: PackedBatch
-    ref_logp_Rx2: jax.Array
-    weight_R: jax.Array
-
-
-# The third part is what theta learns from; None: from all rows of the second.
-JointBatch = tuple[InferenceBatch, GeneratorBatch, GeneratorBatch | None]
 
 
 def init_state(key: jax.Array, base: Params, settings: Settings) -> TrainState:
@@ -107,24 +82,19 @@ def init_state(key: jax.Array, base: Params, settings: Settings) -> TrainState:
     )
 
 
-def pair_logps(policy: Policy, base: Params, theta: Params | None, rows: PackedBatch, reduction: str) -> jax.Array:
-    """Log pi(y|x, z) of every response, [R, N], reduced over its tokens."""
-    logp_RxN = scoring.score_packed(policy.bind(base, theta), rows)
-    return objective.reduce_logp(logp_RxN, jnp.asarray(rows.length_RxN), reduction)
-
-
 def generator_loss(
     theta: Params, base: Params, batch: GeneratorBatch, settings: Settings
 ) -> tuple[jax.Array, tuple[jax.Array, Terms]]:
     """The weighted sum of l(h_theta(x, z)) over the rows; also l of each row, and the terms to log as (sum, count)."""
-    logp_Rx2 = pair_logps(settings.policy, base, theta, batch.rows, settings.logp_reduction)
-    h_R = objective.implicit_reward_margin(logp_Rx2, batch.ref_logp_Rx2)
+    logp_Rx2 = scoring.response_logps(settings.policy.bind(base, theta), batch.bins, settings.logp_reduction)
+    ref_logp_Rx2, weight_R = jnp.asarray(batch.ref_logp_Rx2), jnp.asarray(batch.weight_R)
+    h_R = objective.implicit_reward_margin(logp_Rx2, ref_logp_Rx2)
     loss_R = objective.preference_loss(settings.loss)(h_R, settings.beta)
     terms = {
-        "loss": objective.weighted_total(loss_R, batch.weight_R),
-        "accuracy": objective.weighted_total(objective.preference_accuracy(h_R), batch.weight_R),
-        "nats": objective.weighted_total(objective.preference_nats(h_R, settings.beta), batch.weight_R),
-        "margin": objective.weighted_total(h_R, batch.weight_R),
+        "loss": objective.weighted_total(loss_R, weight_R),
+        "accuracy": objective.weighted_total(objective.preference_accuracy(h_R), weight_R),
+        "nats": objective.weighted_total(objective.preference_nats(h_R, settings.beta), weight_R),
+        "margin": objective.weighted_total(h_R, weight_R),
     }
     return terms["loss"][0], (loss_R, terms)
 
@@ -145,10 +115,10 @@ def inference_loss(
         The sum; and the terms to log: those that are (sum, count), among them "surrogate" with the loss's own count,
         and those to take a maximum of.
     """
-    policy, rows = settings.policy, batch.rows
-    valid_U, mask_UxKxS = rows.valid_B, rows.mask_BxNxS
+    policy, lines = settings.policy, batch.lines
+    valid_U, mask_UxKxS = lines.valid_B, lines.mask_BxNxS
     scores = scoring.score(
-        policy.bind(base, phi), rows, temperature=settings.temperature, reference=policy.bind(base, None)
+        policy.bind(base, phi), lines, temperature=settings.temperature, reference=policy.bind(base, None)
     )
     assert scores.ref_logp_BxNxS is not None  # A reference was given.
     out = objective.inference_loss(
@@ -172,50 +142,48 @@ def inference_loss(
         "reward_std": objective.weighted_total(spread_UxK, valid_UxK),
         "kl": out.kl,
         "surrogate": out.loss,
-        "summary_tokens": objective.weighted_total(jnp.asarray(rows.branch_length_BxN, jnp.float32), valid_UxK),
+        "summary_tokens": objective.weighted_total(jnp.asarray(lines.branch_length_BxN, jnp.float32), valid_UxK),
         "summary_logp": objective.weighted_total(jnp.sum(scores.logp_BxNxS, axis=-1), valid_UxK),
         "sampler_gap": objective.weighted_total(gap_UxKxS, mask_UxKxS),
     }
     return out.loss[0], (terms, {"sampler_gap_max": gap_UxKxS.max()})
 
 
-def generator_step(
-    state: TrainState, base: Params, batch: GeneratorBatch, *, settings: Settings
-) -> tuple[TrainState, Metrics]:
+def generator_step(state: TrainState, base: Params, batch: Batch, *, settings: Settings) -> tuple[TrainState, Metrics]:
     """One preference update of theta. Pure."""
-    grads, terms, _ = _generator_sums(state, base, batch, settings)
+    grads, terms, _ = _generator_sums(state, base, batch.generator, settings)
     state, norms = _update_theta(state, grads, terms, settings)
     return dataclasses.replace(state, step=state.step + 1), _means(terms) | norms
 
 
-def inference_step(
-    state: TrainState, base: Params, batch: tuple[InferenceBatch, GeneratorBatch], *, settings: Settings
-) -> tuple[TrainState, Metrics]:
+def inference_step(state: TrainState, base: Params, batch: Batch, *, settings: Settings) -> tuple[TrainState, Metrics]:
     """One REINFORCE update of phi; the generator only gives the rewards. Pure."""
-    inference, rows = batch
-    terms, loss_R = _generator_losses(state, base, rows, settings)
-    grads, phi_terms, maxima = _inference_sums(state, base, inference, loss_R, rows.weight_R, settings)
+    terms, loss_R = _generator_losses(state, base, batch.generator, settings)
+    grads, phi_terms, maxima = _inference_sums(state, base, batch, loss_R, settings)
     state, norms = _update_phi(state, grads, phi_terms, settings)
     return dataclasses.replace(state, step=state.step + 1), _means(terms | phi_terms) | maxima | norms
 
 
-def joint_step(state: TrainState, base: Params, batch: JointBatch, *, settings: Settings) -> tuple[TrainState, Metrics]:
+def joint_step(state: TrainState, base: Params, batch: Batch, *, settings: Settings) -> tuple[TrainState, Metrics]:
     """One update of both models from one batch of summaries: the loss that moves theta is phi's reward. Pure.
 
-    All rows give rewards. Theta learns from all of them, or from the third part of the batch alone: rows of the first
-    few of each user's summaries, which are an unbiased sample of the same loss at a fraction of its backward pass.
+    All rows give rewards. Theta learns from all of them, or from `batch.learned` alone: rows of the first few of each
+    user's summaries, which are an unbiased sample of the same loss at a fraction of its backward pass.
     """
-    inference, rows, learned = batch
-    if learned is None:
-        theta_grads, terms, loss_R = _generator_sums(state, base, rows, settings)
+    if batch.learned is None:
+        theta_grads, terms, loss_R = _generator_sums(state, base, batch.generator, settings)
         learned_terms = terms
     else:
-        terms, loss_R = _generator_losses(state, base, rows, settings)
-        theta_grads, learned_terms, _ = _generator_sums(state, base, learned, settings)
-    grads, phi_terms, maxima = _inference_sums(state, base, inference, loss_R, rows.weight_R, settings)
+        terms, loss_R = _generator_losses(state, base, batch.generator, settings)
+        theta_grads, learned_terms, _ = _generator_sums(state, base, batch.learned, settings)
+    grads, phi_terms, maxima = _inference_sums(state, base, batch, loss_R, settings)
     state, phi_norms = _update_phi(state, grads, phi_terms, settings)
     state, theta_norms = _update_theta(state, theta_grads, learned_terms, settings)
     return dataclasses.replace(state, step=state.step + 1), _means(terms | phi_terms) | maxima | phi_norms | theta_norms
+
+
+Step = Callable[..., tuple[TrainState, Metrics]]
+STEPS: dict[StepKind, Step] = {"joint": joint_step, "inference": inference_step, "generator": generator_step}
 
 
 def _generator_losses(
@@ -247,21 +215,18 @@ def _generator_sums(
 
 
 def _of_each_row(loss_AxR: jax.Array, batch: GeneratorBatch) -> jax.Array:
-    """L of each row, from the micro-batch that holds it, [R]; 0 at padding."""
+    """Loss of each row, from the micro-batch that holds it, [R]; 0 at padding."""
     return jnp.sum(jnp.where(batch.weight_R > 0, loss_AxR, 0.0), axis=0)
 
 
 def _inference_sums(
-    state: TrainState,
-    base: Params,
-    batch: InferenceBatch,
-    loss_R: jax.Array,
-    weight_AxR: jax.Array,
-    settings: Settings,
+    state: TrainState, base: Params, batch: Batch, loss_R: jax.Array, settings: Settings
 ) -> tuple[Params, Terms, dict[str, jax.Array]]:
     """The gradient of the summaries' summed loss, the terms to log and those to take a maximum of."""
-    A, U, K = batch.rows.branch_length_BxN.shape
-    reward_UxK = summary_rewards(loss_R, jnp.sum(weight_AxR, axis=0), A * U, K)
+    inference = batch.inference
+    assert inference is not None  # A generator step alone has none.
+    A, U, K = inference.lines.branch_length_BxN.shape
+    reward_UxK = summary_rewards(loss_R, jnp.sum(batch.generator.weight_R, axis=0), A * U, K)
 
     def one(micro: tuple[InferenceBatch, jax.Array]):
         (_, (terms, maxima)), grads = jax.value_and_grad(inference_loss, has_aux=True)(
@@ -269,7 +234,7 @@ def _inference_sums(
         )
         return ((grads, terms), maxima), ()
 
-    ((grads, terms), maxima), _ = _accumulate(one, (batch, reward_UxK.reshape(A, U, K)))
+    ((grads, terms), maxima), _ = _accumulate(one, (inference, reward_UxK.reshape(A, U, K)))
     return grads, terms, maxima
 
 
@@ -296,32 +261,32 @@ def _accumulate(one: Callable, batch: Any) -> Any:
 
 def _update_phi(state: TrainState, sums: Params, terms: Terms, settings: Settings):
     assert settings.tx_phi is not None
-    phi, opt_phi, norms = _update("phi", state, settings.tx_phi, sums, terms["surrogate"])
+    phi, opt_phi, norms = _update("phi", state, settings.tx_phi, sums, terms["surrogate"], settings.seed)
     baseline = objective.update_baseline(state.baseline, terms["reward_less_kl"], settings.baseline_decay)
     state = dataclasses.replace(state, phi=phi, opt_phi=opt_phi, baseline=baseline)
     return state, {f"{name}_inference": norm for name, norm in norms.items()}
 
 
 def _update_theta(state: TrainState, sums: Params, terms: Terms, settings: Settings):
-    theta, opt_theta, norms = _update("theta", state, settings.tx_theta, sums, terms["loss"])
+    theta, opt_theta, norms = _update("theta", state, settings.tx_theta, sums, terms["loss"], settings.seed)
     state = dataclasses.replace(state, theta=theta, opt_theta=opt_theta)
     return state, {f"{name}_generator": norm for name, norm in norms.items()}
 
 
 def _update(
-    role: str, state: TrainState, tx: optax.GradientTransformation, sums: Params, loss: objective.SumCount
+    role: str, state: TrainState, tx: optax.GradientTransformation, sums: Params, loss: objective.SumCount, seed: int
 ) -> tuple[Params, Any, Metrics]:
     """One role's parameters and optimizer state after an update by the mean gradient, and the norms of both."""
     params, opt = getattr(state, role), getattr(state, f"opt_{role}")
     with jax.named_scope("optimizer"):
         grads = jax.tree.map(lambda g: g / jnp.maximum(loss[1], 1.0), sums)
         updates, opt = tx.update(grads, opt, params)
-        params = rounding.add(params, updates, rounding.step_key(state.step, role))
+        params = rounding.add(params, updates, rng.stream_key(seed, f"round_{role}", state.step))
         return params, opt, {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
 
 
 def _float32(params: Params) -> Params:
-    """As which the optimizer sees them: its moments are float32."""
+    """A float32 copy for the optimizer, whose moments are of its type."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
 

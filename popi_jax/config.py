@@ -1,0 +1,283 @@
+"""A run's settings: a ConfigDict in, typed, frozen and validated sections out. Nothing below this reads a ConfigDict.
+
+`configs/base.py` holds every key with its default and what it means; the type and the bounds of each stand here.
+"""
+
+import functools
+import operator
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import ml_collections
+import pydantic
+from pydantic import Field
+
+from popi_jax.errors import UserError
+
+Dtype = Literal["float32", "bfloat16"]
+Method = Literal["popi", "base", "population", "raw_signals", "zero_shot_summary", "oracle"]
+StepKind = Literal["joint", "inference", "generator"]
+
+# Bounds stop a slip of the keyboard, not an experiment: they are far above what any machine can run.
+Count = Annotated[int, Field(ge=0, le=10**8)]
+Positive = Annotated[int, Field(ge=1, le=10**8)]
+Tokens = Annotated[int, Field(ge=1, le=2**20)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # jax.random.key takes 32 bits: 2**32 would be seed 0 again.
+Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+SUMMARIZED = ("popi", "zero_shot_summary")  # The methods whose context is written by a model.
+
+
+class Section(pydantic.BaseModel):
+    """A group of settings: immutable, no unknown key, no value of another type."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class Model(Section):
+    """config.model."""
+
+    path: Annotated[str, Field(min_length=1)]
+    compute_dtype: Dtype
+    frozen_dtype: Dtype
+    trained_dtype: Dtype
+    remat: Literal["none", "dots", "full"]
+    attention: Literal["auto", "xla", "splash", "cudnn"]
+    tokenizer: str
+    shape: str
+
+
+class Lora(Section):
+    """config.lora."""
+
+    rank: Annotated[int, Field(ge=0, le=2**16)]
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...]
+
+
+class Data(Section):
+    """config.data."""
+
+    dataset: Literal["stylebook", "psoups", "users"]
+    path: str
+    test_path: str
+    prepared_dir: str
+    seed: Seed
+    test_fraction: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+    signals: Literal["disjoint", "shipped"]
+    signals_per_user: Positive
+    train_users: Count
+    test_users: Count
+    train_draws: Positive
+    test_draws: Positive
+    queries_per_user: Annotated[int, Field(ge=1, le=4096)]
+    test_queries_per_user: Annotated[int, Field(ge=1, le=4096)]
+
+
+class Limits(Section):
+    """config.limits, in tokens."""
+
+    signals: Tokens
+    prompt: Tokens
+    response: Tokens
+    summary: Tokens
+    bin: Tokens
+    on_overflow: Literal["error", "drop"]
+    buckets: tuple[Tokens, ...]
+
+
+class Prompts(Section):
+    """config.prompts."""
+
+    inference_instruction: str
+    summary_start: str
+    summary_stop: str
+    pair_fields: tuple[Literal["prompt", "chosen", "rejected"], ...]
+    generator_instruction: str
+
+
+class Sampling(Section):
+    """config.sampling."""
+
+    k: Annotated[int, Field(ge=1, le=1023)]  # A line has at most attention.ROW - 1 branches.
+    k_generator: Annotated[int, Field(ge=0, le=1023)]
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]  # REINFORCE needs samples.
+
+
+class Objective(Section):
+    """config.objective."""
+
+    loss: Literal["dpo", "ipo"]
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    logp_reduction: Literal["sum", "mean"]
+    reference_context: Literal["prompt", "summary", "signals"]
+    advantage: Literal["rloo", "reinforce", "group_mean", "grpo"]
+    baseline_decay: Decay
+    kl: Literal["exact", "k1_reward", "k3_loss"]
+    kl_coef: Rate
+
+
+class Schedule(Section):
+    """config.schedule."""
+
+    name: Literal["joint", "alternate", "two_phase", "inference_only", "generator_only"]
+    steps: Count
+    n_phi: Count
+    n_theta: Count
+
+
+class Optim(Section):
+    """config.optim."""
+
+    lr_inference: Rate
+    lr_generator: Rate
+    schedule: Literal["cosine", "constant"]
+    warmup_steps: Count
+    b1: Decay
+    b2: Decay
+    weight_decay: Rate
+    clip_inference: Rate
+    clip_generator: Rate
+
+
+class Train(Section):
+    """config.train."""
+
+    users_per_step: Annotated[int, Field(ge=1, le=2**16)]
+    accumulation_inference: Annotated[int, Field(ge=1, le=2**16)]
+    accumulation_generator: Annotated[int, Field(ge=1, le=2**16)]
+    checkpoint_every: Positive
+    checkpoints_kept: Positive
+    profile_steps: tuple[Count, ...]
+
+
+class Eval(Section):
+    """config.eval."""
+
+    every: Count
+    users: Count
+    users_per_batch: Annotated[int, Field(ge=1, le=2**16)]
+    summaries_per_user: Annotated[int, Field(ge=1, le=1023)]
+    temperature: Rate
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+    samples: Annotated[int, Field(ge=0, le=2**16)]
+    response_tokens: Tokens
+    bootstrap: Annotated[int, Field(ge=1, le=10**6)]
+
+    @property
+    def rows(self) -> int:
+        """Pairs that are scored at a time: those of a batch of users under all of their summaries."""
+        return self.users_per_batch * self.summaries_per_user
+
+
+class Table(Section):
+    """config.table."""
+
+    methods: tuple[str, ...]
+    seeds: tuple[Seed, ...]
+
+
+class Mesh(Section):
+    """config.mesh; sharding.make_mesh holds the sizes against the devices."""
+
+    data: Annotated[int, Field(ge=-1)]
+    fsdp: Annotated[int, Field(ge=-1)]
+    tensor: Annotated[int, Field(ge=-1)]
+
+
+class Config(Section):
+    """All settings of a run; configs/base.py says what each means."""
+
+    name: str
+    seed: Seed
+    model: Model
+    lora: Lora
+    data: Data
+    limits: Limits
+    prompts: Prompts
+    sampling: Sampling
+    objective: Objective
+    schedule: Schedule
+    method: Method
+    optim: Optim
+    train: Train
+    eval: Eval
+    table: Table
+    mesh: Mesh
+
+    @property
+    def trains_inference(self) -> bool:
+        """Whether the run updates q_phi."""
+        return self.method == "popi" and self.schedule.name != "generator_only"
+
+    @pydantic.model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        schedule, sampling = self.schedule, self.sampling
+        if len(self.train.profile_steps) not in (0, 2):
+            raise ValueError(f"config.train.profile_steps is {self.train.profile_steps}; give (first, last), or ()")
+        if schedule.name in ("alternate", "two_phase") and schedule.n_phi + schedule.n_theta < 1:
+            raise ValueError("config.schedule.n_phi and .n_theta are both 0: nothing would be trained; raise one")
+        if "chosen" not in self.prompts.pair_fields:
+            raise ValueError(
+                f"config.prompts.pair_fields is {self.prompts.pair_fields}; give 'chosen', and with it 'prompt' and"
+                " 'rejected' if wanted"
+            )
+        if sampling.k_generator > sampling.k:
+            raise ValueError(
+                f"config.sampling.k_generator is {sampling.k_generator}; it must be between 0 (all) and"
+                f" config.sampling.k, {sampling.k}"
+            )
+        if self.trains_inference and self.objective.advantage != "reinforce" and sampling.k < 2:
+            raise ValueError(
+                f"config.sampling.k is {sampling.k}; advantage {self.objective.advantage} compares a user's summaries"
+                " and needs 2 or more"
+            )
+        return self
+
+
+def parse(config: ml_collections.ConfigDict) -> Config:
+    """Returns the settings; UserError names the first key that is wrong, its value and the remedy."""
+    return _validated(config.to_dict())
+
+
+def _validated(tree: dict[str, Any]) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise UserError(_one_line(error.errors()[0])) from None
+
+
+def changed(config: Config, values: Mapping[str, Any]) -> Config:
+    """The same settings with others for these keys ("schedule.steps"); UserError as `parse`."""
+    tree = config.model_dump()
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        functools.reduce(operator.getitem, sections, tree)[name] = value
+    return _validated(tree)
+
+
+_BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("greater than", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("less than", "lt"),
+}
+
+
+def _one_line(error: Any) -> str:
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "value_error":  # From a validator above, whose message names its keys.
+        return str(context["error"])
+    key, value = ".".join(map(str, ("config", *error["loc"]))), repr(error["input"])
+    if kind == "extra_forbidden":
+        return f"{key} is no setting; configs/base.py has them all"
+    if kind == "missing":
+        return f"{key} is missing; start from configs/base.py, which has every key"
+    if kind in _BOUNDS:
+        words, bound = _BOUNDS[kind]
+        return f"{key} is {value}; it must be {words} {context[bound]}"
+    if kind == "literal_error":
+        return f"{key} is {value}; choose one of {context['expected'].replace(' or ', ', ').replace("'", '')}"
+    message = error["msg"]
+    return f"{key} is {value}; it {message.removeprefix('Input ')}"

@@ -1,0 +1,50 @@
+"""--mode=evaluate: a checkpoint on all test users, also of other data; the results go beside the run's own."""
+
+import pathlib
+
+from popi_jax.config import Config
+from popi_jax.data import prepared
+from popi_jax.errors import UserError
+from popi_jax.evaluation import final
+from popi_jax.modes import runfiles, setup
+from popi_jax.modes.setup import Run
+from popi_jax.training.steps import TrainState
+
+
+def trained(config: Config, workdir: pathlib.Path, step: int | None) -> tuple[Run, TrainState]:
+    """Loads the newest checkpoint of the workdir (or that of `step`); UserError if there is none, or of another run."""
+    runfiles.check_use(workdir, config)
+    run = setup.load(config)
+    restored = run.restore(workdir, step)
+    if restored is None:
+        raise UserError(f"{workdir} holds no checkpoint; train first with --mode=train")
+    return run, restored[0]
+
+
+def evaluate_checkpoint(
+    config: Config,
+    workdir: pathlib.Path,
+    output: pathlib.Path | None,
+    step: int | None = None,
+    shared: pathlib.Path | None = None,
+) -> dict[str, object]:
+    """Evaluates a checkpoint on all test users.
+
+    Args:
+        config: the run's, but for the keys that `runfiles.check_use` leaves free.
+        workdir: the run.
+        output: the folder for results, samples and report; by default <workdir>/evaluation_step<N>.
+        step: the checkpoint; None: the newest.
+        shared: as for `train.train`; the run's workdir by default.
+
+    Returns:
+        The row of results.json.
+    """
+    run, state = trained(config, workdir, step)
+    shared = workdir if shared is None else shared
+    sources = {"test": prepared.from_config(config.data, shared)["test"]}
+    run = run.fitted(sources)
+    evaluator = run.evaluator(run.references(shared / "cache"))
+    folder = workdir / f"evaluation_step{int(state.step)}" if output is None else output
+    runfiles.describe(folder, config)
+    return final.finish(evaluator, folder, state, list(sources["test"]), int(state.step))

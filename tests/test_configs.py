@@ -1,0 +1,107 @@
+"""Every config: the arguments that it takes, where it reads from, and the comments of its keys."""
+
+import importlib
+import io
+import pathlib
+import re
+import tokenize
+
+import pytest
+
+from configs import base, recorded
+
+CONFIGS = pathlib.Path(base.__file__).parent
+
+# The arguments of each config; recorded takes the path of a file instead.
+ARGUMENTS = {
+    "base": (),
+    "quickstart": ("runlocal",),
+    "psoups_smollm2": ("eight_signals", "runlocal"),
+    "users": ("runlocal",),
+    "llama3_3b": ("full", "lora", "runlocal"),
+    "llama3_8b": ("full", "lora", "runlocal"),
+}
+EACH = [(name, arg) for name, arguments in ARGUMENTS.items() for arg in ("", *arguments)]
+
+
+def get_config(name, arg):
+    return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+def leaves(config, prefix=""):
+    """The path and value of every key that is not a section."""
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def test_every_config_is_in_the_table():
+    assert {path.stem for path in CONFIGS.glob("*.py")} == {*ARGUMENTS, "recorded", "__init__"}
+
+
+@pytest.mark.parametrize(("name", "arg"), EACH)
+def test_a_config_is_named_after_its_file_and_has_the_keys_of_base(name, arg):
+    config = get_config(name, arg)
+    assert config.name == name
+    assert [key for key, _ in leaves(config)] == [key for key, _ in leaves(base.get_config())]
+
+
+@pytest.mark.parametrize(("name", "arg"), EACH)
+def test_no_default_points_outside_the_repository(name, arg):
+    root = CONFIGS.parent
+    for key in ("model.path", "model.tokenizer", "model.shape", "data.path", "data.test_path", "data.prepared_dir"):
+        value = dict(leaves(get_config(name, arg)))[key]
+        assert (root / value).resolve().is_relative_to(root), (key, value)
+
+
+@pytest.mark.parametrize("arg", ["runlocl", "RUNLOCAL", "full,lora", " "])
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_unknown_argument_is_refused(name, arg):
+    with pytest.raises(ValueError) as refused:
+        get_config(name, arg)
+    message = str(refused.value)
+    assert f"configs/{name}.py" in message and repr(arg) in message and "\n" not in message
+    assert all(choice in message.split(repr(arg))[1] for choice in ARGUMENTS[name])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "No such file or directory"),
+        (b"{", "line 1 column 2"),
+        (b"\xff", "can't decode byte"),
+        (b'["seed"]', "does not hold a JSON object"),
+    ],
+)
+def test_a_recorded_config_that_cannot_be_read_is_one_line_with_the_file(tmp_path, content, reason):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError) as refused:
+        recorded.get_config(str(path))
+    message = str(refused.value)
+    assert message.startswith(f"configs/recorded.py: {path} ") and reason in message and "\n" not in message
+
+
+def test_recorded_asks_for_a_file():
+    with pytest.raises(ValueError, match=r"the file is missing; use --config=configs/recorded.py:DIR/config.json"):
+        recorded.get_config()
+
+
+def test_every_key_of_base_has_a_comment():
+    source = pathlib.Path(base.__file__).read_text(encoding="utf-8")
+    commented = {
+        token.start[0]
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    lines = source.splitlines()
+    without = []
+    for number, line in enumerate(lines, start=1):
+        key = re.match(r"    c\.([\w.]+) = ", line)
+        # Beside the key, or on a line of its own above it.
+        if key and number not in commented and not lines[number - 2].lstrip().startswith("#"):
+            without.append(key[1])
+    assert not without

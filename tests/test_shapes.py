@@ -1,0 +1,67 @@
+"""Shapes of programs: at the limits by hand, rounded so that they are few, the same for a run and --mode=compile."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import quickstart
+from popi_jax.config import Config, changed, parse
+from popi_jax.data.batch import GeneratorBatch
+from popi_jax.data.packing import PairShape
+from popi_jax.data.shapes import Bins, Measured, Shapes, batch_shardings
+from popi_jax.model import sharding
+
+
+def shapes(devices: int = 1, buckets: tuple[int, ...] = (32, 48, 96), **values: object) -> Shapes:
+    """Of the quickstart's settings with these changed, "__" for the dot of a key."""
+    config: Config = changed(
+        parse(quickstart.get_config("runlocal")), {key.replace("__", "."): value for key, value in values.items()}
+    )
+    return Shapes(config, sharding.make_mesh(devices, 1, 1), buckets)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "length"),
+    [
+        ([30] * 13, 64),  # Two a bin: 448 positions; bins of 32 would have 416, not much less.
+        ([40] * 4, 48),  # One a bin of 64 leaves a third of it empty.
+        ([40, 70], 96),  # One row needs more than limits.bin.
+    ],
+)
+def test_bins_take_a_bucket_where_that_pads_far_less(lengths, length):
+    assert shapes(limits__bin=64).bin_length(lengths) == length
+
+
+def test_a_step_at_its_limits_by_hand():
+    limits = {"limits__bin": 200, "limits__prompt": 60, "limits__response": 20, "limits__signals": 90}
+    own = shapes(2, **limits, limits__summary=7, train__users_per_step=3, sampling__k=4, sampling__k_generator=2)
+    step = own.step("joint")
+    # Rows of 60 + 2 * 20 tokens, two a bin: 4 users (filled up for two devices) * 4 summaries * 2 queries = 32 rows.
+    assert step.generator == PairShape(32, n_bins=16, length=200, groups=2, scored=800)
+    assert step.learned == PairShape(16, n_bins=8, length=200, groups=2, scored=400)
+    inference = step.inference
+    assert (inference.users, inference.signals, inference.summaries, inference.summary) == (4, 96, 4, 7)
+    assert own.step("generator").inference is None and own.step("generator").generator.rows == 16
+    assert own.step("inference").learned is None
+
+
+def test_measured_bins_round_to_few_shapes():
+    own = shapes(2, train__accumulation_generator=2)
+    bins = Bins(64, [10] * 17 + [40])
+    pair = own.step("generator", Measured(bins)).generator
+    # 9 bins a micro-batch, 10 in two groups of five; the fullest has four of 10 scored tokens and the one of 40.
+    assert (pair.n_bins, pair.group_bins, pair.scored) == (10, 5, 80)
+    fewer = own.step("joint", Measured(bins, 40, 9, Bins(64, [10])))
+    assert fewer.learned.n_bins == 2 * -(-fewer.generator.n_bins // (2 * own.config.sampling.k))  # Its share, even.
+
+
+def test_everything_of_a_batch_lies_somewhere():
+    own = shapes(4)
+    abstract = own.step("joint").abstract(own.mesh)
+    placed = batch_shardings(abstract, own.mesh)
+    assert jax.tree.structure(abstract) == jax.tree.structure(placed)
+    split, everywhere = sharding.stack_sharding(own.mesh), sharding.replicated(own.mesh)
+    assert placed.inference.lines.prefix_BxT == placed.generator.bins.tokens_CxL == split
+    assert placed.generator.weight_R == placed.generator.bins.first_R == everywhere
+    assert isinstance(placed.learned, GeneratorBatch)
+    assert all(leaf.dtype in (np.int32, np.float32) for leaf in jax.tree.leaves(abstract))
