@@ -278,6 +278,7 @@ def _one_line(error: Any) -> str:
         words, bound = _BOUNDS[kind]
         return f"{key} is {value}; it must be {words} {context[bound]}"
     if kind == "literal_error":
-        return f"{key} is {value}; choose one of {context['expected'].replace(' or ', ', ').replace("'", '')}"
+        choices = context["expected"].replace(" or ", ", ").replace("'", "")
+        return f"{key} is {value}; choose one of {choices}"
     message = error["msg"]
     return f"{key} is {value}; it {message.removeprefix('Input ')}"
