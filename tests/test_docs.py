@@ -1,5 +1,6 @@
 """The documentation builds without a warning or a network, and what it takes from code and records is up to date."""
 
+import ast
 import importlib.util
 import os
 import pathlib
@@ -115,6 +116,31 @@ def test_the_path_of_a_batch_has_fifteen_files_at_most():
     stops = re.findall(r"^\| \d+ \| `([\w/.]+)` \|", page, re.MULTILINE)
     assert 10 <= len(stops) <= 15 and len(set(stops)) == len(stops)
     assert all((ROOT / stop).is_file() for stop in stops)
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """The packages of popi_jax, and its modules beside them, that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "popi_jax":
+            inside = node.module.split(".")[1:]
+            found |= {inside[0]} if inside else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("popi_jax.")}
+    return found
+
+
+def test_packages_import_only_what_stands_above_them():
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    order = [name.removesuffix(".py") for name in re.findall(r"^\| `(\w+(?:/|\.py))` \|", page, re.MULTILINE)]
+    order = [name.rstrip("/") for name in order]
+    package = ROOT / "popi_jax"
+    paths = [path for path in package.rglob("*.py") if path != package / "__init__.py"]
+    assert {path.relative_to(package).parts[0].removesuffix(".py") for path in paths} <= set(order)
+    for path in paths:
+        own = path.relative_to(package).parts[0].removesuffix(".py")
+        wrong = imports(path) - set(order[: order.index(own) + 1])
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}, which stand below {own} in docs/architecture.md"
 
 
 def test_prose_of_results_agrees_with_the_records(generate):
