@@ -7,6 +7,7 @@ the files that a run left. With --check nothing is written: files that would cha
 """
 
 import ast
+import functools
 import importlib
 import io
 import json
@@ -30,6 +31,9 @@ REGION = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # Bounds as pydantic names them.
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "of length ≥"}
+
+# Folders of benchmarks/results that a page shows.
+BENCHES = ("", "evaluation", "adapters", "tunix_evaluation", "tunix_iteration", "growth", "avx2")
 
 # Rows of the results tables, in this order, where a record has them.
 METHODS = {
@@ -125,6 +129,11 @@ def bench(folder: str) -> dict[str, Any]:
     return read_json(f"benchmarks/results/{folder}/bench.json")
 
 
+def bench_table(folder: str) -> str:
+    """Each case of a recorded benchmark: how many times the peer's rate, and the share of its memory."""
+    return summary.short(bench(folder)) + "\n"
+
+
 def speed_overview() -> str:
     """README's table: how many times a peer's rate, from the recorded runs on the machine with AVX-512."""
     found = {
@@ -188,10 +197,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "configuration": lambda: configuration(),
     "flags": lambda: flags_table("popi_jax/main.py"),
     "table flags": lambda: flags_table("experiments/results_table.py"),
-    **{
-        f"bench {folder or 'main'}": lambda folder=folder: summary.short(bench(folder)) + "\n"
-        for folder in ("", "evaluation", "adapters", "tunix_evaluation", "tunix_iteration", "growth", "avx2")
-    },
+    **{f"bench {folder or 'main'}": functools.partial(bench_table, folder) for folder in BENCHES},
 }
 
 
@@ -208,8 +214,8 @@ def flags_table(path: str) -> str:
     rows = []
     for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("DEFINE_"):
-            name, default, *_, text = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
-            rows.append((node.lineno, f"`--{name}`", "" if default is None else f"`{default}`", text))
+            name, default, *_, text = [str(arg.value or "") for arg in node.args if isinstance(arg, ast.Constant)]
+            rows.append((node.lineno, f"`--{name}`", f"`{default}`" if default else "", text))
     return markdown_table(("flag", "default", "meaning"), [row[1:] for row in sorted(rows)])
 
 
@@ -262,7 +268,7 @@ def described(hint: Any) -> str:
 
 def types() -> dict[str, str]:
     """The type and bounds of every key, in words."""
-    found = {}
+    found: dict[str, str] = {}
     for name, hint in typing.get_type_hints(Config, include_extras=True).items():
         if isinstance(hint, type) and issubclass(hint, Section):
             own = typing.get_type_hints(hint, include_extras=True)

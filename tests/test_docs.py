@@ -9,6 +9,9 @@ import subprocess
 import sys
 
 import pytest
+import yaml
+
+import popi_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -141,6 +144,12 @@ def test_packages_import_only_what_stands_above_them():
         own = path.relative_to(package).parts[0].removesuffix(".py")
         wrong = imports(path) - set(order[: order.index(own) + 1])
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}, which stand below {own} in docs/architecture.md"
+
+
+def test_version_is_one():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == popi_jax.__version__
+    (newest, *_) = re.findall(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest == popi_jax.__version__
 
 
 def test_prose_of_results_agrees_with_the_records(generate):

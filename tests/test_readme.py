@@ -121,8 +121,7 @@ def test_config_keys_named_in_passing_exist():
 
 
 def test_the_example_of_own_data_is_read(tmp_path):
-    (user,) = re.findall(r"```json\n(.*?)```", PAGES["docs/howto/own-data.md"], re.DOTALL)
-    (prompt,) = re.findall(r"```json\n(.*?)```", PAGES["docs/tutorial.md"], re.DOTALL)
+    user, prompt = re.findall(r"```json\n(.*?)```", PAGES["docs/howto/own-data.md"], re.DOTALL)
     (tmp_path / "users.jsonl").write_text(user)
     (example,) = users.read_users(tmp_path / "users.jsonl")
     assert [signal.kind for signal in example.signals] == ["pair", "comment", "profile"]
