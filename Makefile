@@ -63,7 +63,7 @@ types: $(VENV)/.setup-test  ## Checks types.
 
 docs: $(VENV)/.setup-test  ## Builds the documentation into site/; a warning is an error.
 	$(BIN)/python docs/generate.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: $(VENV)/.setup-test  ## Formats the code in place.
 	$(BIN)/ruff check --fix .
