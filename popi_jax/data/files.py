@@ -21,20 +21,27 @@ def read_json(path: pathlib.Path, remedy: str = "remove the file and run again")
 
 def read_jsonl(path: pathlib.Path, remedy: str = "remove the file and run again") -> list[dict[str, Any]]:
     """The objects of a JSON lines file, [] where there is no such file; UserError names a line that is none."""
-    return [record for _, record in numbered_objects(path, remedy)] if path.exists() else []
+    return [record for _, record in numbered_objects(path, remedy, remedy)] if path.exists() else []
 
 
-def numbered_objects(path: pathlib.Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def numbered_objects(
+    path: pathlib.Path, if_missing: str, if_damaged: str = "mend this line"
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a JSON lines file with their line numbers, from 1; blank lines are skipped.
+
+    Args:
+        path: the file.
+        if_missing: the remedy that the error names where the file cannot be read.
+        if_damaged: the remedy for a line that is not JSON.
 
     Raises:
         UserError: the file cannot be read, or a line is not a JSON object.
     """
     # Only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON strings may hold.
-    for number, line in enumerate(checks.read_text(path, remedy).split("\n"), start=1):
+    for number, line in enumerate(checks.read_text(path, if_missing).split("\n"), start=1):
         if line.strip():
             where = f"{path}:{number}"
-            yield number, checks.as_object(checks.parse_json(line, str(path), number, remedy), where)
+            yield number, checks.as_object(checks.parse_json(line, str(path), number, if_damaged), where)
 
 
 def write_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
