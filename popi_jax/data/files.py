@@ -1,5 +1,6 @@
 """Reads and writes the files of a run: JSON lines and whole texts. The one reader, the one atomic writer."""
 
+import io
 import json
 import math
 import os
@@ -8,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from popi_jax.data import checks
 
@@ -56,11 +58,17 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all; in a run of several processes the first one writes."""
-    write_bytes(path, text.encode())
+    _write(path, text.encode())
 
 
-def write_bytes(path: pathlib.Path, data: bytes) -> None:
-    """As `write_text`."""
+def write_npz(path: pathlib.Path, **arrays: Any) -> None:
+    """Writes arrays as numpy's npz, whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    _write(path, buffer.getvalue())
+
+
+def _write(path: pathlib.Path, data: bytes) -> None:
     if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
