@@ -21,7 +21,7 @@ def reports():
 
 def joint(reports, case):
     (report,) = (report for report in reports if report["case"] == case)
-    (row,) = (row for row in report["programs"] if row["program"] == "joint step")
+    (row,) = (row for row in report["steps"] if row["name"] == "joint_step")
     return row
 
 

@@ -1,5 +1,6 @@
 """Reads and writes the files of a run: JSON lines and whole texts. The one reader, the one atomic writer."""
 
+import io
 import json
 import math
 import os
@@ -8,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from popi_jax.data import checks
 
@@ -21,20 +23,27 @@ def read_json(path: pathlib.Path, remedy: str = "remove the file and run again")
 
 def read_jsonl(path: pathlib.Path, remedy: str = "remove the file and run again") -> list[dict[str, Any]]:
     """The objects of a JSON lines file, [] where there is no such file; UserError names a line that is none."""
-    return [record for _, record in numbered_objects(path, remedy)] if path.exists() else []
+    return [record for _, record in numbered_objects(path, remedy, remedy)] if path.exists() else []
 
 
-def numbered_objects(path: pathlib.Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def numbered_objects(
+    path: pathlib.Path, if_missing: str, if_damaged: str = "mend this line"
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a JSON lines file with their line numbers, from 1; blank lines are skipped.
+
+    Args:
+        path: the file.
+        if_missing: the remedy that the error names where the file cannot be read.
+        if_damaged: the remedy for a line that is not JSON.
 
     Raises:
         UserError: the file cannot be read, or a line is not a JSON object.
     """
     # Only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON strings may hold.
-    for number, line in enumerate(checks.read_text(path, remedy).split("\n"), start=1):
+    for number, line in enumerate(checks.read_text(path, if_missing).split("\n"), start=1):
         if line.strip():
             where = f"{path}:{number}"
-            yield number, checks.as_object(checks.parse_json(line, str(path), number, remedy), where)
+            yield number, checks.as_object(checks.parse_json(line, str(path), number, if_damaged), where)
 
 
 def write_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -49,11 +58,17 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all; in a run of several processes the first one writes."""
-    write_bytes(path, text.encode())
+    _write(path, text.encode())
 
 
-def write_bytes(path: pathlib.Path, data: bytes) -> None:
-    """As `write_text`."""
+def write_npz(path: pathlib.Path, **arrays: Any) -> None:
+    """Writes arrays as numpy's npz, whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    _write(path, buffer.getvalue())
+
+
+def _write(path: pathlib.Path, data: bytes) -> None:
     if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ def read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def _read_summaries(path: pathlib.Path) -> dict[str, str]:
     summaries = {}
-    for number, record in files.numbered_objects(path, "run --mode=summarize again"):
+    for number, record in files.numbered_objects(path, "", "run --mode=summarize again"):
         where = f"{path}:{number}"
         if not isinstance(record.get("summary"), str):  # May be empty: a model can write nothing.
             raise UserError(f"{where}: field 'summary' is missing or no text; run --mode=summarize again")

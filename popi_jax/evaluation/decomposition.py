@@ -11,11 +11,10 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from popi_jax.config import SUMMARIZED
-from popi_jax.data import stylebook, stylebook_exact, stylebook_text
+from popi_jax.data import files, stylebook, stylebook_exact, stylebook_text
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError
 from popi_jax.evaluation import stats
@@ -105,8 +104,7 @@ def estimate_information(population: Measured, informed: Measured, resamples: in
 
 def write(path: pathlib.Path, measured: Measured) -> None:
     """Keeps what was measured beside the run's other files."""
-    if jax.process_index() == 0:
-        np.savez(path, **vars(measured))
+    files.write_npz(path, **vars(measured))
 
 
 def read(path: pathlib.Path) -> Measured:

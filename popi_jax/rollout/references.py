@@ -5,9 +5,9 @@ import hashlib
 import pathlib
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
+from popi_jax.data import files
 from popi_jax.rollout.pairs import Item, PairScorer
 
 
@@ -36,12 +36,7 @@ class References:
             return
         logps = self._scorer.logps(None, [item for _, item in missing])
         self._known.update(zip([key for key, _ in missing], logps, strict=True))
-        if jax.process_index() != 0:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self._path.with_suffix(".tmp.npz")
-        np.savez(scratch, keys=np.array(list(self._known)), logps=np.stack(list(self._known.values())))
-        scratch.replace(self._path)
+        files.write_npz(self._path, keys=np.array(list(self._known)), logps=np.stack(list(self._known.values())))
 
     def lookup(self, items: Sequence[Item]) -> np.ndarray:
         """Log pi_ref of y+ and y-, [n, 2]; what `remember` has not seen is computed, in this order, and not kept."""
