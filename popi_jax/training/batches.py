@@ -204,7 +204,7 @@ def cut(finished_x: np.ndarray) -> dict[str, float]:
 
 
 def chosen_queries(example: Example, count: int, seed: int, step: int, place: int) -> list[Query]:
-    """Draws `count` of the example's queries, anew for each step. Returns all of them, in order, if there are fewer."""
+    """Draws `count` of the example's queries, anew for each step. Returns all, in order, if there are at most `count`."""
     if len(example.queries) <= count:
         return list(example.queries)
     rng = np.random.default_rng((seed, STREAMS.index("queries"), step, place))

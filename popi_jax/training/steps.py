@@ -30,7 +30,7 @@ Metrics = dict[str, jax.Array]
 class Settings:
     """The static settings of a step; configs/base.py documents each.
 
-    tx_phi is None for a method that trains no inference model, see TrainState.
+    tx_phi is None for a method without an inference model of its own, see TrainState.
     """
 
     policy: Policy
@@ -52,7 +52,7 @@ class Settings:
 class TrainState:
     """Everything that training changes. phi is q_phi's adapter (or weights), theta is pi_theta's; see Policy.bind.
 
-    phi and opt_phi are None for a method that trains no inference model, which saves their memory.
+    phi and opt_phi are None for a method without an inference model of its own, which saves their memory.
     The fields are typed Any because a TrainState also holds trees of shardings or shapes.
     """
 
