@@ -272,10 +272,10 @@ def test_a_checkpoint_moves_from_mesh_to_mesh(tuning, tmp_path):
 
 WIDER = dataclasses.replace(MODEL, d_model=32)
 OTHERS = {
-    "full to lora": ((0, MODEL), (3, MODEL), "config.lora.rank is 0 there and 3 here"),
-    "lora to full": ((3, MODEL), (0, MODEL), "config.lora.rank is 3 there and 0 here"),
-    "another rank": ((3, MODEL), (5, MODEL), "config.lora.rank is 3 there and 5 here"),
-    "another model": ((3, MODEL), (3, WIDER), "model is .*d_model=16.* there and .*d_model=32.* here"),
+    "full to lora": ((0, MODEL), (3, MODEL), "config.lora.rank is 0 in the checkpoint and 3 in this run"),
+    "lora to full": ((3, MODEL), (0, MODEL), "config.lora.rank is 3 in the checkpoint and 0 in this run"),
+    "another rank": ((3, MODEL), (5, MODEL), "config.lora.rank is 3 in the checkpoint and 5 in this run"),
+    "another model": ((3, MODEL), (3, WIDER), "model is .*d_model=16.* in the checkpoint and .*d_model=32.*"),
 }
 
 

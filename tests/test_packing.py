@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from popi_jax.data import packing
-from popi_jax.data.packing import PairShape
+from popi_jax.data.shapes import abstract_bins
 from popi_jax.training import scoring
 from tests import tiny
 
@@ -70,7 +70,7 @@ def test_fill_bins_is_first_fit_decreasing() -> None:
 def test_pack_bins_by_hand() -> None:
     rows = [packing.Row([7, 8], [[1, 2], [3]]), packing.Row([], [[], []]), packing.Row([9], [[4], [5, 6]])]
     own = packing.plant(rows, [[0], [2]], 11)
-    batch = packing.pack_bins(rows, [own], PairShape(3, 2, 11, shards=2, scored=7), pad_id=0)
+    batch = packing.pack_bins(rows, [own], abstract_bins(3, 2, 11, shards=2, scored=7), pad_id=0)
     assert batch.tokens_CxL[0].tolist() == [7, 8, 1, 2, 3, 9, 4, 5, 6, 0, 0]
     assert batch.positions_CxL[0].tolist() == [0, 1, 2, 3, 2, 0, 1, 1, 2, 0, 0]
     assert batch.segments_CxL[0].tolist() == [0, 0, 1, 1, 2, 1024, 1025, 1026, 1026, -1, -1]
@@ -84,7 +84,7 @@ def test_pack_bins_by_hand() -> None:
 
 def test_bins_of_a_shard_share_their_scored_positions() -> None:
     rows = [packing.Row([7, 8], [[1, 2], [3]]), packing.Row([9], [[4], [5, 6]]), packing.Row([6], [[2], [2]])]
-    shape = PairShape(3, n_bins=4, length=6, shards=2, scored=6)
+    shape = abstract_bins(3, n_bins=4, length=6, shards=2, scored=6)
     bins = [[tree] for tree in packing.plant(rows, [[0], [1], [2]], 6)]
     batch = packing.pack_bins(rows, bins, shape, pad_id=0)
     assert batch.predictor_ShxW.tolist() == [[1, 2, 1, 6, 6, 8], [0, 0, 0, 0, 0, 0]]
@@ -96,7 +96,7 @@ def test_a_tree_by_hand() -> None:
     rows = [packing.Row([7, 8, 9], [[1, 2], [3]]), packing.Row([7, 8], [[4], [5, 6]])]
     (tree,) = packing.plant(rows, [[0, 1]], 12)
     assert tree.start == [7, 8] and tree.tokens == 10 and tree.scored_tokens == 6
-    batch = packing.pack_bins(rows, [[tree]], PairShape(2, 1, 11, shards=1, scored=7), pad_id=0)
+    batch = packing.pack_bins(rows, [[tree]], abstract_bins(2, 1, 11, shards=1, scored=7), pad_id=0)
     assert batch.tokens_CxL[0].tolist() == [7, 8, 9, 1, 2, 9, 3, 4, 5, 6, 0]
     assert batch.positions_CxL[0].tolist() == [0, 1, 2, 3, 4, 2, 3, 2, 2, 3, 0]
     assert batch.segments_CxL[0].tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 4, 4, -1]

@@ -33,9 +33,10 @@ def test_micro_batches_divide_the_bins_of_all_rows():
     packer = run.scorer.packer
     items = [Item(Query(prompt=f"Why {n}?", chosen="Yes.", rejected="No."), None) for n in range(5)]
     planted = packer.plant([*items, items[0], None])
-    shape = run.shapes.step("generator", Measured(planted.bins)).generator
-    packed = packer.pack(planted, shape, 3)
-    assert packed.tokens_CxL.shape[:2] == (3, shape.n_bins) and shape.n_bins % 8 == 0  # A multiple of the 8 devices.
+    like = run.shapes.step("generator", Measured(planted.bins)).generator.bins
+    packed = packer.pack(planted, like)
+    assert packed.tokens_CxL.shape == like.tokens_CxL.shape and like.tokens_CxL.shape[0] == 3
+    assert like.tokens_CxL.shape[1] % 8 == 0  # A multiple of the 8 devices.
     lengths_AxR = packed.length_RxN.sum(axis=-1)
     # Each row has its lengths in one micro-batch, the sixth in that of the equal first row, the padding row in none.
     assert (lengths_AxR > 0).sum(axis=0).tolist() == [1] * 6 + [0]

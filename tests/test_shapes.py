@@ -7,8 +7,7 @@ import pytest
 from configs import quickstart
 from popi_jax.config import Config, changed, parse
 from popi_jax.data.batch import GeneratorBatch
-from popi_jax.data.packing import PairShape
-from popi_jax.data.shapes import Bins, Measured, Shapes, batch_shardings
+from popi_jax.data.shapes import Bins, Measured, Shapes, abstract_bins, shardings_of
 from popi_jax.model import sharding
 
 
@@ -32,34 +31,40 @@ def test_bins_use_a_bucket_that_needs_far_less_padding(lengths, length):
     assert shapes(limits__bin=64).bin_length(lengths) == length
 
 
+def sizes(tree) -> list[tuple[int, ...]]:
+    return [leaf.shape for leaf in jax.tree.leaves(tree)]
+
+
 def test_a_step_at_its_limits_by_hand():
     limits = {"limits__bin": 200, "limits__prompt": 60, "limits__response": 20, "limits__signals": 90}
     own = shapes(2, **limits, limits__summary=7, train__users_per_step=3, sampling__k=4, sampling__k_generator=2)
     step = own.step("joint")
     # Rows of 60 + 2 * 20 tokens, two per bin: 4 users (3 rounded up for 2 devices) * 4 summaries * 2 queries = 32 rows.
-    assert step.generator == PairShape(32, n_bins=16, length=200, shards=2, scored=800)
-    assert step.learned == PairShape(16, n_bins=8, length=200, shards=2, scored=400)
-    inference = step.inference
-    assert (inference.users, inference.signals, inference.summaries, inference.summary) == (4, 96, 4, 7)
-    assert own.step("generator").inference is None and own.step("generator").generator.rows == 16
+    assert sizes(step.generator.bins) == sizes(abstract_bins(32, 16, 200, shards=2, scored=800, stack=(1,)))
+    assert sizes(step.learned.bins) == sizes(abstract_bins(16, 8, 200, shards=2, scored=400, stack=(1,)))
+    assert step.generator.ref_logp_Rx2.shape == (1, 32, 2)
+    assert step.inference.lines.prefix_BxT.shape == (1, 4, 96)
+    assert step.inference.lines.branches_BxNxS.shape == step.inference.sampler_logp_UxKxS.shape == (1, 4, 4, 7)
+    assert own.step("generator").inference is None and own.step("generator").generator.weight_R.shape == (1, 16)
     assert own.step("inference").learned is None
 
 
 def test_measured_bins_round_to_few_shapes():
     own = shapes(2, train__accumulation_generator=2)
     bins = Bins(64, [10] * 17 + [40])
-    pair = own.step("generator", Measured(bins)).generator
+    pair = own.step("generator", Measured(bins)).generator.bins
     # 9 bins per micro-batch become 10 in two shards. The fullest shard has 4 bins of 10 scored tokens and one of 40.
-    assert (pair.n_bins, pair.shard_bins, pair.scored) == (10, 5, 80)
+    assert (pair.tokens_CxL.shape, pair.target_ShxW.shape) == ((2, 10, 64), (2, 2, 80))
     fewer = own.step("joint", Measured(bins, 40, 9, Bins(64, [10])))
     # Its share of the bins, rounded up to an even number.
-    assert fewer.learned.n_bins == 2 * -(-fewer.generator.n_bins // (2 * own.config.sampling.k))
+    n_bins = fewer.generator.bins.tokens_CxL.shape[1]
+    assert fewer.learned.bins.tokens_CxL.shape[1] == 2 * -(-n_bins // (2 * own.config.sampling.k))
 
 
 def test_every_array_of_a_batch_has_a_sharding():
     own = shapes(4)
-    abstract = own.step("joint").abstract(own.mesh)
-    placed = batch_shardings(abstract, own.mesh)
+    abstract = own.step("joint")
+    placed = shardings_of(abstract)
     assert jax.tree.structure(abstract) == jax.tree.structure(placed)
     split, everywhere = sharding.stack_sharding(own.mesh), sharding.replicated(own.mesh)
     assert placed.inference.lines.prefix_BxT == placed.generator.bins.tokens_CxL == split

@@ -5,6 +5,7 @@ import numpy as np
 
 from popi_jax.data import packing
 from popi_jax.data.batch import PackedBatch, PrefixBatch
+from popi_jax.data.shapes import abstract_bins
 from popi_jax.model.config import LoraConfig, ModelConfig
 from popi_jax.model.policy import Policy
 
@@ -57,7 +58,7 @@ def packed(
     """The same rows in bins of `length`: one batch, or a stack of `micros` > 0 micro-batches.
 
     Each has `n_bins`, or as many as the first needs. Of equal rows the first alone is in a bin. `shards` as in
-    packing.PairShape; `groups_of` rows that follow each other may share a start.
+    shapes.abstract_bins; `groups_of` rows that follow each other may share a start.
     """
     rows = [
         packing.Row(prefix[:at].tolist(), [ids[:n].tolist() for ids, n in zip(branches, lengths, strict=True)])
@@ -81,6 +82,6 @@ def packed(
         for part in parts
         for start in range(0, n_bins, size)
     )
-    shape = packing.PairShape(len(rows), n_bins, length, shards, scored)
+    shape = abstract_bins(len(rows), n_bins, length, shards, scored)
     filled = [packing.pack_bins(rows, part, shape, pad_id=0, first_R=first_R) for part in parts]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *filled) if micros else filled[0]

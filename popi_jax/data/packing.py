@@ -202,22 +202,6 @@ def fill_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-@dataclasses.dataclass(frozen=True)
-class PairShape:
-    """R = rows packed in C = n_bins bins of L = length tokens, split over Sh = shards with W = scored tokens each."""
-
-    rows: int
-    n_bins: int
-    length: int
-    shards: int
-    scored: int
-
-    @property
-    def shard_bins(self) -> int:
-        """The number of bins in a shard."""
-        return self.n_bins // self.shards
-
-
 def first_equals(keys: Sequence[Hashable]) -> list[int]:
     """For each key, the index of the first equal key, which may be its own."""
     first: dict[Hashable, int] = {}
@@ -227,7 +211,7 @@ def first_equals(keys: Sequence[Hashable]) -> list[int]:
 def pack_bins(
     rows: Sequence[Row],
     bins: Sequence[Sequence[Tree]],
-    shape: PairShape,
+    like: PackedBatch,
     *,
     pad_id: int,
     first_R: Sequence[int] | None = None,
@@ -237,12 +221,14 @@ def pack_bins(
     Args:
         rows: R rows of N branches each.
         bins: the trees of each bin; see `plant` and `fill_bins`.
-        shape: of the result. It holds at least these bins (the rest stay empty) and every shard's scored tokens.
+        like: the result's shapes; leading axes are ignored. It has room for these bins (the rest stay empty) and for
+            every shard's scored tokens.
         pad_id: fills unused tokens; any id works.
         first_R: for each row, the equal row that is packed in its place (see `first_equals`); None: each row itself.
     """
     (N,) = {len(row.branches) for row in rows}
-    n_bins, length, shards, size, scored = shape.n_bins, shape.length, shape.shards, shape.shard_bins, shape.scored
+    (n_bins, length), (shards, scored) = like.tokens_CxL.shape[-2:], like.target_ShxW.shape[-2:]
+    size = n_bins // shards
     tokens_CxL = np.full((n_bins, length), pad_id, np.int32)
     positions_CxL, segments_CxL = np.zeros((n_bins, length), np.int32), np.full((n_bins, length), -1, np.int32)
     predictor_ShxW, target_ShxW = np.zeros((shards, scored), np.int32), np.full((shards, scored), pad_id, np.int32)

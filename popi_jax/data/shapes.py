@@ -16,64 +16,7 @@ from jax.sharding import Mesh
 from popi_jax.config import SUMMARIZED, Config, StepKind
 from popi_jax.data import packing
 from popi_jax.data.batch import Batch, GeneratorBatch, InferenceBatch, PackedBatch, PrefixBatch
-from popi_jax.data.packing import PairShape
 from popi_jax.model import sharding
-
-
-def abstract_bins(shape: PairShape, *stack: int) -> PackedBatch:
-    """The shapes and dtypes of packed rows; `stack` are leading axes."""
-    bins, scored = _int32(*stack, shape.n_bins, shape.length), _int32(*stack, shape.shards, shape.scored)
-    return PackedBatch(
-        tokens_CxL=bins,
-        positions_CxL=bins,
-        segments_CxL=bins,
-        predictor_ShxW=scored,
-        target_ShxW=scored,
-        branch_ShxW=scored,
-        length_RxN=_int32(*stack, shape.rows, 2),
-        first_R=_int32(*stack, shape.rows),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class SummaryShape:
-    """U = users lines of T = signals tokens, each with K = summaries branches of S = summary tokens.
-
-    `users` counts all micro-batches together.
-    """
-
-    users: int
-    signals: int
-    summaries: int
-    summary: int
-
-
-@dataclasses.dataclass(frozen=True)
-class StepShape:
-    """The shapes of a Batch's parts, and the number of micro-batches of either model."""
-
-    generator: PairShape
-    inference: SummaryShape | None
-    learned: PairShape | None
-    accumulation_generator: int
-    accumulation_inference: int
-
-    def abstract(self, mesh: Mesh) -> Batch:
-        """The Batch as abstract arrays with their shardings."""
-        inference = None if self.inference is None else self._summaries(self.inference)
-        learned = None if self.learned is None else self._pairs(self.learned)
-        batch = Batch(self._pairs(self.generator), inference, learned)
-        return placed(batch, batch_shardings(batch, mesh))
-
-    def _pairs(self, pairs: PairShape) -> GeneratorBatch:
-        A = self.accumulation_generator
-        return GeneratorBatch(abstract_bins(pairs, A), _float32(A, pairs.rows, 2), _float32(A, pairs.rows))
-
-    def _summaries(self, shape: SummaryShape) -> InferenceBatch:
-        A, K, S = self.accumulation_inference, shape.summaries, shape.summary
-        U = shape.users // A
-        lines = PrefixBatch(_int32(A, U, shape.signals), _int32(A, U), _int32(A, U, K, S), _int32(A, U, K))
-        return InferenceBatch(lines, _float32(A, U, K, S))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +68,8 @@ class Shapes:
         """B and T for sampling from `count` prompts, the longest of which has `longest` tokens."""
         return self._per_device(count), packing.bucket(longest, self.buckets)
 
-    def step(self, kind: StepKind, measured: Measured | None = None) -> StepShape:
-        """The shapes of a train step's Batch.
+    def step(self, kind: StepKind, measured: Measured | None = None) -> Batch:
+        """A train step's Batch as abstract arrays with their shardings.
 
         Args:
             kind: of the step.
@@ -140,19 +83,22 @@ class Shapes:
         generator = self._train_pairs(k, measured.generator)
         inference = fewer = None
         if kind != "generator":
-            T = packing.bucket(measured.signals, self.buckets)
+            A, T = train.accumulation_inference, packing.bucket(measured.signals, self.buckets)
             # A user has K summaries. Padded to a bucket that was chosen for prompts, they could outweigh the signals.
             S = min(packing.bucket(measured.summary, self.buckets), config.limits.summary)
-            inference = SummaryShape(self.users, T, k, S)
+            U = self.users // A
+            lines = PrefixBatch(_int32(A, U, T), _int32(A, U), _int32(A, U, k, S), _int32(A, U, k))
+            inference = InferenceBatch(lines, _float32(A, U, k, S))
         if kind == "joint" and learned < k:
             assert measured.learned is not None
             # Their share of all bins varies less than their own count, which keeps shapes few.
-            least = train.accumulation_generator * generator.n_bins * learned // k
-            fewer = self._train_pairs(learned, measured.learned, least)
-        return StepShape(generator, inference, fewer, train.accumulation_generator, train.accumulation_inference)
+            A, n_bins = generator.bins.tokens_CxL.shape[:2]
+            fewer = self._train_pairs(learned, measured.learned, least=A * n_bins * learned // k)
+        batch = Batch(generator, inference, fewer)
+        return placed(batch, batch_shardings(batch, self.mesh))
 
-    def scoring(self, rows: int | None = None, n_bins: int = 0, parts: Sequence[Bins] = ()) -> PairShape:
-        """The shape of a program that scores pairs, one part at a time.
+    def scoring(self, rows: int | None = None, n_bins: int = 0, parts: Sequence[Bins] = ()) -> PackedBatch:
+        """The abstract arrays, with their shardings, of a program that scores pairs one part at a time.
 
         Args:
             rows: the most rows in a part; None: an evaluation batch in which every text is as long as its limit.
@@ -163,7 +109,8 @@ class Shapes:
             rows = self._per_device(self.config.eval.rows)
             parts = [self._full(rows)]
             n_bins = len(parts[0].scored)
-        return self._pairs(rows, n_bins, parts[0].length, [part.scored for part in parts])
+        bins = self._bins((), rows, n_bins, parts[0].length, [part.scored for part in parts])
+        return placed(bins, _bins_shardings(sharding.batch_sharding(self.mesh), self.mesh))
 
     def scoring_bins(self, n_bins: int, items: int, at_a_time: int) -> int:
         """How many of `n_bins` bins with `items` pairs to score together, for about `at_a_time` pairs at a time."""
@@ -198,18 +145,33 @@ class Shapes:
         per_bin = length // longest
         return Bins(length, [per_bin * 2 * limits.response] * -(-rows // per_bin))
 
-    def _train_pairs(self, summaries: int, bins: Bins, least: int = 0) -> PairShape:
-        A = self.config.train.accumulation_generator
+    def _train_pairs(self, summaries: int, bins: Bins, least: int = 0) -> GeneratorBatch:
+        A, R = self.config.train.accumulation_generator, self._rows(summaries)
         # Rounded up to keep shapes few.
         n_bins = packing.coarse(-(-max(least, len(bins.scored)) // A))
-        return self._pairs(self._rows(summaries), n_bins, bins.length, [bins.scored[a::A] for a in range(A)])
+        packed = self._bins((A,), R, n_bins, bins.length, [bins.scored[a::A] for a in range(A)])
+        return GeneratorBatch(packed, _float32(A, R, 2), _float32(A, R))
 
-    def _pairs(self, rows: int, n_bins: int, length: int, scored: Sequence[Sequence[int]]) -> PairShape:
+    def _bins(
+        self, stack: tuple[int, ...], rows: int, n_bins: int, length: int, scored: Sequence[Sequence[int]]
+    ) -> PackedBatch:
         shards, n_bins = sharding.row_shards(self.mesh), self._per_device(n_bins)
         size = n_bins // shards
         fullest = max(sum(part[start : start + size]) for part in scored for start in range(0, n_bins, size))
         # Rounded up to a quarter of a shard's tokens to keep shapes few.
-        return PairShape(rows, n_bins, length, shards, packing.round_up(fullest, -(-size * length // 4)))
+        return abstract_bins(rows, n_bins, length, shards, packing.round_up(fullest, -(-size * length // 4)), stack)
+
+
+def abstract_bins(
+    rows: int, n_bins: int, length: int, shards: int, scored: int, stack: tuple[int, ...] = ()
+) -> PackedBatch:
+    """The shapes and dtypes of R = rows packed in C = n_bins bins of L = length tokens, with W = scored tokens a shard.
+
+    `stack` are leading axes.
+    """
+    tokens, positions = _int32(*stack, n_bins, length), _int32(*stack, shards, scored)
+    lengths = _int32(*stack, rows, 2), _int32(*stack, rows)
+    return PackedBatch(tokens, tokens, tokens, positions, positions, positions, *lengths)
 
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:
@@ -219,17 +181,21 @@ def batch_shardings(batch: Any, mesh: Mesh) -> Any:
 
     def place(part: Any) -> Any:
         if isinstance(part, GeneratorBatch):
-            return GeneratorBatch(bins_shardings(split, mesh), everywhere, everywhere)
+            return GeneratorBatch(_bins_shardings(split, mesh), everywhere, everywhere)
         return jax.tree.map(lambda _: split, part)
 
     return jax.tree.map(place, batch, is_leaf=lambda part: isinstance(part, GeneratorBatch | InferenceBatch))
 
 
-def bins_shardings(bins: Any, mesh: Mesh) -> PackedBatch:
-    """The shardings of a PackedBatch: arrays over bins get `bins`, arrays over rows are replicated."""
+def _bins_shardings(bins: Any, mesh: Mesh) -> PackedBatch:
     everywhere: Any = sharding.replicated(mesh)
     names = [field.name for field in dataclasses.fields(PackedBatch)]
     return PackedBatch(**{name: everywhere if name in ("length_RxN", "first_R") else bins for name in names})
+
+
+def shardings_of(abstract: Any) -> Any:
+    """The shardings of abstract arrays: where to put real ones."""
+    return jax.tree.map(lambda x: x.sharding, abstract)
 
 
 def placed(tree: Any, shardings: Any) -> Any:

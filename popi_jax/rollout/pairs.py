@@ -9,9 +9,9 @@ import numpy as np
 from popi_jax.data import packing
 from popi_jax.data.batch import PackedBatch
 from popi_jax.data.encoding import Encoder
-from popi_jax.data.packing import PairShape, Row, Tree
+from popi_jax.data.packing import Row, Tree
 from popi_jax.data.schema import Query
-from popi_jax.data.shapes import Bins, Shapes, bins_shardings
+from popi_jax.data.shapes import Bins, Shapes, shardings_of
 from popi_jax.model import sharding, weights
 
 
@@ -75,26 +75,24 @@ class Packer:
         bins = packing.fill_bins([tree.tokens for tree in trees], length)
         return Planted(rows, first_R, [[trees[i] for i in own] for own in bins], length)
 
-    def pack(self, planted: Planted, shape: PairShape, micro_batches: int) -> PackedBatch:
+    def pack(self, planted: Planted, like: PackedBatch) -> PackedBatch:
         """Lays out a train step's rows on the host, as a stack of micro-batches.
 
         The bins are divided among the micro-batches. Each of them lists all rows, but has non-zero lengths only for the
         rows in its own bins.
         """
+        A = like.tokens_CxL.shape[0]
+        # Dealt round-robin, since the first bins are the fullest.
         packed = [
-            # Dealt round-robin, since the first bins are the fullest.
-            packing.pack_bins(
-                planted.rows, planted.trees[start::micro_batches], shape, pad_id=self._pad_id, first_R=planted.first_R
-            )
-            for start in range(micro_batches)
+            packing.pack_bins(planted.rows, planted.trees[a::A], like, pad_id=self._pad_id, first_R=planted.first_R)
+            for a in range(A)
         ]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *packed)
 
-    def pack_rows(self, rows: Sequence[Row], trees: Sequence[Sequence[Tree]], shape: PairShape) -> PackedBatch:
-        """Lays out only these rows, each once, and adds padding rows up to `shape`."""
-        return packing.pack_bins(
-            [*rows, *[self.row(None)] * (shape.rows - len(rows))], trees, shape, pad_id=self._pad_id
-        )
+    def pack_rows(self, rows: Sequence[Row], trees: Sequence[Sequence[Tree]], like: PackedBatch) -> PackedBatch:
+        """Lays out only these rows, each once, and adds the padding rows that `like` has room for."""
+        padding = [self.row(None)] * (len(like.first_R) - len(rows))
+        return packing.pack_bins([*rows, *padding], trees, like, pad_id=self._pad_id)
 
     @property
     def _pad_id(self) -> int:
@@ -129,13 +127,12 @@ class PairScorer:
         members = [[r for own in part for tree in own for r in tree.members] for part in parts]
         bins = [Bins(planted.length, planted.bins.scored[i * n_bins : (i + 1) * n_bins]) for i in range(len(parts))]
         # Rounded up, so that other calls have the same number of rows.
-        shape = shapes.scoring(packing.coarse(max(map(len, members))), n_bins, bins)
-        sharding_of = bins_shardings(sharding.batch_sharding(shapes.mesh), shapes.mesh)
+        like = shapes.scoring(packing.coarse(max(map(len, members))), n_bins, bins)
         logps = np.zeros((len(items), 2), np.float32)
         for part, chosen in zip(parts, members, strict=True):
             place = {r: n for n, r in enumerate(chosen)}
             own = [[tree.renumbered(place) for tree in part_bin] for part_bin in part]
-            packed = self.packer.pack_rows([planted.rows[r] for r in chosen], own, shape)
-            out = self.score(self.base, theta, jax.device_put(packed, sharding_of))
+            packed = self.packer.pack_rows([planted.rows[r] for r in chosen], own, like)
+            out = self.score(self.base, theta, jax.device_put(packed, shardings_of(like)))
             logps[chosen] = sharding.to_host(out)[: len(chosen)]
         return logps[planted.first_R]
