@@ -80,7 +80,7 @@ def read_psoups(
             that differ from each other and from the example's queries. "shipped" uses the feedback pairs of the
             example's first row, except pairs that show one of its own queries, since they would reveal the answer.
         seed: for drawing the split and the signals.
-        test_fraction: the share of rows to test on, in (0, 1). Prompts in nobody's shipped signals are taken first. If
+        test_fraction: the share of rows to test on, in (0, 1). Prompts that no shipped signal shows are taken first. If
             there are too few of them, "shipped" drops the training rows whose signals show a test prompt.
         signals_per_user: see `Draws`.
         train_draws: see `Draws`.
