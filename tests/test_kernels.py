@@ -192,7 +192,12 @@ def test_what_a_choice_means(name, platform, dtype, resolved):
         ("splash", "gpu", "bfloat16", "'splash', which needs a TPU, .* for GPU; set it to 'auto' or 'xla'"),
         ("splash", "cpu", "float32", "'splash', which needs a TPU, .* for CPU; set it to 'auto' or 'xla'"),
         ("cudnn", "tpu", "bfloat16", "'cudnn', which needs a GPU, .* for TPU; set it to 'auto' or 'xla'"),
-        ("cudnn", "gpu", "float32", "'cudnn', which needs config.model.compute_dtype 'bfloat16', not 'float32'; set"),
+        (
+            "cudnn",
+            "gpu",
+            "float32",
+            "'cudnn', which needs config.model.compute_dtype 'bfloat16', not 'float32'; change",
+        ),
     ],
 )
 def test_a_choice_that_cannot_run_is_a_mistake_of_the_user(name, platform, dtype, shown):
