@@ -80,8 +80,8 @@ def bayes_rows(config: Config, seed: int) -> list[dict[str, Any]]:
     truths = [stylebook_exact.truth(example) for example in examples]
     rows = []
     for method, known in (
-        ("bayes_signals", [truth.given_signals_T for truth in truths]),
-        ("bayes_persona", [truth.given_persona_T for truth in truths]),
+        ("bayes_signals", [truth.given_signals_Tr for truth in truths]),
+        ("bayes_persona", [truth.given_persona_Tr for truth in truths]),
     ):
         correct = best_decision(np.concatenate(known))
         groups = [query.group or example.user for example in examples for query in example.queries]
@@ -92,12 +92,12 @@ def bayes_rows(config: Config, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def best_decision(p_T: np.ndarray) -> np.ndarray:
+def best_decision(p_Tr: np.ndarray) -> np.ndarray:
     """How often the likelier response is the preferred one; where both are as likely, in half of the cases.
 
     Ties are common, where signals tell nothing of what a triple turns on, and rounding would decide them.
     """
-    return np.where(np.isclose(p_T, 0.5, rtol=0, atol=1e-9), 0.5, p_T > 0.5)
+    return np.where(np.isclose(p_Tr, 0.5, rtol=0, atol=1e-9), 0.5, p_Tr > 0.5)
 
 
 def compare(config: Config, table: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -19,15 +19,15 @@ def population(users=400, triples=6, seed=0):
     """Users of two kinds, z naming the kind rightly 9 times in 10; generators that know p* given what they see."""
     rng = np.random.default_rng(seed)
     kind_U = rng.integers(0, 2, users)
-    label_UxT = np.where(kind_U[:, None] == 1, 0.9, 0.2) + rng.uniform(-0.05, 0.05, (users, triples))
+    label_UxTr = np.where(kind_U[:, None] == 1, 0.9, 0.2) + rng.uniform(-0.05, 0.05, (users, triples))
     context_UxK = np.where(rng.random((users, 4)) < 0.9, kind_U[:, None], 1 - kind_U[:, None])
-    given_ZxT = np.stack(
+    given_ZxTr = np.stack(
         [
-            np.average(np.repeat(label_UxT, 4, 0), axis=0, weights=(context_UxK.ravel() == z).astype(float))
+            np.average(np.repeat(label_UxTr, 4, 0), axis=0, weights=(context_UxK.ravel() == z).astype(float))
             for z in range(2)
         ]
     )
-    return label_UxT, context_UxK, given_ZxT
+    return label_UxTr, context_UxK, given_ZxTr
 
 
 def log_odds(p):
@@ -43,10 +43,10 @@ def nats(p, q):
 
 
 def test_terms_add_up_to_the_loss_written_out():
-    label_UxT, context_UxK, _ = population()
-    model_ZxT = np.random.default_rng(1).uniform(0.1, 0.9, (2, label_UxT.shape[1]))
-    terms = Measured(context_UxK, log_odds(model_ZxT), label_UxT).terms()
-    loss = np.mean([nats(label_UxT, model_ZxT[z_U]) for z_U in context_UxK.T])
+    label_UxTr, context_UxK, _ = population()
+    model_ZxTr = np.random.default_rng(1).uniform(0.1, 0.9, (2, label_UxTr.shape[1]))
+    terms = Measured(context_UxK, log_odds(model_ZxTr), label_UxTr).terms()
+    loss = np.mean([nats(label_UxTr, model_ZxTr[z_U]) for z_U in context_UxK.T])
     np.testing.assert_allclose(terms["exact_loss_nats"], loss, atol=1e-10)
     parts = terms["exact_approximation_error_nats"] + terms["exact_conditional_entropy_nats"]
     np.testing.assert_allclose(parts, loss, atol=1e-10)
@@ -54,9 +54,9 @@ def test_terms_add_up_to_the_loss_written_out():
 
 
 def test_calibrated_generators_have_no_error_and_their_estimate_covers_the_information():
-    label_UxT, context_UxK, given_ZxT = population()
-    informed = Measured(context_UxK, log_odds(given_ZxT), label_UxT)
-    blind = Measured(np.zeros_like(context_UxK[:, :1]), log_odds(label_UxT.mean(0, keepdims=True)), label_UxT)
+    label_UxTr, context_UxK, given_ZxTr = population()
+    informed = Measured(context_UxK, log_odds(given_ZxTr), label_UxTr)
+    blind = Measured(np.zeros_like(context_UxK[:, :1]), log_odds(label_UxTr.mean(0, keepdims=True)), label_UxTr)
     terms = informed.terms()
     np.testing.assert_allclose(terms["exact_approximation_error_nats"], 0, atol=1e-9)
     estimate = estimate_information(blind, informed, 500)
@@ -73,8 +73,8 @@ def test_what_summaries_name_tells_users_apart_not_their_wording():
 
 
 def test_what_another_version_left_is_refused(tmp_path):
-    np.savez(tmp_path / "old.npz", context_UxK=np.zeros((2, 1)), model_ZxT=np.zeros((1, 3)))
-    with pytest.raises(UserError, match=r"old.npz: of another version .*model_ZxT"):
+    np.savez(tmp_path / "old.npz", context_UxK=np.zeros((2, 1)), model_ZxTr=np.zeros((1, 3)))
+    with pytest.raises(UserError, match=r"old.npz: of another version .*model_ZxTr"):
         decomposition.read(tmp_path / "old.npz")
     (tmp_path / "old.jsonl").write_text('{"row": 0, "h": 1.0}\n')
     with pytest.raises(UserError, match=r"old.jsonl: of another version .*finished"):
@@ -100,8 +100,8 @@ def test_labels_of_the_oracle_are_given_the_persona():
         measured = decomposition.measure(evaluator, None, None, examples, 0)
         information[method] = measured.terms()["exact_information_nats"]
     taste_Ux6 = np.stack([stylebook_exact.truth(example).taste_6 for example in examples])
-    gap_Tx6 = np.stack([stylebook_exact.difference(q) for q in stylebook.common_queries(0, decomposition.TRIPLES)])
-    label_UxT = 1 / (1 + np.exp(-stylebook_exact.UTILITY_GAP * taste_Ux6 @ gap_Tx6.T))
-    by_hand = np.mean(entropy(label_UxT.mean(0)) - entropy(label_UxT).mean(0))
+    gap_Trx6 = np.stack([stylebook_exact.difference(q) for q in stylebook.common_queries(0, decomposition.TRIPLES)])
+    label_UxTr = 1 / (1 + np.exp(-stylebook_exact.UTILITY_GAP * taste_Ux6 @ gap_Trx6.T))
+    by_hand = np.mean(entropy(label_UxTr.mean(0)) - entropy(label_UxTr).mean(0))
     assert abs(information["oracle"] - by_hand) < 1e-9
     assert information["oracle"] > information["raw_signals"] + 0.05

@@ -154,8 +154,8 @@ def make_batch(run, kind):
     sampler_logp_UxKxS = rng.normal(-2.0, 1.0, (USERS, K, 4)).astype(np.float32)
     ref_logp_Rx2 = rng.normal(-9.0, 1.0, (USERS * K * M, 2)).astype(np.float32)
     weight_R = (responses.prefix_length_B > 0).astype(np.float32)
-    # The groups of bins of 8 devices, which divide over every mesh.
-    bins = tiny.packed(responses, 24, micros=1, n_bins=16, groups=8)
+    # Shards for 8 devices, which divide over every mesh.
+    bins = tiny.packed(responses, 24, micros=1, n_bins=16, shards=8)
     generator = GeneratorBatch(bins, ref_logp_Rx2[None], weight_R[None])
     inference = InferenceBatch(*jax.tree.map(lambda x: x[None], (signals, sampler_logp_UxKxS)))
     batch = Batch(generator, None if kind == "generator" else inference)

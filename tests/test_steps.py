@@ -54,7 +54,7 @@ def test_a_method_without_an_inference_model_has_no_phi():
         assert (own.tx_phi is None) == (method != "popi")
 
 
-def world(config: Settings, seed=0, users=U, empty=False, n_bins=0, groups=1, micros=(1, 1)):
+def world(config: Settings, seed=0, users=U, empty=False, n_bins=0, shards=1, micros=(1, 1)):
     """A base, a state away from it, and a batch of users with all kinds of lengths; `empty`: some rows are padding.
 
     The batch's `learned` has the rows of each user's first summary. `micros`: micro-batches of either model.
@@ -71,7 +71,7 @@ def world(config: Settings, seed=0, users=U, empty=False, n_bins=0, groups=1, mi
     lines = tiny.rows(rng, users * K * M, 2, 5, 4)
     if empty:
         lines.prefix_length_B[:5] = lines.branch_length_BxN[:5] = 0
-    shape = {"micros": micros[1], "n_bins": n_bins, "groups": groups}
+    shape = {"micros": micros[1], "n_bins": n_bins, "shards": shards}
     learned = rows_of(*of_summary(0, lines, ref), **shape)
     return base, state, Batch(rows_of(lines, ref, **shape), inference, learned)
 
@@ -252,7 +252,7 @@ def test_trace_once():
 @pytest.mark.parametrize("lora", [tiny.LORA, None])
 def test_sharded_equals_one_device(sizes, lora):
     config = settings(lora)
-    base, state, batch = world(config, users=8, n_bins=32, groups=8)
+    base, state, batch = world(config, users=8, n_bins=32, shards=8)
     batch = batch if lora else from_all(batch)  # Both ways for theta to learn.
     alone, metrics = jitted(steps.joint_step, config)(state, base, batch)
     mesh = sharding.make_mesh(*sizes)

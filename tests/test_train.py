@@ -358,8 +358,8 @@ def test_runlocal_takes_less_than_a_minute(name, tmp_path):
 
 
 def test_a_decision_between_equals_is_right_in_half_of_the_cases():
-    p_T = np.array([0.2, 0.5, 0.5 - 1e-16, np.nextafter(0.5, 1), 0.500001, 0.9])
-    np.testing.assert_array_equal(results_table.best_decision(p_T), [0, 0.5, 0.5, 0.5, 1, 1])
+    p_Tr = np.array([0.2, 0.5, 0.5 - 1e-16, np.nextafter(0.5, 1), 0.500001, 0.9])
+    np.testing.assert_array_equal(results_table.best_decision(p_Tr), [0, 0.5, 0.5, 0.5, 1, 1])
 
 
 def test_results_table_and_its_resumption(tmp_path, capsys):

@@ -52,12 +52,12 @@ def rows(rng: np.random.Generator, B: int, N: int, T: int, S: int, least: int = 
 
 
 def packed(
-    lines: PrefixBatch, length: int, micros: int = 0, n_bins: int = 0, groups: int = 1, groups_of: int = 1
+    lines: PrefixBatch, length: int, micros: int = 0, n_bins: int = 0, shards: int = 1, groups_of: int = 1
 ) -> PackedBatch:
     """Packs the rows into bins of `length` tokens: one batch, or a stack of `micros` > 0 micro-batches.
 
-    Each has `n_bins` bins, by default the number that the first needs. Equal rows are packed once. `groups` as in
-    packing.pack_bins; `groups_of` consecutive rows may share the start of their prefixes.
+    Each has `n_bins` bins, by default the number that the first needs. Equal rows are packed once. `shards` as in
+    packing.PairShape; `groups_of` consecutive rows may share the start of their prefixes.
     """
     rows = [
         packing.Row(prefix[:at].tolist(), [ids[:n].tolist() for ids, n in zip(branches, lengths, strict=True)])
@@ -75,12 +75,12 @@ def packed(
     bins = [[trees[i] for i in own] for own in packing.fill_bins([tree.tokens for tree in trees], length)]
     parts = [bins[start :: max(micros, 1)] for start in range(max(micros, 1))]
     n_bins = n_bins or len(parts[0])
-    size = n_bins // groups
+    size = n_bins // shards
     scored = max(
         sum(tree.scored_tokens for own in part[start : start + size] for tree in own)
         for part in parts
         for start in range(0, n_bins, size)
     )
-    shape = packing.PairShape(len(rows), n_bins, length, groups, scored)
+    shape = packing.PairShape(len(rows), n_bins, length, shards, scored)
     filled = [packing.pack_bins(rows, part, shape, pad_id=0, first_R=first_R) for part in parts]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *filled) if micros else filled[0]

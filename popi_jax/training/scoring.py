@@ -121,19 +121,19 @@ def score_packed(decoder: Decoder, batch: PackedBatch, *, chunk: int | None = No
     """
     read = (jnp.asarray(x) for x in (batch.tokens_CxL, batch.positions_CxL, batch.segments_CxL))
     hidden_CxLxD = decoder(*read)
-    # Within its own group, so that bins that lie on different devices need nothing of each other.
-    predictor_GxW = jnp.asarray(batch.predictor_GxW)
-    hidden_GxYxD = hidden_CxLxD.reshape(len(predictor_GxW), -1, hidden_CxLxD.shape[-1])
-    hidden_GxWxD = jnp.take_along_axis(hidden_GxYxD, predictor_GxW[:, :, None], axis=1)
+    # Each shard gathers from its own bins, so no hidden state crosses devices.
+    predictor_ShxW = jnp.asarray(batch.predictor_ShxW)
+    by_shard = hidden_CxLxD.reshape(len(predictor_ShxW), -1, hidden_CxLxD.shape[-1])
+    hidden_ShxWxD = jnp.take_along_axis(by_shard, predictor_ShxW[:, :, None], axis=1)
 
     def one(hidden_JxXxD: jax.Array, target_JxX: jax.Array) -> jax.Array:
         return _gather(_log_softmax(decoder, hidden_JxXxD, 1.0), target_JxX)
 
     chunk = chunk or _default_chunk(decoder)
-    logp_GxW = _in_chunks(one, chunk, decoder.mesh, hidden_GxWxD, jnp.asarray(batch.target_GxW))
+    logp_ShxW = _in_chunks(one, chunk, decoder.mesh, hidden_ShxWxD, jnp.asarray(batch.target_ShxW))
     R, N = batch.length_RxN.shape
-    branch_GW = jnp.asarray(batch.branch_GxW).reshape(-1)
-    packed_RxN = jax.ops.segment_sum(logp_GxW.reshape(-1), branch_GW, R * N + 1)[:-1].reshape(R, N)
+    branch_ShW = jnp.asarray(batch.branch_ShxW).reshape(-1)
+    packed_RxN = jax.ops.segment_sum(logp_ShxW.reshape(-1), branch_ShW, R * N + 1)[:-1].reshape(R, N)
     return packed_RxN[jnp.asarray(batch.first_R)]
 
 
