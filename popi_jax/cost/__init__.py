@@ -1,1 +1,1 @@
-"""What a compiled program costs on a chip: FLOPs, HBM traffic, collectives, and the bounds they set on its time."""
+"""The cost of a compiled program on a chip: FLOPs, HBM traffic, collectives, and lower bounds on its time."""

@@ -1,6 +1,6 @@
-"""The roofline's lower bounds on a program's time, and what would move them.
+"""Roofline bounds on a program's time, and advice on how to lower them.
 
-A bound and no estimate: it takes every resource at its peak and all of them at work at the same time.
+These are lower bounds, not estimates: they assume that every resource runs at its peak, all at the same time.
 """
 
 import dataclasses
@@ -11,13 +11,13 @@ from popi_jax.cost.traffic import Traffic
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Seconds of one call of a program that each resource of a device needs at its peak.
+    """The time that each resource of a device, at its peak, needs for one call of a program.
 
     Attributes:
-        compute_s: for the products.
-        memory_s: for the traffic of HBM.
-        interconnect_s: for what the device sends to others.
-        peak_flops: FLOP/s of all devices together at their peak.
+        compute_s: seconds for matrix products.
+        memory_s: seconds for HBM traffic.
+        interconnect_s: seconds for the bytes that the device sends to others.
+        peak_flops: peak FLOP/s of all devices together.
     """
 
     compute_s: float
@@ -27,32 +27,32 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """The largest of the three: no call is faster, as far as the traffic is not overstated."""
+        """The largest of the three. No call is faster, unless the traffic is overstated."""
         return max(self.compute_s, self.memory_s, self.interconnect_s)
 
     @property
     def binding(self) -> str:
-        """The resource that needs longest: "compute", "HBM" or "interconnect"."""
+        """The resource that takes longest: "compute", "HBM" or "interconnect"."""
         needed = {"compute": self.compute_s, "HBM": self.memory_s, "interconnect": self.interconnect_s}
         return max(needed, key=lambda resource: needed[resource])
 
     def mfu(self, model_flops: float) -> float:
-        """Model FLOPs utilisation at the bound, a fraction: the highest that the program can reach.
+        """Returns the model FLOPs utilisation at the bound, a fraction: the highest that the program can reach.
 
         Args:
-            model_flops: of one call on all devices, without what is computed a second time.
+            model_flops: FLOPs of one call on all devices, without recomputation.
         """
         return model_flops / (self.seconds * self.peak_flops)
 
 
 def bound(flops: float, traffic: Traffic, chip: Chip, devices: int) -> Bound:
-    """The bounds of a program.
+    """Returns the bounds of a program.
 
     Args:
-        flops: that one call executes on all devices together, evenly split: flops.count of its jaxpr.
-        traffic: of one call, on one device.
+        flops: FLOPs of one call on all devices together, evenly split: flops.count of its jaxpr.
+        traffic: traffic of one call on one device.
         chip: the peaks of one device.
-        devices: how many there are.
+        devices: the number of devices.
     """
     sent = sum(collective.bytes for collective in traffic.collectives.values())
     return Bound(
@@ -64,16 +64,15 @@ def bound(flops: float, traffic: Traffic, chip: Chip, devices: int) -> Bound:
 
 
 _ADVICE = {
-    "compute": "The products bind: fewer of them (less rematerialisation, shorter rows, tighter packing) or more"
-    " devices are what makes it faster.",
-    "HBM": "HBM binds: more rows per device in each micro-batch, hence fewer micro-batches, read the weights less often"
-    " for the same work; a larger fsdp or tensor split leaves each device less to read.",
-    "interconnect": "The interconnect binds: more rows per device in each micro-batch, hence fewer micro-batches,"
-    " gather the weights and reduce their gradients less often for the same work; a smaller fsdp or tensor split, where"
-    " the memory allows it, sends less.",
+    "compute": "Compute is the bottleneck: do fewer products (less rematerialisation, shorter rows, tighter packing) or"
+    " use more devices.",
+    "HBM": "HBM is the bottleneck: put more rows per device into fewer micro-batches, which read the weights less"
+    " often, or use a larger fsdp or tensor axis, so that each device reads less.",
+    "interconnect": "Interconnect is the bottleneck: put more rows per device into fewer micro-batches, which gather"
+    " the weights and reduce their gradients less often, or use a smaller fsdp or tensor axis if memory allows.",
 }
 
 
 def advice(bound: Bound) -> str:
-    """One sentence on what would lower the bound."""
+    """Returns one sentence on how to lower the bound."""
     return _ADVICE[bound.binding]
