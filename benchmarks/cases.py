@@ -1,12 +1,15 @@
-"""What is measured: the cases, and how large they are. Standard library only: workers of both environments read it."""
+"""The cases and their sizes. Standard library only, because the workers of every environment import this module."""
 
 import dataclasses
-from collections.abc import Sequence
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 DPO = ("dpo_signals", "dpo_summaries", "dpo_signals_lora", "dpo_summaries_lora")
-# What a case is compared with. trl_checkpointing is what TRL does unless told otherwise: less memory, more time.
-# tunix_micro is for machines that cannot hold Tunix's whole batch (XLA plans 22 GiB of temporaries for dpo_signals, and
-# its rematerialisation saves next to nothing on the CPU): one pair at a time, gradients accumulated.
+# trl_checkpointing has TRL's default gradient checkpointing, which saves memory and costs time; the other variants turn
+# it off. tunix_micro takes one pair at a time and accumulates gradients. It is for machines that cannot hold Tunix's
+# whole batch: XLA plans 22 GiB of temporaries for dpo_signals, and rematerialisation saves little of it on a CPU.
 DPO_PEERS = ("trl", "trl_precomputed", "trl_checkpointing", "tunix", "tunix_micro")
 PEERS: dict[str, tuple[str, ...]] = {
     "roofline": ("torch",),
@@ -16,10 +19,19 @@ PEERS: dict[str, tuple[str, ...]] = {
     "popi_iteration": ("trl", "trl_precomputed", "tunix"),
 }
 CASES = (*PEERS, "scaling_signals", "scaling_k", "scaling_k_long")
-# What both sides of a row take together at `Sizes()`, where that is more than many machines have.
-_NEEDS_GIB = dict.fromkeys((("dpo_signals", "tunix"), ("dpo_signals_lora", "tunix")), 28)
-# GiB below which both sides of a row fit only if each, once measured, gives freed memory back.
+# GiB that both sides of a row take together with `Sizes()`, for rows that many machines cannot hold.
+_NEEDS_GIB = {("dpo_signals", "tunix"): 28, ("dpo_signals_lora", "tunix"): 28}
+# On machines with fewer GiB, both sides of these rows fit only if each returns freed memory while it waits.
 GIVE_BACK_BELOW = {("popi_iteration", "tunix"): 32}
+
+# A side calls this after each measurement with the values to record. It returns whether to take another one.
+Turn = Callable[[Mapping[str, Any]], bool]
+# Takes measurements until its turn returns False. Returns what else to record.
+Measure = Callable[[Turn], dict[str, Any]]
+# How to measure a case that is loaded, and what to record of loading it.
+Prepared = tuple[Measure, dict[str, Any]]
+# Numbers and named arrays that both sides must agree on.
+Checked = tuple[dict[str, Any], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +39,17 @@ class Sizes:
     """How large the cases are; lengths in tokens.
 
     Attributes:
-        repeats: measurements of each side; `long_repeats` of cases that take minutes each.
-        pairs: in a DPO step.
-        pair_tokens: of a prompt with the raw signals and its longer response.
-        question, response: of synthetic texts, on average.
-        signals: of each user: `sampling_signals` and `popi_signals` are what the prompt with them takes.
-        micro_pairs: of the peer, in a micro-batch of the POPI iteration: 16 at once would not fit a small machine.
-        scaling_signals, scaling_k: what ours is measured at; of the case scaling_k_long, whose K are scaling_k's,
-            `long_signals` is what its one user's signals take.
-        matmul, copy_mb: of the roofline: width of the square matrices, size of the array.
-        limits: of config.limits.
+        repeats: measurements of each side; `long_repeats` for cases that take minutes each.
+        pairs: pairs in a DPO step.
+        pair_tokens: length of a prompt with the raw signals and its longer response.
+        question, response: average lengths of synthetic texts.
+        sampling_signals, popi_signals: lengths of the prompts that hold a user's signals.
+        micro_pairs: pairs in a peer's micro-batch of the POPI iteration; 16 would not fit a small machine.
+        scaling_signals: lengths of one user's signals.
+        scaling_k: values of K, for scaling_k and scaling_k_long.
+        long_signals: length of the signals in scaling_k_long.
+        matmul, copy_mb: width of the roofline's square matrices, size of its array in MiB.
+        limit_*: the config's limits.
     """
 
     repeats: int = 5
@@ -101,23 +114,75 @@ SMALLEST = Sizes(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One case for one side.
+
+    Attributes:
+        case: its name; a scaling case also has its size, after a colon.
+        peer: which variant of the peer to measure; "" on our side.
+        work: the folder with the run's files.
+        rows: what `rows.build` returned.
+    """
+
+    case: str
+    peer: str
+    work: pathlib.Path
+    rows: dict[str, Any]
+    sizes: Sizes
+
+    @classmethod
+    def read(cls, case: str, peer: str, work: pathlib.Path) -> "Job":
+        """A job on the rows in the folder."""
+        rows = json.loads((work / "rows.json").read_text(encoding="utf-8"))
+        sizes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in rows["sizes"].items()}
+        return cls(case, peer, work, rows, Sizes(**sizes))
+
+    @property
+    def kind(self) -> str:
+        """The case without its size."""
+        return self.case.partition(":")[0]
+
+    @property
+    def lora(self) -> bool:
+        """Whether the case trains adapters."""
+        return self.case.endswith("_lora")
+
+    @property
+    def pairs(self) -> list[dict[str, Any]]:
+        """The preference pairs of a DPO case or of the evaluation."""
+        return self.rows[self.case.removesuffix("_lora")]
+
+    def check_file(self, name: str) -> pathlib.Path:
+        """Where a check leaves what the other side or the driver reads."""
+        (self.work / "check").mkdir(exist_ok=True)
+        return self.work / "check" / f"{self.case}_{name}"
+
+
+def repeat(measurement: Callable[[], dict[str, Any]], warm_up: Callable[[], Any] | None = None) -> Measure:
+    """Takes one measurement after another; `warm_up` replaces the first."""
+
+    def measure(turn: Turn) -> dict[str, Any]:
+        wanted = turn((warm_up or measurement)())
+        while wanted:
+            wanted = turn(measurement())
+        return {}
+
+    return measure
+
+
 def expand(cases: Sequence[str], sizes: Sizes, largest_signals: int) -> tuple[list[str], list[str]]:
-    """The runs of these cases, those that scale as one for each size; and what is left out, in words."""
+    """The runs of these cases, with a run for each size of a scaling case; and notes on the runs left out."""
     runs, left_out = [], []
     for case in cases:
-        if case == "scaling_signals":
-            for size in sizes.scaling_signals:
-                if size > largest_signals:
-                    left_out.append(f"scaling_signals at {size} tokens: --largest_signals is {largest_signals}")
-                else:
-                    runs.append(f"{case}:{size}")
-        elif case == "scaling_k_long" and sizes.long_signals > largest_signals:
-            left_out.append(f"{case} at {sizes.long_signals} tokens: --largest_signals is {largest_signals}")
-        elif case in ("scaling_k", "scaling_k_long"):
-            runs += [f"{case}:{k}" for k in sizes.scaling_k]
-        else:
-            runs.append(case)
-    return runs, left_out
+        steps = {"scaling_signals": sizes.scaling_signals}.get(case, sizes.scaling_k)
+        for size in steps if case.startswith("scaling") else (0,):
+            tokens = {"scaling_signals": size, "scaling_k_long": sizes.long_signals}.get(case, 0)
+            if tokens > largest_signals:
+                left_out.append(f"{case} at {tokens} tokens: --largest_signals is {largest_signals}")
+            else:
+                runs.append(f"{case}:{size}" if size else case)
+    return runs, list(dict.fromkeys(left_out))
 
 
 def repeats(case: str, sizes: Sizes) -> int:
@@ -127,31 +192,19 @@ def repeats(case: str, sizes: Sizes) -> int:
 
 
 def needs_gib(case: str, peer: str, sizes: Sizes) -> float:
-    """The memory without which a row is not worth starting; 0 where any will do."""
+    """The memory that a row needs, GiB; 0 if any machine has enough."""
     return _NEEDS_GIB.get((case, peer), 0) if sizes.pair_tokens >= Sizes().pair_tokens else 0
 
 
-def worker(peer: str) -> str:
-    """The module whose worker serves a peer."""
-    return "tunix_peer" if peer.startswith("tunix") else "trl_peer"
-
-
-def is_lora(case: str) -> bool:
-    """Whether a DPO case trains adapters."""
-    return case.endswith("_lora")
-
-
-def context_kind(case: str) -> str:
-    """What the generator is told in a DPO case: "signals" or "summaries"."""
-    return case.removesuffix("_lora").removeprefix("dpo_")
+def side(peer: str) -> str:
+    """The module of `sides` that measures a peer."""
+    return "tunix" if peer.startswith("tunix") else "trl"
 
 
 def items(case: str, sizes: Sizes) -> tuple[float, str]:
-    """How many of what one measurement works through, for rates; of sampling each measurement says itself."""
+    """How much one measurement works through, and its unit. 0 for sampling, where each measurement reports it."""
     if case in DPO:
         return sizes.pairs, "pairs"
     if case == "evaluation":
         return sizes.evaluation_pairs, "pairs"
-    if case == "sampling":
-        return 0, "tokens"
-    return 1, "iterations"
+    return (0, "tokens") if case == "sampling" else (1, "iterations")

@@ -1,9 +1,9 @@
-"""The rows that both sides work on: written once to a file that both read, texts for the peers and examples for us.
+"""The rows that both sides work on. One file has them as texts for the peers and as examples for our side.
 
-They are P-Soups' where its file is given, else random words of the same lengths; no text leaves the work folder.
+They come from P-Soups if its file is given, else they are random words of the same lengths. No text leaves the work
+folder.
 """
 
-import bisect
 import dataclasses
 import json
 import pathlib
@@ -11,11 +11,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from benchmarks.cases import Sizes
 from configs import psoups_smollm2
+from popi_jax import config
 from popi_jax.data import psoups, templates
 from popi_jax.data.encoding import Encoder
 from popi_jax.data.schema import Example, Query, Signal
@@ -23,9 +23,9 @@ from popi_jax.errors import UserError
 from popi_jax.model import hub
 from popi_jax.model.tokenizer import Tokenizer
 
-# Tunix 0.1.7's Llama3 reads rope_theta into its config and turns by this base whatever it was.
+# Tunix 0.1.7's Llama3 rotates with this base, whatever its config says.
 TUNIX_ROPE_THETA = 1_000_000.0
-MARK = "\ue000summary\ue000"  # Stands for the summary where a peer is to fill it in.
+MARK = "\ue000summary\ue000"  # A peer replaces it with the summary.
 WORDS = (
     "time people water light story answer little reason simple number world morning often because every paper music "
     "garden window letter small bright under across mountain river always clear quiet science method between children "
@@ -33,20 +33,20 @@ WORDS = (
 ).split()
 
 
-def make_config(model: str, sizes: Sizes) -> ml_collections.ConfigDict:
-    """The experiment that is measured: configs/psoups_smollm2.py with the sizes' lengths."""
+def make_config(model: str, sizes: Sizes) -> config.Config:
+    """The experiment to measure: configs/psoups_smollm2.py with the sizes' lengths."""
     c = psoups_smollm2.get_config()
     c.name = "benchmark"
     c.model.path = model
-    c.model.remat = "dots"  # Less memory than "none" and no slower: what is not written need not be read.
+    c.model.remat = "dots"  # Takes less memory than "none" and no more time: fewer arrays are written and read.
     c.lora.rank = 0
     c.lora.targets = sizes.lora_targets
     c.data.signals_per_user = sizes.signals_per_user
     c.limits.signals, c.limits.prompt = sizes.limit_signals, sizes.limit_prompt
     c.limits.response, c.limits.bin = sizes.limit_response, sizes.limit_bin
-    c.limits.buckets = ()  # Chosen from the rows, as from any data.
+    c.limits.buckets = ()  # Chosen from the rows.
     c.limits.summary = sizes.summary
-    # Summaries that end by themselves: a start and a stop of ours would be a detail for the peers to repeat.
+    # Left out, because the peers would have to imitate them.
     c.prompts.summary_start = c.prompts.summary_stop = ""
     c.sampling.k, c.sampling.k_generator, c.sampling.temperature = sizes.k, 0, 1.0
     c.objective.kl_coef, c.objective.beta = sizes.kl_coef, sizes.beta
@@ -55,20 +55,20 @@ def make_config(model: str, sizes: Sizes) -> ml_collections.ConfigDict:
     c.optim.lr_inference = c.optim.lr_generator = sizes.learning_rate
     c.train.users_per_step = sizes.pairs
     c.eval.users_per_batch = sizes.evaluation_batch
-    return c
+    return config.parse(c)
 
 
 def words(rng: np.random.Generator, tokenizer: Tokenizer, tokens: int) -> str:
-    """Random words that take about so many tokens."""
+    """Random words of about this many tokens."""
     text: list[str] = []
-    # In a few strides: what a word takes depends on the tokenizer.
+    # In a few strides, because the tokens of a word depend on the tokenizer.
     while (missing := tokens - len(tokenizer.encode(" ".join(text)))) > 0:
         text += [str(word) for word in rng.choice(WORDS, max(1, missing // 4))]
     return " ".join(text)
 
 
 def synthetic(tokenizer: Tokenizer, sizes: Sizes, count: int, seed: int = 0) -> list[Example]:
-    """Users with signals and one query each, of random words; lengths vary by half about the sizes' averages."""
+    """Users with signals and one query each, of random words. Lengths vary by half around the sizes' averages."""
     rng = np.random.default_rng(seed)
 
     def text(average: int) -> str:
@@ -85,43 +85,32 @@ def synthetic(tokenizer: Tokenizer, sizes: Sizes, count: int, seed: int = 0) -> 
     return [example(i) for i in range(count)]
 
 
-def long_signals(model: str, sizes: Sizes, tokens: int, users: int) -> list[Example]:
-    """Users whose signals' prompts take as many tokens as whole words allow, at most `tokens`."""
+def long_signals(model: str, sizes: Sizes, tokens: int) -> Example:
+    """A user whose signals fill a prompt of at most `tokens`, to the nearest word."""
     tokenizer, prompts = Tokenizer.load(hub.resolve(model)), make_config(model, sizes).prompts
     rng = np.random.default_rng(tokens)
     query = Query(words(rng, tokenizer, 16), words(rng, tokenizer, 32), words(rng, tokenizer, 32))
-
-    def example(i: int) -> Example:
-        drawn = [str(word) for word in rng.choice(WORDS, tokens)]
-
-        def signals(count: int) -> tuple[Signal, ...]:
-            return (Signal("profile", text=" ".join(drawn[:count])),)
-
-        def length(count: int) -> int:
-            # Not the encoder's own: it refuses what is too long.
-            fields = tuple(prompts.pair_fields)
-            messages = templates.inference_messages(signals(count), prompts.inference_instruction, fields)
-            return len(tokenizer.render(messages))
-
-        # More words take more tokens, so the most that fit are found by bisection.
-        most = bisect.bisect_right(range(1, tokens), tokens, key=length)
-        return Example(f"long#{i}", "train", signals(max(most, 1)), (query,))
-
-    return [example(i) for i in range(users)]
+    text = words(rng, tokenizer, tokens).split()
+    while True:
+        signals = (Signal("profile", text=" ".join(text)),)
+        messages = templates.inference_messages(signals, prompts.inference_instruction, prompts.pair_fields)
+        if len(text) == 1 or len(tokenizer.render(messages)) <= tokens:
+            return Example("long", "train", signals, (query,))
+        text.pop()
 
 
 def nearest(examples: Sequence[Example], length: Callable[[Example], int], target: int, count: int) -> list[Example]:
-    """The examples whose lengths are nearest to the target, in their own order: an average close to it."""
+    """The `count` examples whose lengths are nearest to the target, in their order."""
     order = sorted(range(len(examples)), key=lambda i: (abs(length(examples[i]) - target), i))
     return [examples[i] for i in sorted(order[:count])]
 
 
 def build(model: str, sizes: Sizes, data: pathlib.Path | None) -> dict[str, Any]:
     """All rows of all cases; JSON."""
-    config = make_config(model, sizes)
+    settings = make_config(model, sizes)
     folder = hub.resolve(model)
     tokenizer = Tokenizer.load(folder)
-    encoder = Encoder(tokenizer, config.prompts, config.limits)
+    encoder = Encoder(tokenizer, settings.prompts, settings.limits)
     if data is None:
         examples = synthetic(tokenizer, sizes, 4 * sizes.evaluation_pairs)
     else:
@@ -139,41 +128,38 @@ def build(model: str, sizes: Sizes, data: pathlib.Path | None) -> dict[str, Any]
     def signal_tokens(example: Example) -> int:
         return len(encoder.signals(example))
 
-    pairs = nearest(examples, pair_tokens, sizes.pair_tokens, sizes.pairs)
-    evaluated = nearest(examples, pair_tokens, sizes.pair_tokens, sizes.evaluation_pairs)
-    sampled = nearest(examples, signal_tokens, sizes.sampling_signals, sizes.sampling_users)
-    users = nearest(examples, signal_tokens, sizes.popi_signals, sizes.popi_users)
+    chosen = {
+        "dpo": nearest(examples, pair_tokens, sizes.pair_tokens, sizes.pairs),
+        "evaluation": nearest(examples, pair_tokens, sizes.pair_tokens, sizes.evaluation_pairs),
+        "sampling": nearest(examples, signal_tokens, sizes.sampling_signals, sizes.sampling_users),
+        "popi": nearest(examples, signal_tokens, sizes.popi_signals, sizes.popi_users),
+    }
+    summaries = [peer_pair(encoder, e, e.persona) for e in chosen["dpo"]]
     return {
         "model": str(folder.resolve()),
         "data": "synthetic" if data is None else "P-Soups",
+        "sizes": dataclasses.asdict(sizes),
         "stop_ids": list(tokenizer.stop_ids),
         "pad_id": tokenizer.pad_id,
         "mark": MARK,
-        "dpo_signals": [peer_pair(encoder, e, encoder.raw_signals(e)) for e in pairs],
-        "dpo_summaries": [peer_pair(encoder, e, e.persona) for e in pairs],
-        "evaluation": [peer_pair(encoder, e, encoder.raw_signals(e)) for e in evaluated],
-        "sampling": [peer_user(encoder, e) for e in sampled],
-        "popi": [peer_user(encoder, e) for e in users],
-        "examples": {
-            "dpo": [dataclasses.asdict(e) for e in pairs],
-            "evaluation": [dataclasses.asdict(e) for e in evaluated],
-            "sampling": [dataclasses.asdict(e) for e in sampled],
-            "popi": [dataclasses.asdict(e) for e in users],
-        },
+        "dpo_signals": [peer_pair(encoder, e, encoder.raw_signals(e)) for e in chosen["dpo"]],
+        "dpo_summaries": summaries,
+        "evaluation": [peer_pair(encoder, e, encoder.raw_signals(e)) for e in chosen["evaluation"]],
+        "sampling": [peer_user(encoder, e) for e in chosen["sampling"]],
+        "popi": [peer_user(encoder, e) for e in chosen["popi"]],
+        "examples": {name: [dataclasses.asdict(e) for e in own] for name, own in chosen.items()},
         "lengths": {
-            "pair_tokens": _mean(map(pair_tokens, pairs)),
-            "summary_pair_tokens": _mean(
-                len(p["prompt_ids"]) for p in (peer_pair(encoder, e, e.persona) for e in pairs)
-            ),
-            "evaluation_pair_tokens": _mean(map(pair_tokens, evaluated)),
-            "sampling_prompt_tokens": _mean(map(signal_tokens, sampled)),
-            "popi_prompt_tokens": _mean(map(signal_tokens, users)),
+            "pair_tokens": _mean(map(pair_tokens, chosen["dpo"])),
+            "summary_pair_tokens": _mean(len(pair["prompt_ids"]) for pair in summaries),
+            "evaluation_pair_tokens": _mean(map(pair_tokens, chosen["evaluation"])),
+            "sampling_prompt_tokens": _mean(map(signal_tokens, chosen["sampling"])),
+            "popi_prompt_tokens": _mean(map(signal_tokens, chosen["popi"])),
         },
     }
 
 
 def fits(encoder: Encoder, example: Example) -> bool:
-    """Whether all signals of the example are within the limits: the peers are shown all."""
+    """Whether all signals of the example are within the limits, because the peers read all of them."""
     try:
         encoder.signals(example)
         encoder.check(example.queries[0], encoder.raw_signals(example))
@@ -187,7 +173,7 @@ def _mean(values: Any) -> float:
 
 
 def peer_pair(encoder: Encoder, example: Example, context: str) -> dict[str, Any]:
-    """A preference pair for a peer: what it renders and tokenises itself, and the ids that must come of it."""
+    """A preference pair for a peer: texts that it renders and tokenises itself, and the ids that must result."""
     query = example.queries[0]
     prompt, chosen, rejected = encoder.pair(query, context)
     (message,) = templates.generator_messages(query.prompt, context, encoder.prompts.generator_instruction)
@@ -204,9 +190,7 @@ def peer_pair(encoder: Encoder, example: Example, context: str) -> dict[str, Any
 def peer_user(encoder: Encoder, example: Example) -> dict[str, Any]:
     """A user for a peer: the prompt of the inference model, and the query with a place for the summary."""
     query, prompts = example.queries[0], encoder.prompts
-    (signals,) = templates.inference_messages(
-        example.signals, prompts.inference_instruction, tuple(prompts.pair_fields)
-    )
+    (signals,) = templates.inference_messages(example.signals, prompts.inference_instruction, prompts.pair_fields)
     (informed,) = templates.generator_messages(query.prompt, MARK, prompts.generator_instruction)
     (bare,) = templates.generator_messages(query.prompt, None, prompts.generator_instruction)
     return {
@@ -221,7 +205,7 @@ def peer_user(encoder: Encoder, example: Example) -> dict[str, Any]:
 
 
 def read_examples(rows: dict[str, Any], name: str) -> list[Example]:
-    """The examples of one case, as `build` had them."""
+    """The examples that `build` chose."""
     return [
         Example(
             signals=tuple(Signal(**signal) for signal in fields["signals"]),
@@ -232,19 +216,19 @@ def read_examples(rows: dict[str, Any], name: str) -> list[Example]:
     ]
 
 
-def write(path: pathlib.Path, rows: dict[str, Any]) -> None:
+def write(work: pathlib.Path, rows: dict[str, Any]) -> None:
     """Writes the rows where the workers read them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "rows.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
 
 
 def write_tunix_rows(work: pathlib.Path, rows: dict[str, Any]) -> None:
-    """The same rows in a folder of their own, on the same weights with TUNIX_ROPE_THETA as their rotary base.
+    """Writes the same rows into another folder, with a copy of the model whose rotary base is TUNIX_ROPE_THETA.
 
-    No time depends on the base, but both sides must be one model for their losses and tokens to agree.
+    No time depends on the base, but losses and tokens agree only if both sides have the same model.
     """
     given, model = pathlib.Path(rows["model"]), work / "model"
-    shutil.rmtree(model, ignore_errors=True)  # Of a --work that is used again.
+    shutil.rmtree(model, ignore_errors=True)  # --work may have been used before.
     model.mkdir(parents=True)
     for path in given.iterdir():
         if path.name != "config.json":
@@ -252,4 +236,4 @@ def write_tunix_rows(work: pathlib.Path, rows: dict[str, Any]) -> None:
     told = json.loads((given / "config.json").read_text(encoding="utf-8"))
     told |= {"rope_theta": TUNIX_ROPE_THETA, "rope_scaling": None, "rope_parameters": None}
     (model / "config.json").write_text(json.dumps(told), encoding="utf-8")
-    write(work / "rows.json", rows | {"model": str(model)})
+    write(work, rows | {"model": str(model)})

@@ -1,12 +1,10 @@
-"""Where the benchmark says that time goes, by hand; a traced run is in test_benchmarks, in a process of its own."""
-
-import functools
+"""The benchmark's profile, by hand. test_benchmarks traces a run, in a process of its own."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import ours, profile, summary
+from benchmarks import profile, summary
 from popi_jax.cost import hlo
 
 TEXT = """HloModule jit_step
@@ -31,37 +29,33 @@ ENTRY %main (x: f32[2,4], w: f32[3,4,2]) -> f32[2,2] {
   ROOT %tanh.1 = f32[2,2]{1,0} tanh(%fusion.2), metadata={op_name="jit(step)/decode/while/body/attend/tanh"}
 }
 """  # noqa: E501
-# Another program with operations of the same names.
+# Another program whose operations have the same names.
 OTHER = TEXT.replace("mlp", "qkv")
 
 
 def test_shares_by_hand():
-    programs = [(6, hlo.parse(OTHER)), (7, hlo.parse(TEXT)), (8, hlo.parse(OTHER))]
-    # Of 10 microseconds XLA is busy for 1 to 5 and 6 to 8: the product overlaps the copy.
+    programs = {6: hlo.parse(OTHER), 7: hlo.parse(TEXT)}
+    # XLA is busy from 1 to 5 and from 6 to 8 of 10 microseconds: the product overlaps the copy.
     events = [(7, "fusion.1", 1000, 2000), (7, "fusion.2", 2000, 3000), (7, "tanh.1", 6000, 2000)]
     found = profile.shares(events, programs, seconds=1e-5)
     assert found["busy"] == pytest.approx(0.6)
     assert found["kinds"] == pytest.approx({"products": 3 / 7, "copies": 2 / 7, "arithmetic": 2 / 7})
     assert found["parts"] == pytest.approx({"backward mlp": 3 / 7, "else": 2 / 7, "decode attend": 2 / 7})
-    assert profile.shares(events, programs[1:2], 1)["parts"] == profile.shares(events, programs, 1)["parts"]
-    with pytest.raises(ValueError, match="0 compiled programs have all of"):
-        profile.shares([*events, (7, "sin.1", 0, 1)], programs, 1)
-    with pytest.raises(ValueError, match="2 compiled programs have all of"):
-        profile.shares(events, programs[::2], 1)
+    assert profile.shares([(6, "fusion.2", 0, 1)], programs, 1)["parts"] == {"backward qkv": 1}
 
 
 def test_a_nameless_operation_is_part_of_what_reads_it():
     nameless = TEXT.replace(', metadata={op_name="jit(step)/reduce_max"}', "").replace(
         ', metadata={op_name="jit(step)/transpose(jvp(mlp))/dot_general"}', ""
     )
-    found = profile.shares([(7, "fusion.2", 0, 1)], [(7, hlo.parse(nameless))], 1)
+    found = profile.shares([(7, "fusion.2", 0, 1)], {7: hlo.parse(nameless)}, 1)
     assert (found["kinds"], found["parts"]) == ({"products": 1}, {"decode attend": 1})
-    # Nothing that reads it has a name, either: what it is made from.
+    # If nothing that reads it has a name either, it is part of what feeds it.
     nameless = nameless.replace(', metadata={op_name="jit(step)/decode/while/body/attend/tanh"}', "")
     named = nameless.replace("body/slice", "body/o/slice")
-    assert profile.shares([(7, "tanh.1", 0, 1)], [(7, hlo.parse(named))], 1)["parts"] == {"o": 1}
+    assert profile.shares([(7, "tanh.1", 0, 1)], {7: hlo.parse(named)}, 1)["parts"] == {"o": 1}
     without = named.replace(', metadata={op_name="jit(embed)/while/body/o/slice"}', "")
-    assert profile.shares([(7, "tanh.1", 0, 1)], [(7, hlo.parse(without))], 1)["parts"] == {"else": 1}
+    assert profile.shares([(7, "tanh.1", 0, 1)], {7: hlo.parse(without)}, 1)["parts"] == {"else": 1}
 
 
 def test_a_program_s_number():
@@ -69,10 +63,8 @@ def test_a_program_s_number():
     protos = [c.runtime_executable().hlo_modules()[0].as_serialized_hlo_module_proto() for c in compiled]
     first, second = map(profile.program_id, protos)
     assert second > first > 0
-    assert profile.program_id(b"\x0a\x02ab\x20\x01\x28\xac\x02\x30\x07") == 300  # 0xac 0x02: 44 + 2 * 128.
+    assert profile.program_id(b"\x0a\x02ab\x20\x01\x28\xac\x02\x30\x07") == 300  # 0xac 0x02 is 44 + 2 * 128.
     assert profile.program_id(b"\x0a\x02ab") == 0
-    with pytest.raises(ValueError, match="field 3 of an HLO module has the wire type 1"):
-        profile.program_id(b"\x19" + bytes(8))
 
 
 def test_the_table_shows_a_case_once():
@@ -84,19 +76,3 @@ def test_the_table_shows_a_case_once():
     assert summary.profile_cells(rows) == [("b", "75%", "0%", "25%", "mlp 60%, else 40%", "90%")]
     side = summary.side({}, [{"seconds": 1.0}], {"peak_bytes": 1, "profile": known}, 1)
     assert side["profile"] == known
-
-
-def test_a_turn_in_which_something_was_compiled_is_taken_again():
-    taken = []
-
-    def measure(compiles):
-        taken.append(next(compiles))
-        if taken[-1]:
-            jax.jit(lambda x: x + len(taken))(jnp.ones(3))
-        return {"nats": len(taken)}
-
-    for compiles, turns in (([0, 0], 1), ([1, 0, 0], 2), ([1, 1, 1, 1], 3)):
-        taken.clear()
-        turn = ours.one_turn(functools.partial(measure, iter(compiles)))
-        assert (turn["nats"], len(taken)) == (turns, turns)
-        assert (turn["compile_s"] == 0) == (turns < 3) and turn["seconds"] > 0

@@ -1,6 +1,6 @@
-"""The reward of a summary as users of the peers would write it, for either of them: they differ in how they score.
+"""The reward of a summary, as users of TRL or Tunix would write it. The two differ only in how they score.
 
-numpy and a tokenizer of transformers alone: workers of both environments read it.
+numpy and a transformers tokenizer only, because both environments import this module.
 """
 
 import time
@@ -17,13 +17,15 @@ def render(tokenizer: Any, message: str) -> str:
 
 
 class Generator:
-    """pi_theta as the reward sees it: log-probabilities of both responses under a prompt."""
+    """pi_theta as the reward sees it: log-probabilities of both responses under a prompt.
+
+    The reference is the untrained model, which reads the question alone.
+    """
 
     def __init__(self, rows: dict[str, Any], tokenizer: Any):
-        """Scores the reference, which reads the question alone: the model as it is before any step."""
         self.tokenizer, self.users, self.mark = tokenizer, rows["popi"], rows["mark"]
         self.beta = rows["sizes"]["beta"]
-        self.pairs: list[dict[str, Any]] = []  # Those of the last rewards, for the step that follows.
+        self.pairs: list[dict[str, Any]] = []  # From the last call of `rewards`, for the DPO step after it.
         self.reward_s = 0.0
         self.ref_Ux2 = self.logps([self.pair_ids(user["bare_message"], user) for user in self.users])
 
@@ -32,17 +34,17 @@ class Generator:
         raise NotImplementedError
 
     def pair_ids(self, message: str, user: dict[str, Any]) -> dict[str, Any]:
-        """Ids of a prompt and of both responses."""
+        """Token ids of a prompt and of both responses."""
         texts = {"prompt_ids": render(self.tokenizer, message)}
         texts |= {f"{part}_ids": user[part] + self.tokenizer.eos_token for part in ("chosen", "rejected")}
         return {name: self.tokenizer(text, add_special_tokens=False)["input_ids"] for name, text in texts.items()}
 
     def told(self, summary: str, user: dict[str, Any]) -> dict[str, Any]:
-        """The pair of a user under a summary."""
+        """The user's pair with a summary in the prompt."""
         return self.pair_ids(user["query_message"].replace(self.mark, summary.strip()), user)
 
     def rewards(self, completions: Sequence[str], user: Sequence[int], **_: Any) -> list[float]:
-        """-loss of the generator that is told this summary; the reward function of both peers' trainers."""
+        """The generator's negative loss given each summary; the reward function of both peers' trainers."""
         started = time.perf_counter()
         self.pairs = [self.told(text, self.users[u]) for u, text in zip(user, completions, strict=True)]
         ref_Rx2 = self.ref_Ux2[np.asarray(user)]
@@ -52,6 +54,6 @@ class Generator:
         self.reward_s = time.perf_counter() - started
         return (-np.logaddexp(0, -self.beta * h_R) / self.beta).tolist()
 
-    def check(self) -> dict[str, Any]:
-        """The rewards of summaries that are given, for the other side to agree with."""
-        return {"rewards": self.rewards([user["persona"] for user in self.users], range(len(self.users)))}
+    def persona_rewards(self) -> list[float]:
+        """The reward of each user's persona as a summary, for the check."""
+        return self.rewards([user["persona"] for user in self.users], range(len(self.users)))
