@@ -50,7 +50,7 @@ def test_compile_lowers_the_program_that_a_run_calls(tmp_path, monkeypatch):
     joint = calls["joint_step"]
     assert joint.fn is run.programs.train_steps["joint"]
     assert calls["sample"].fn is run.sampler.sample and calls["evaluate_score"].fn is run.scorer.score
-    same = step(shapes, kind, measured).abstract(run.programs.mesh)
+    same = step(shapes, kind, measured)
     lowered = joint.fn.lower(*joint.args[:2], same)
     assert lowered.as_text() == joint.fn.lower(state, run.base, real).as_text()
     abstract = joint.args[2]
@@ -120,7 +120,7 @@ def test_published_shapes_need_no_weights(module, arg):
     own = setup.make_programs(config, mesh, model)
     count = sum(leaf.size for leaf in jax.tree.leaves(own.policy.abstract_base()))
     assert count == {llama3_3b: 3_212_749_824, llama3_8b: 8_030_261_248}[module]  # As their model cards say.
-    batch = Shapes(config, mesh, config.limits.buckets).step("joint").abstract(mesh)
+    batch = Shapes(config, mesh, config.limits.buckets).step("joint")
     assert batch.generator.bins.tokens_CxL.shape == (8, 16, 6144)
 
 

@@ -154,8 +154,8 @@ def make_batch(run, kind):
     sampler_logp_UxKxS = rng.normal(-2.0, 1.0, (USERS, K, 4)).astype(np.float32)
     ref_logp_Rx2 = rng.normal(-9.0, 1.0, (USERS * K * M, 2)).astype(np.float32)
     weight_R = (responses.prefix_length_B > 0).astype(np.float32)
-    # The groups of bins of 8 devices, which divide over every mesh.
-    bins = tiny.packed(responses, 24, micros=1, n_bins=16, groups=8)
+    # Shards for 8 devices, which divide over every mesh.
+    bins = tiny.packed(responses, 24, micros=1, n_bins=16, shards=8)
     generator = GeneratorBatch(bins, ref_logp_Rx2[None], weight_R[None])
     inference = InferenceBatch(*jax.tree.map(lambda x: x[None], (signals, sampler_logp_UxKxS)))
     batch = Batch(generator, None if kind == "generator" else inference)
@@ -272,10 +272,10 @@ def test_a_checkpoint_moves_from_mesh_to_mesh(tuning, tmp_path):
 
 WIDER = dataclasses.replace(MODEL, d_model=32)
 OTHERS = {
-    "full to lora": ((0, MODEL), (3, MODEL), "config.lora.rank is 0 there and 3 here"),
-    "lora to full": ((3, MODEL), (0, MODEL), "config.lora.rank is 3 there and 0 here"),
-    "another rank": ((3, MODEL), (5, MODEL), "config.lora.rank is 3 there and 5 here"),
-    "another model": ((3, MODEL), (3, WIDER), "model is .*d_model=16.* there and .*d_model=32.* here"),
+    "full to lora": ((0, MODEL), (3, MODEL), "config.lora.rank is 0 in the checkpoint and 3 in this run"),
+    "lora to full": ((3, MODEL), (0, MODEL), "config.lora.rank is 3 in the checkpoint and 0 in this run"),
+    "another rank": ((3, MODEL), (5, MODEL), "config.lora.rank is 3 in the checkpoint and 5 in this run"),
+    "another model": ((3, MODEL), (3, WIDER), "model is .*d_model=16.* in the checkpoint and .*d_model=32.*"),
 }
 
 

@@ -5,6 +5,7 @@ import numpy as np
 
 from popi_jax.data import packing
 from popi_jax.data.batch import PackedBatch, PrefixBatch
+from popi_jax.data.shapes import abstract_bins
 from popi_jax.model.config import LoraConfig, ModelConfig
 from popi_jax.model.policy import Policy
 
@@ -52,12 +53,12 @@ def rows(rng: np.random.Generator, B: int, N: int, T: int, S: int, least: int = 
 
 
 def packed(
-    lines: PrefixBatch, length: int, micros: int = 0, n_bins: int = 0, groups: int = 1, groups_of: int = 1
+    lines: PrefixBatch, length: int, micros: int = 0, n_bins: int = 0, shards: int = 1, groups_of: int = 1
 ) -> PackedBatch:
     """The same rows in bins of `length`: one batch, or a stack of `micros` > 0 micro-batches.
 
-    Each has `n_bins`, or as many as the first needs. Of equal rows the first alone is in a bin. `groups` as in
-    packing.pack_bins; `groups_of` rows that follow each other may share a start.
+    Each has `n_bins`, or as many as the first needs. Of equal rows the first alone is in a bin. `shards` as in
+    shapes.abstract_bins; `groups_of` rows that follow each other may share a start.
     """
     rows = [
         packing.Row(prefix[:at].tolist(), [ids[:n].tolist() for ids, n in zip(branches, lengths, strict=True)])
@@ -75,12 +76,12 @@ def packed(
     bins = [[trees[i] for i in own] for own in packing.fill_bins([tree.tokens for tree in trees], length)]
     parts = [bins[start :: max(micros, 1)] for start in range(max(micros, 1))]
     n_bins = n_bins or len(parts[0])
-    size = n_bins // groups
+    size = n_bins // shards
     scored = max(
         sum(tree.scored_tokens for own in part[start : start + size] for tree in own)
         for part in parts
         for start in range(0, n_bins, size)
     )
-    shape = packing.PairShape(len(rows), n_bins, length, groups, scored)
+    shape = abstract_bins(len(rows), n_bins, length, shards, scored)
     filled = [packing.pack_bins(rows, part, shape, pad_id=0, first_R=first_R) for part in parts]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *filled) if micros else filled[0]

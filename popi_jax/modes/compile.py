@@ -17,7 +17,7 @@ from jax.experimental import topologies
 
 from popi_jax.config import SUMMARIZED, Config
 from popi_jax.cost import bound, chips, flops, printed, traffic
-from popi_jax.data.shapes import Shapes, abstract_bins, bins_shardings, placed
+from popi_jax.data.shapes import Shapes, placed
 from popi_jax.errors import UserError, first_line
 from popi_jax.model import hub, sharding
 from popi_jax.model.weights import Tree
@@ -81,16 +81,11 @@ def calls(config: Config, programs: Programs) -> list[Call]:
     if writes:
         k = max((shapes.summaries(kind) for kind in kinds), default=1)
         found.append(_summaries(shapes, programs, "sample", base, state.phi, text.in_training(config), k))
-    found += [
-        Call(f"{kind}_step", programs.train_steps[kind], (state, base, shapes.step(kind).abstract(programs.mesh)))
-        for kind in kinds
-    ]
+    found += [Call(f"{kind}_step", programs.train_steps[kind], (state, base, shapes.step(kind))) for kind in kinds]
     if writes:
         k = config.eval.summaries_per_user
         found.append(_summaries(shapes, programs, "evaluate_sample", base, state.phi, text.in_use(config), k))
-    split = bins_shardings(sharding.batch_sharding(programs.mesh), programs.mesh)
-    bins = placed(abstract_bins(shapes.scoring()), split)
-    found.append(Call("evaluate_score", programs.score, (base, state.theta, bins)))
+    found.append(Call("evaluate_score", programs.score, (base, state.theta, shapes.scoring())))
     if config.eval.samples:
         sampling = dataclasses.replace(text.in_use(config), batch_size=config.eval.samples)
         lengths = config.limits.prompt, config.eval.response_tokens
