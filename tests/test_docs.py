@@ -147,6 +147,31 @@ def test_packages_import_only_what_stands_above_them():
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}, which stand below {own} in docs/architecture.md"
 
 
+def names(path: pathlib.Path) -> set[str]:
+    """The variables, arguments and fields of a file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Name | ast.arg | ast.Attribute):
+            found.add(getattr(node, {"Name": "id", "arg": "arg", "Attribute": "attr"}[type(node).__name__]))
+    return found
+
+
+def test_every_shape_letter_is_in_the_legend():
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    table = page[page.index("## Shape letters") : page.index("## A joint step in arrays")]
+    legend = {letter for cell in re.findall(r"^\| ([\w, ]+) \| ", table, re.MULTILINE) for letter in cell.split(", ")}
+    axis = r"(?:[A-Z][a-wyz]*|[nrbx]|\d+)"
+    seen = set()
+    for path in (ROOT / "popi_jax").rglob("*.py"):
+        for name in names(path):
+            shape = re.fullmatch(rf"[a-z0-9_]+_({axis}(?:x{axis})*)", name)
+            if shape and re.search("[A-Z]", shape[1]):
+                axes = {letter for letter in re.findall(axis, shape[1]) if not letter.isdigit()}
+                assert axes <= legend, f"{path.relative_to(ROOT)}: {name}"
+                seen |= axes
+    assert len(seen) > 20
+
+
 def test_version_is_one():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == popi_jax.__version__
     (newest, *_) = re.findall(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
