@@ -305,8 +305,8 @@ def api_pages() -> dict[pathlib.Path, str]:
     """A page per package, and one for the modules beside them, with each module's docstrings (mkdocstrings)."""
     package = ROOT / "popi_jax"
     groups = {"popi_jax": sorted(path for path in package.glob("*.py") if path.stem != "__init__")}
-    for folder in sorted(path.parent for path in package.glob("*/__init__.py")):
-        groups[f"popi_jax.{folder.name}"] = sorted(path for path in folder.glob("*.py") if path.stem != "__init__")
+    for folder in sorted(path.parent for path in package.rglob("*/__init__.py")):
+        groups[".".join(folder.relative_to(ROOT).parts)] = sorted(path for path in folder.glob("*.py") if path.stem != "__init__")
     pages = {}
     for name, paths in groups.items():
         docstring = importlib.import_module(name).__doc__ or ""

@@ -9,13 +9,13 @@ import pytest
 
 from configs import llama3_3b, llama3_8b, quickstart
 from popi_jax.config import Config, changed, parse
-from popi_jax.cost import chips, traffic
 from popi_jax.data import packing, prepared
 from popi_jax.data.shapes import Shapes
 from popi_jax.errors import UserError
 from popi_jax.model import hub, sharding
 from popi_jax.modes import compile as compile_lib
 from popi_jax.modes import setup
+from popi_jax.modes.cost import chips, traffic
 from popi_jax.rollout import text
 from popi_jax.training import batches
 

@@ -8,10 +8,10 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
-from popi_jax.cost import bound, chips, flops, traffic
-from popi_jax.cost.traffic import Collective
 from popi_jax.errors import UserError
 from popi_jax.model import sharding
+from popi_jax.modes.cost import bound, chips, flops, traffic
+from popi_jax.modes.cost.traffic import Collective
 
 X, W = jnp.zeros((8, 16)), jnp.zeros((16, 16))
 PRODUCT = 2 * 8 * 16 * 16

@@ -2,7 +2,7 @@
 
 import pytest
 
-from popi_jax.cost import collectives, hlo
+from popi_jax.modes.cost import collectives, hlo
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import pytest
 
 from configs import quickstart
 from popi_jax.config import parse
-from popi_jax.cost import flops
 from popi_jax.errors import UserError
 from popi_jax.model import remat
 from popi_jax.model.config import LORA_TARGETS, LoraConfig, ModelConfig
 from popi_jax.model.policy import Policy
+from popi_jax.modes.cost import flops
 
 # Long enough for attention's scores to dominate memory, as they do when rematerialisation matters.
 B, L = 4, 128

@@ -10,11 +10,11 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 
-from popi_jax.cost import traffic
 from popi_jax.errors import UserError
 from popi_jax.model import sharding, weights
 from popi_jax.model.config import LORA_TARGETS, LoraConfig, ModelConfig
 from popi_jax.model.policy import Policy
+from popi_jax.modes.cost import traffic
 
 CONFIG = ModelConfig(
     vocab_size=32,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from popi_jax.cost import executed, hlo, traffic
-from popi_jax.cost.traffic import Collective
 from popi_jax.model import sharding
+from popi_jax.modes.cost import executed, hlo, traffic
+from popi_jax.modes.cost.traffic import Collective
 
 X = jnp.zeros((8, 16))
 STACK_7 = jnp.zeros((7, 16, 16))

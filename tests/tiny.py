@@ -57,8 +57,8 @@ def packed(
 ) -> PackedBatch:
     """Packs the rows into bins of `length` tokens: one batch, or a stack of `micros` > 0 micro-batches.
 
-    Each has `n_bins`, or as many as the first needs. Of equal rows the first alone is in a bin. `shards` as in
-    shapes.abstract_bins; `groups_of` rows that follow each other may share a start.
+    Each has `n_bins` bins, by default the number that the first needs. Equal rows are packed once. `shards` as in
+    shapes.abstract_bins; `groups_of` consecutive rows may share the start of their prefixes.
     """
     rows = [
         packing.Row(prefix[:at].tolist(), [ids[:n].tolist() for ids, n in zip(branches, lengths, strict=True)])

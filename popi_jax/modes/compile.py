@@ -1,7 +1,7 @@
 """--mode=compile: compiles every program of a config for a TPU slice that need not exist, and reports its cost.
 
 Nothing runs and nothing is loaded. Every text is as long as its limit. Memory is the compiler's own plan; times are
-lower bounds from the chip's public peaks (popi_jax/cost).
+lower bounds from the chip's public peaks (popi_jax/modes/cost).
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ import numpy as np
 from jax.experimental import topologies
 
 from popi_jax.config import SUMMARIZED, Config
-from popi_jax.cost import bound, chips, flops, printed, traffic
 from popi_jax.data.shapes import Shapes, placed
 from popi_jax.errors import UserError, first_line
 from popi_jax.model import hub, sharding
 from popi_jax.model.weights import Tree
 from popi_jax.modes import setup
+from popi_jax.modes.cost import bound, chips, flops, printed, traffic
 from popi_jax.modes.programs import Programs
 from popi_jax.rollout import sampler, text
 from popi_jax.training import schedule

@@ -9,8 +9,8 @@ import json
 import math
 from collections.abc import Callable
 
-from popi_jax.cost import hlo
-from popi_jax.cost.hlo import Computation, Instruction, Module
+from popi_jax.modes.cost import hlo
+from popi_jax.modes.cost.hlo import Computation, Instruction, Module
 
 # Their result has the value of their first operand.
 _SAME = ("copy", "bitcast", "reshape", "convert", "copy-start", "copy-done", "opt-barrier")

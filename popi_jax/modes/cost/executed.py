@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Iterable
 
-from popi_jax.cost import trips
-from popi_jax.cost.hlo import Computation, Instruction, Module
+from popi_jax.modes.cost import trips
+from popi_jax.modes.cost.hlo import Computation, Instruction, Module
 
 # The attribute that names the computation an instruction runs, also on a TPU's SparseCore, asynchronously.
 _RUNS = {

@@ -3,7 +3,7 @@
 import math
 import re
 
-from popi_jax.cost.hlo import Array, Computation, Instruction, Module, Shape, Tuple
+from popi_jax.modes.cost.hlo import Array, Computation, Instruction, Module, Shape, Tuple
 
 KINDS = (
     "all-gather",

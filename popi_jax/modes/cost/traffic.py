@@ -4,9 +4,9 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
-from popi_jax.cost import collectives as lib
-from popi_jax.cost import executed, hlo
-from popi_jax.cost.hlo import Computation, Instruction, Module, Shape
+from popi_jax.modes.cost import collectives as lib
+from popi_jax.modes.cost import executed, hlo
+from popi_jax.modes.cost.hlo import Computation, Instruction, Module, Shape
 
 # These name, order or pass on existing data. The traffic of a loop, a branch or a call is counted inside it.
 _FREE = {

@@ -5,8 +5,8 @@ These are lower bounds, not estimates: they assume that every resource runs at i
 
 import dataclasses
 
-from popi_jax.cost.chips import Chip
-from popi_jax.cost.traffic import Traffic
+from popi_jax.modes.cost.chips import Chip
+from popi_jax.modes.cost.traffic import Traffic
 
 
 @dataclasses.dataclass(frozen=True)
