@@ -19,7 +19,7 @@ CONSTRAINT = file=constraints/py$$($(BIN)/python -c 'import sys; print("%d%d" % 
 	if [ -f $$file ]; then echo "-c $$file"; fi
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test nightly smollm2 bench lint format types clean
+.PHONY: help setup quickstart test nightly smollm2 bench docs lint format types clean
 
 help:  ## Lists these commands.
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,6 +61,10 @@ lint: $(VENV)/.setup-test  ## Checks style and formatting.
 types: $(VENV)/.setup-test  ## Checks types.
 	$(BIN)/mypy
 
+docs: $(VENV)/.setup-test  ## Builds the documentation into site/; a warning is an error.
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 format: $(VENV)/.setup-test  ## Formats the code in place.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -85,5 +89,5 @@ bench: $(VENV)/.setup $(PEERS)/.setup $(TUNIX)/.setup $(SMOLLM2)/config.json  ##
 	$(BIN)/python -m benchmarks.run --peers=$(PEERS) --tunix=$(TUNIX) $(ARGS)
 
 clean:  ## Removes .venv, the peers' too, and what the tools leave behind; runs/ and checkpoints/ stay.
-	rm -rf $(VENV) $(PEERS) $(TUNIX) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(TUNIX) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

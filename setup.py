@@ -16,6 +16,8 @@ JAX = [
     'flax>=0.12.12; python_version >= "3.12"',
 ]
 
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings-python>=2.0,<3"]
+
 setuptools.setup(
     name="popi_jax",
     version=VERSION,
@@ -52,7 +54,8 @@ setuptools.setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "test": ["ipykernel", "mypy", "nbclient", "pytest", "ruff", 'libtpu==0.0.52; python_version < "3.12"'],
+        "test": ["ipykernel", "mypy", "nbclient", "pytest", "ruff", 'libtpu==0.0.52; python_version < "3.12"', *DOCS],
+        "docs": [*DOCS, "ruff"],  # ruff formats the signatures.
         "compile": ["libtpu"],  # The TPU compiler, for --mode=compile on a machine without a TPU.
         "torch": ["torch==2.13.0"],  # Parity tests only.
         "gpu": ['jax[cuda12]==0.10.2; python_version < "3.12"', 'jax[cuda12]>=0.11.1; python_version >= "3.12"'],

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from google.protobuf import empty_pb2, unknown_fields
 
-from popi_jax.cost import hlo
+from popi_jax.modes.cost import hlo
 
 # Operations that move values or make constants. A fusion of these alone is a copy.
 _COPIES = frozenset(

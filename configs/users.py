@@ -1,4 +1,4 @@
-"""POPI on your own data: a users.jsonl with one user per line (see README.md), SmolLM2-135M-Instruct for both models.
+"""POPI on your own data: a users.jsonl with one user per line, SmolLM2-135M-Instruct for both models.
 
     make smollm2
     python -m popi_jax.main --config=configs/users.py --config.data.path=users.jsonl --workdir=runs/users

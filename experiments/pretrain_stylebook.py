@@ -1,18 +1,18 @@
-"""Makes the tiny base model of stylebook, popi_jax/assets/stylebook, from nothing: tokenizer, then weights.
+"""Trains the tiny base model of stylebook, popi_jax/assets/stylebook, from scratch: the tokenizer, then the weights.
 
     python experiments/pretrain_stylebook.py
 
-It stands for a public instruct checkpoint: it writes English, follows a summary, and reads signals carelessly. All that
-it is taught comes from training users, never from a held-out combination of tastes. The tasks:
-  remark: one comment or profile -> a note that names tastes which it states;
-  pair: one pair of responses -> a note that names tastes in which the preferred one differs;
-  note: all of a user's signals -> a note that names 1 to 6 tastes at random;
-  compare: summary and question -> a response that fits what the summary names, told from one that does not;
-  follow: summary and question -> a response that fits each taste which the summary names FITS of the time;
-  bare: question -> a response of random style (what the reference sees);
-  raw: signals and question -> a response that fits each of the user's tastes RAW_FITS of the time.
-In the last lessons each taste of a note is right only RIGHT of the time. So what the base model says of a user tells
-little, while correct and fuller summaries are within its reach: what POPI is to find.
+It plays the part of a public instruct checkpoint: it writes English, follows a summary, and reads signals imprecisely.
+All training examples come from training users, never from a held-out combination of tastes. The tasks:
+  remark: one comment or profile -> a note of tastes that it states;
+  pair: one pair of responses -> a note of tastes in which the preferred response differs;
+  note: all of a user's signals -> a note of 1 to 6 random tastes;
+  compare: summary and question -> a response that fits the summary, preferred over one that does not;
+  follow: summary and question -> a response that fits each taste in the summary with probability FITS;
+  bare: question -> a response of random style (the prompt that the reference reads);
+  raw: signals and question -> a response that fits each of the user's tastes with probability RAW_FITS.
+In the last lessons each taste in a note is correct only with probability RIGHT. The base model's summaries therefore
+carry little information, but more accurate and complete ones are within its reach, and POPI can find them.
 """
 
 import argparse
@@ -48,7 +48,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 RIGHT, FITS, RAW_FITS = 0.7, 0.9, 0.85
-SURE, RANK_WEIGHT = 0.95, 3.0  # compare: the target, and the weight beside the nats per token.
+SURE, RANK_WEIGHT = 0.95, 3.0  # For compare: the target, and the weight relative to the nats per token.
 SIGNALS = 5
 # task -> (answers per prefix, tokens of a prefix, tokens of an answer).
 SHAPES = {
@@ -64,12 +64,12 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Lessons:
-    """Some updates of the weights.
+    """One stage of the training.
 
     Attributes:
-        updates: how many.
-        rows: prefixes of each task in one update.
-        right: how often a taste that a note names is right.
+        updates: the number of updates.
+        rows: the number of prefixes of each task in one update.
+        right: the probability that a taste in a note is correct.
         rate: the peak learning rate.
     """
 
@@ -81,7 +81,7 @@ class Lessons:
 
 _ALL = {"remark": 6, "pair": 4, "note": 10, "compare": 24, "bare": 2, "raw": 2}
 _LAST = {"remark": 6, "pair": 4, "note": 8, "follow": 40, "bare": 4, "raw": 2}
-# Short texts first: to read one signal, and to tell which response fits, makes the rest quick to learn.
+# Short texts come first. A model that reads one signal and tells which response fits learns the rest quickly.
 LESSONS = (
     Lessons(500, {"remark": 24, "pair": 12, "compare": 32, "bare": 2}, 1.0, 3.5e-3),
     Lessons(500, _ALL, 1.0, 3e-3),
@@ -91,7 +91,7 @@ LESSONS = (
 
 
 def model_config(vocab_size: int) -> ModelConfig:
-    """About 0.2 million weights."""
+    """Returns the shape of the model, with about 0.2 million weights."""
     return ModelConfig(
         vocab_size=vocab_size,
         d_model=64,
@@ -124,7 +124,7 @@ def train_tokenizer(folder: str, texts: list[str]) -> Tokenizer:
 
 
 def corpus(prompts: ml_collections.ConfigDict, users: int) -> list[str]:
-    """Everything that the models are shown, as text."""
+    """Returns samples of all texts that the models read or write."""
     texts = []
     for i in range(users):
         example = stylebook.draw_example(0, "train", i, 6, 1)
@@ -143,25 +143,25 @@ Document = tuple[list[int], Callable[[], str]]
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """Writes the documents of the tasks: a prompt's tokens, and what draws an answer to it."""
+    """Writes the documents of the tasks: the tokens of a prompt, and a function that draws an answer to it."""
 
     tokenizer: Tokenizer
     prompts: ml_collections.ConfigDict
     right: float
 
     def remark(self, rng: np.random.Generator, example: Example) -> Document:
-        """One comment or profile -> a note of what it says."""
+        """One comment or profile -> a note of the tastes that it states."""
         signal = next(signal for signal in example.signals if signal.kind != "pair")
         return self._note(rng, (signal,), text.read_statements(signal.text), 1.0)
 
     def pair(self, rng: np.random.Generator, example: Example) -> Document:
-        """One pair -> a note of what sets the preferred response apart."""
+        """One pair -> a note of the tastes in which the preferred response differs."""
         signal = next(signal for signal in example.signals if signal.kind == "pair")
         gap_6 = difference(Query(signal.prompt, signal.chosen, signal.rejected))
         return self._note(rng, (signal,), {taste: int(gap) for taste, gap in enumerate(gap_6) if gap}, 1.0)
 
     def note(self, rng: np.random.Generator, example: Example) -> Document:
-        """All signals -> a note of what the user likes."""
+        """All signals -> a note of the user's tastes."""
         return self._note(rng, example.signals, dict(enumerate(_tastes(example))), self.right)
 
     def _note(
@@ -171,7 +171,7 @@ class Teacher:
         return self.tokenizer.render(messages), lambda: text.summary(_blur(rng, _some(rng, known), right))
 
     def compare(self, rng: np.random.Generator, example: Example) -> Document:
-        """Summary and question -> by turns a response that fits, and the same but for 1 to 3 of the tastes named."""
+        """Summary and question -> alternately a response that fits, and one with 1 to 3 of the named tastes flipped."""
         named = _some(rng, dict(enumerate(_tastes(example))))
         topic, prompt = text.question(rng)
         messages = templates.generator_messages(prompt, text.summary(named), self.prompts.generator_instruction)
@@ -182,7 +182,7 @@ class Teacher:
                 style = _style(rng, named)
                 flipped = rng.permutation(list(named))[: rng.choice(stylebook.DIFFERING)]
                 other = [-value if taste in flipped else value for taste, value in enumerate(style)]
-                words = int(rng.integers(2**31))  # The same choice of phrases for both.
+                words = int(rng.integers(2**31))  # Both responses use the same choice of phrases.
                 waiting.extend(text.response(np.random.default_rng(words), topic, s) for s in (other, style))
             return waiting.pop()
 
@@ -217,13 +217,13 @@ def _tastes(example: Example) -> np.ndarray:
 
 
 def _some(rng: np.random.Generator, known: dict[int, int]) -> dict[int, int]:
-    """Any number of the known tastes, drawn at random; at least one."""
+    """Draws a random number of the known tastes, at least one."""
     tastes = rng.permutation(list(known))[: rng.integers(1, len(known) + 1)]
     return {int(taste): int(known[taste]) for taste in sorted(tastes)}
 
 
 def _style(rng: np.random.Generator, wanted: dict[int, int]) -> list[int]:
-    """The wanted values, and any for the other tastes."""
+    """Returns the wanted values, and random ones for the other tastes."""
     return [wanted[taste] if taste in wanted else int(rng.choice((1, -1))) for taste in range(text.N_TASTES)]
 
 
@@ -232,7 +232,7 @@ def _blur(rng: np.random.Generator, statements: dict[int, int], right: float) ->
 
 
 def batches(teacher: Teacher, rows: dict[str, int], seed: int) -> Iterator[dict[str, scoring.PrefixBatch]]:
-    """Endless fresh batches, one PrefixBatch per task; a document that exceeds its shape is skipped."""
+    """Yields new batches endlessly, one PrefixBatch per task. Skips documents that exceed their shape."""
     rng = np.random.default_rng(seed)
     while True:
         step = {}
@@ -257,21 +257,22 @@ def batches(teacher: Teacher, rows: dict[str, int], seed: int) -> Iterator[dict[
 
 
 def task_loss(decoder: Decoder, task: str, rows: scoring.PrefixBatch) -> jax.Array:
-    """Mean negative log-probability per answer token; for `compare`, of the responses that fit, plus their comparison.
+    """Returns the mean negative log-probability per answer token, in nats.
 
-    The comparison is the cross-entropy of "this one fits better" under sigmoid(log-probability of one - of the other),
-    with a target of SURE: odds that stay finite.
+    For `compare` the mean is over the responses that fit, and a ranking loss is added: the cross-entropy of "the first
+    fits better" under sigmoid(log-probability of the first - of the second). Its target is SURE, so that the odds stay
+    finite.
     """
     logp_BxNxS, length_BxN = scoring.score(decoder, rows, chunk=8192).logp_BxNxS, rows.branch_length_BxN
     if task != "compare":
         return -logp_BxNxS.sum() / length_BxN.sum()
-    margin_BxP = (logp_BxNxS[:, ::2] - logp_BxNxS[:, 1::2]).sum(-1)
-    rank = SURE * jax.nn.softplus(-margin_BxP) + (1 - SURE) * jax.nn.softplus(margin_BxP)
+    margin_x = (logp_BxNxS[:, ::2] - logp_BxNxS[:, 1::2]).sum(-1)
+    rank = SURE * jax.nn.softplus(-margin_x) + (1 - SURE) * jax.nn.softplus(margin_x)
     return -logp_BxNxS[:, ::2].sum() / length_BxN[:, ::2].sum() + RANK_WEIGHT * rank.mean()
 
 
 def pretrain(params: Any, policy: Policy, batches: Iterator[Any], steps: int, lessons: Lessons) -> Any:
-    """Minimises the tasks' losses, added up; returns the new weights."""
+    """Minimises the sum of the tasks' losses; returns the new weights."""
     rate = optax.warmup_cosine_decay_schedule(0.0, lessons.rate, min(20, steps // 2), steps, 0.03 * lessons.rate)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.01))
 
@@ -296,11 +297,11 @@ def pretrain(params: Any, policy: Policy, batches: Iterator[Any], steps: int, le
 
 
 def main() -> None:
-    """Trains both and writes the folder."""
-    parser = argparse.ArgumentParser(description="Makes the tiny base model of stylebook.")
+    """Trains the tokenizer and the weights, and writes the hub folder."""
+    parser = argparse.ArgumentParser(description="Trains the tiny base model of stylebook.")
     parser.add_argument("--output", default="popi_jax/assets/stylebook", help="The hub folder to write.")
     parser.add_argument("--scale", type=float, default=1.0, help="Multiplies the number of updates.")
-    parser.add_argument("--seed", type=int, default=0, help="Draws weights and users.")
+    parser.add_argument("--seed", type=int, default=0, help="The seed of the initial weights and the users.")
     args = parser.parse_args()
     prompts = quickstart.get_config().prompts
     with tempfile.TemporaryDirectory() as scratch:

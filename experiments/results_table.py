@@ -1,13 +1,13 @@
-"""The results table of any config: every method x seed, resumable, with paired comparisons.
+"""Makes the results table of a config: every method with every seed, resumable, with paired comparisons.
 
     python experiments/results_table.py --config=configs/NAME.py --workdir=DIR [--methods=base,popi] [--seeds=0,1,2]
         [--nodata_texts] [--trained=DIR]
 
-Each method and seed is a run of its own in DIR/METHOD_seedN. A run that has finished is not repeated, one that was cut
-off goes on. DIR/results.json holds all rows; DIR/report.html shows them with popi's curves and samples;
---nodata_texts leaves the data set's own texts out of both, for data that may not be passed on, and fills
-DIR/without_texts with what may be: copied into another DIR, those runs are finished there too. With --trained nothing
-is trained: the runs of another table are evaluated as this config says, on other data or with more signals, say.
+Each method and seed is a separate run in DIR/METHOD_seedN. A finished run is not repeated; an interrupted one resumes.
+DIR/results.json has all rows. DIR/report.html shows them with popi's curves and samples.
+--nodata_texts is for data that may not be redistributed. It leaves the data set's texts out of the report and the
+samples, and writes DIR/without_texts, which may be redistributed: copied into another DIR, its runs count as finished.
+--trained=DIR trains nothing: it evaluates the runs of another table with this config, e.g. on other data.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from popi_jax.evaluation import decomposition, evaluate, final, report, stats
 from popi_jax.modes import cli, compilation_cache, runfiles, train
 from popi_jax.modes import evaluate as evaluate_mode
 
-# Names of popi with another schedule than the config's own, which "popi" itself has.
+# The names of popi with other schedules. "popi" itself uses the config's schedule.
 SCHEDULES = {
     "popi_joint": "joint",
     "popi_two_phase": "two_phase",
@@ -36,18 +36,18 @@ SCHEDULES = {
     "inference_only": "inference_only",
     "generator_only": "generator_only",
 }
-# The fields of samples.jsonl that are the data set's; a response may repeat what it answers.
+# The fields of samples.jsonl with texts of the data set. A response is one of them because it may repeat its prompt.
 DATA_TEXTS = ("persona", "signals", "prompt", "chosen", "rejected", "response")
-WRITTEN = ("zero_shot_summary", "popi", *SCHEDULES)  # Their contexts are the model's own texts.
+WRITTEN = ("zero_shot_summary", "popi", *SCHEDULES)  # Their contexts are texts that the model wrote.
 TRAINED = ("base", "population", "raw_signals", "zero_shot_summary", "oracle", "popi", *SCHEDULES)
 BAYES = ("bayes_signals", "bayes_persona")
 
 
 def method_config(config: Config, method: str, seed: int) -> Config:
-    """The config of one method's run: the table's, but for method, schedule and seed."""
+    """Returns the config of one method's run: the table's config with another method, schedule and seed."""
     changed: dict[str, Any] = {"seed": seed, "method": "popi" if method in SCHEDULES else method}
     schedule: dict[str, Any] = {"name": SCHEDULES.get(method, config.schedule.name)}
-    # As many updates of each model as the joint schedule makes.
+    # Each model gets the same number of updates as with the joint schedule.
     steps = config.schedule.steps
     if method == "popi_two_phase":
         schedule |= {"n_phi": steps, "n_theta": steps}
@@ -59,14 +59,14 @@ def method_config(config: Config, method: str, seed: int) -> Config:
 def run_method(
     config: Config, table: pathlib.Path, method: str, seed: int, trained: pathlib.Path | None
 ) -> dict[str, Any]:
-    """The method's row, from its finished run if there is one; of the table `trained`, where it is given, evaluated."""
+    """Returns the row of the method's finished run, or runs it. With `trained`, evaluates that table's run instead."""
     name = f"{method}_seed{seed}"
     workdir, shared = table / name, table / "shared"
     own = method_config(config, method, seed)
     row = runfiles.finished_row(workdir, own)
     if row is None:
         print(f"\n== {method}, seed {seed}", flush=True)
-        if trained is None or method == "base":  # base has no training to go back to.
+        if trained is None or method == "base":  # base is never trained, so it has no checkpoint.
             row = train.train(own, workdir, shared)
         else:
             runfiles.claim(workdir, own)
@@ -75,13 +75,13 @@ def run_method(
 
 
 def bayes_rows(config: Config, seed: int) -> list[dict[str, Any]]:
-    """Accuracy of the best decision there is, given a user's signals or their persona; where p* is known."""
+    """Returns the rows of the best possible decisions given a user's signals or persona, where p* is known."""
     examples = prepared.load_examples(config.data)["test"]
     truths = [stylebook_exact.truth(example) for example in examples]
     rows = []
     for method, known in (
-        ("bayes_signals", [truth.given_signals_T for truth in truths]),
-        ("bayes_persona", [truth.given_persona_T for truth in truths]),
+        ("bayes_signals", [truth.given_signals_Tr for truth in truths]),
+        ("bayes_persona", [truth.given_persona_Tr for truth in truths]),
     ):
         correct = best_decision(np.concatenate(known))
         groups = [query.group or example.user for example in examples for query in example.queries]
@@ -92,16 +92,17 @@ def bayes_rows(config: Config, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def best_decision(p_T: np.ndarray) -> np.ndarray:
-    """How often the likelier response is the preferred one; where both are as likely, in half of the cases.
+def best_decision(p_Tr: np.ndarray) -> np.ndarray:
+    """Returns 1 where the preferred response is the likelier one, 0 where it is not, and 1/2 in a tie.
 
-    Ties are common, where signals tell nothing of what a triple turns on, and rounding would decide them.
+    Ties are common, because signals may carry no information about a triple. Without the tolerance, rounding would
+    decide them.
     """
-    return np.where(np.isclose(p_T, 0.5, rtol=0, atol=1e-9), 0.5, p_T > 0.5)
+    return np.where(np.isclose(p_Tr, 0.5, rtol=0, atol=1e-9), 0.5, p_Tr > 0.5)
 
 
 def compare(config: Config, table: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Adds to each row its difference to popi of the same seed, and what its context tells; both paired by row."""
+    """Adds to each row its difference from popi of the same seed, and its informativeness; both are paired by row."""
     records = {
         (row["method"], row["seed"]): evaluate.read_records(
             table / f"{row['method']}_seed{row['seed']}" / "eval_records.jsonl"
@@ -127,23 +128,23 @@ def compare(config: Config, table: pathlib.Path, rows: Sequence[dict[str, Any]])
 
 
 def _numbered(kind: str, texts: Iterable[str]) -> dict[str, str]:
-    """A name with a number for each text, from 1 and in their order, which is that of the names too."""
+    """Returns a numbered name for each distinct text, from 1. The names sort in the order of the texts."""
     places = {text: place for place, text in enumerate(dict.fromkeys(texts), start=1)}
     width = len(str(len(places)))
     return {text: f"{kind} {place:0{width}}" for text, place in places.items()}
 
 
 def _number_personas(row: dict[str, Any]) -> None:
-    """Replaces the personas' texts, which are the data set's, by their place in alphabetical order, from 1."""
+    """Replaces the texts of the personas, which belong to the data set, by numbers in alphabetical order."""
     accuracies = row.get("accuracy_by_persona", {})
     names = _numbered("persona", sorted(accuracies))
     row["accuracy_by_persona"] = {names[text]: accuracies[text] for text in names}
 
 
 def _write_without_texts(table: pathlib.Path, name: str, row: dict[str, Any]) -> None:
-    """Writes what this tool needs of a finished run, to take it up in another folder, without the data set's texts.
+    """Writes the files of a finished run that this tool needs to use it in another folder, without the data's texts.
 
-    Users, groups and personas become numbers, the same ones in every run of a table, so that rows still pair up.
+    Users, groups and personas become numbers, the same in every run of a table, so that rows can still be paired.
     """
     run, folder = table / name, table / "without_texts" / name
     records = evaluate.read_records(run / "eval_records.jsonl")
@@ -178,25 +179,28 @@ def make_table(
     data_texts: bool = True,
     trained: pathlib.Path | None = None,
 ) -> None:
-    """Runs what is missing, then writes and prints the table.
+    """Runs the missing methods and seeds, then writes and prints the table.
 
     Args:
-        config: the experiment.
-        table: the folder.
-        methods: the rows.
-        seeds: of each method's runs.
-        data_texts: False leaves DATA_TEXTS out of samples and results, and writes each run into without_texts/ in the
-            form that this tool takes up again.
-        trained: the folder of another table, whose runs are evaluated instead of training any.
+        config: the table's config.
+        table: the table's folder.
+        methods: the methods to run.
+        seeds: the seeds to run each method with.
+        data_texts: False leaves DATA_TEXTS out of samples and results, and writes each run to without_texts/ in a form
+            that this tool can use again.
+        trained: the folder of another table. Its runs are evaluated, and nothing is trained.
+
+    Raises:
+        UserError: an unknown method, or oracle with users who have no persona.
     """
     unknown = [method for method in methods if method not in TRAINED + BAYES]
     if unknown:
         raise UserError(f"--methods: {unknown[0]!r} is unknown; choose from {', '.join(TRAINED + BAYES)}")
     if "oracle" in methods:
-        # Told before hours of training: the others would have finished by then.
+        # Reported before the hours of training that the other methods take.
         nameless = [e.user for part in prepared.load_examples(config.data).values() for e in part if not e.persona]
         if nameless:
-            raise UserError(f"--methods: user {nameless[0]!r} has no persona, which oracle shows; leave oracle out")
+            raise UserError(f"--methods: user {nameless[0]!r} has no persona, which oracle needs; leave out oracle")
     table.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for seed in seeds:
@@ -225,26 +229,28 @@ def make_table(
 
 
 def _define_flags() -> None:
-    # Not at import: popi_jax.main has flags of the same names.
+    # Not defined at import, because popi_jax.main has flags of the same names.
     config_flags.DEFINE_config_file("config", None, "The experiment: configs/NAME.py[:arg].", lock_config=True)
     flags.DEFINE_string("workdir", None, "The table's folder.")
-    flags.DEFINE_list("methods", None, "The methods, by name; config.table.methods by default.")
-    flags.DEFINE_list("seeds", None, "The seeds; config.table.seeds by default.")
-    flags.DEFINE_string("trained", None, "Another table's folder: its runs are evaluated, nothing is trained.")
-    flags.DEFINE_bool("data_texts", True, "Whether samples and report show the data set's own texts.")
+    flags.DEFINE_list("methods", None, "The methods to run; config.table.methods by default.")
+    flags.DEFINE_list("seeds", None, "The seeds to run; config.table.seeds by default.")
+    flags.DEFINE_string("trained", None, "Another table's folder. Its runs are evaluated, and nothing is trained.")
+    flags.DEFINE_bool("data_texts", True, "Whether samples and report show the data set's texts.")
 
 
 def _main(argv: list[str]) -> None:
     values = flags.FLAGS
     if values.config is None or values.workdir is None:
-        raise UserError("--config and --workdir are both needed")
+        raise UserError("--config or --workdir is missing; give both")
     config = config_lib.parse(values.config)
     if config.data.dataset != "stylebook" and set(values.methods or ()) & set(BAYES):
-        raise UserError(f"--methods: {', '.join(BAYES)} need the data's own probabilities, which stylebook alone has")
+        raise UserError(
+            f"--methods: {', '.join(BAYES)} need true probabilities, which only stylebook has; leave them out"
+        )
     methods = values.methods or list(config.table.methods)
     wrong = [seed for seed in values.seeds or () if not seed.isdigit()]
     if wrong:
-        raise UserError(f"--seeds: {wrong[0]!r} is not a seed; give numbers such as --seeds=0,1,2")
+        raise UserError(f"--seeds: {wrong[0]!r} is not a seed; give integers, such as --seeds=0,1,2")
     seeds = [int(seed) for seed in values.seeds] if values.seeds else list(config.table.seeds)
     trained = pathlib.Path(values.trained) if values.trained else None
     compilation_cache.enable()

@@ -1,4 +1,4 @@
-"""Which slice for which model: compiles the Llama configs for TPU slices that need not be there, and writes a table.
+"""Which slice for which model: compiles the Llama configs for TPU slices that need not exist, and writes a table.
 
     pip install libtpu
     JAX_PLATFORMS=cpu python experiments/tpu_table.py --output=DIR [--cases=llama3_3b:full@v5e:4x4,...]
@@ -84,17 +84,17 @@ def markdown(reports: list[dict[str, Any]]) -> str:
     lines = ["| case | program | GiB per device | fits | bound, s: compute / HBM / links | by | MFU at it |"]
     lines.append("|---|---|---|---|---|---|---|")
     for found in reports:
-        for row in found["programs"]:
-            cells = [found["case"], row["program"]]
+        for row in found["steps"]:
+            cells = [found["case"], row["name"]]
             if not row["fits"]:
                 cells += [row["why_not"], "no", "", "", ""]
             else:
-                sizes = (row[f"{name}_bytes"] / GiB for name in ("arguments", "temporaries", "total"))
+                sizes = (row[f"{name}_bytes_per_device"] / GiB for name in ("argument", "temp", "total"))
                 cells += [" / ".join(f"{size:.2f}" for size in sizes), "yes"]
                 bounds = row["bounds_s"].values()
                 cells += [" / ".join("?" if value is None else f"{value:.3g}" for value in bounds)]
                 known = row["bound_by"] is not None
-                cells += [row["bound_by"], f"{100 * row['mfu_at_bound']:.0f}%"] if known else ["?", "?"]
+                cells += [row["bound_by"], f"{100 * row['mfu_bound']:.0f}%"] if known else ["?", "?"]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -103,8 +103,8 @@ def short(reports: list[dict[str, Any]]) -> str:
     """README's table: of each case what a joint step takes of a chip, and the bounds of its summaries and of itself."""
     lines = ["| config | slice | GiB a chip | summaries, s | joint step, s |", "| --- | --- | --- | --- | --- |"]
     for found in reports:
-        rows = {row["program"]: row for row in found["programs"]}
-        if "joint step" not in rows:
+        rows = {row["name"]: row for row in found["steps"]}
+        if "joint_step" not in rows:
             continue
 
         def bound(program: str, rows: dict[str, Any] = rows) -> str:
@@ -113,8 +113,9 @@ def short(reports: list[dict[str, Any]]) -> str:
 
         config, slice_name = found["case"].split("@", 1)
         size = bounds = "does not fit"
-        if rows["joint step"]["fits"]:
-            size, bounds = f"{rows['joint step']['total_bytes'] / 2**30:.1f}", bound("joint step")
+        if rows["joint_step"]["fits"]:
+            size = f"{rows['joint_step']['total_bytes_per_device'] / 2**30:.1f}"
+            bounds = bound("joint_step")
         lines.append(f"| {config} | {slice_name} | {size} | {bound('sample')} | {bounds} |")
     return "\n".join(lines) + "\n"
 

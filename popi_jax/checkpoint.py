@@ -1,8 +1,8 @@
-"""Checkpoints through Orbax: asynchronous, checksummed, restored onto any mesh.
+"""Checkpoints with Orbax: asynchronous, checksummed, restored onto any mesh.
 
-Checkpoint N is the state after N steps (dicts and arrays; no typed PRNG keys: they are folded from the seed and the
-step) and a record in JSON: what the caller says of the run (config, data iterator, wall seconds), every leaf's shape,
-type and checksum. Orbax notices a truncated file; a flipped byte it would load in silence.
+Checkpoint N holds the state after N steps and a JSON record. The state has dicts and arrays, but no typed PRNG keys,
+which are derived from the seed and the step. The record has the caller's metadata (config, data iterator, wall seconds)
+and the shape, type and checksum of every leaf. Orbax detects a truncated file, but loads a flipped byte silently.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ from orbax.checkpoint import v1
 from popi_jax.errors import UserError, first_line
 
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-_SHOWN = 3  # Differences named in an error; the rest are counted.
+_SHOWN = 3  # The number of differences that an error names. The rest are counted.
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint that was read: the step it was taken after, the state, and what was saved with it."""
+    """A checkpoint that was read: the number of steps taken, the state, and the metadata saved with it."""
 
     step: int
     state: Any
@@ -40,7 +40,7 @@ class Restored:
 
 
 def steps(folder: epath.PathLike) -> list[int]:
-    """The steps that `folder` holds a finished checkpoint of, ascending; [] where there is no folder."""
+    """Returns the steps of the finished checkpoints in `folder`, ascending; [] without such a folder."""
     path = epath.Path(folder).resolve()
     return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.exists() else []
 
@@ -49,10 +49,10 @@ class Writer:
     """Writes checkpoints in the background and keeps the newest ones.
 
     Args:
-        folder: where checkpoints go; made if missing.
-        keep: how many of the newest stay.
-        after: the step that the run goes on from. Later checkpoints are removed: they are damaged, or of steps that the
-            run is about to take again. What a killed process left half-written goes too.
+        folder: the folder for checkpoints; created if missing.
+        keep: the number of newest checkpoints to keep.
+        after: the step that the run resumes from. Later checkpoints are removed, because they are damaged or the run is
+            about to repeat their steps. Incomplete checkpoints of a killed process are removed too.
     """
 
     def __init__(self, folder: epath.PathLike, keep: int, after: int) -> None:
@@ -63,16 +63,16 @@ class Writer:
         )
         for checkpoint in self._checkpointer.checkpoints:
             if checkpoint.step > after:
-                logging.warning("removing checkpoint %d: the run goes on from step %d", checkpoint.step, after)
+                logging.warning("removing checkpoint %d: the run resumes from step %d", checkpoint.step, after)
                 self._checkpointer.delete(checkpoint.step)
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
-        """Starts to write; returns when the arrays may be donated.
+        """Starts writing a checkpoint; returns when the arrays may be donated.
 
         Args:
-            step: steps taken so far.
-            state: pytree of jax arrays, each global (in a run of several processes).
-            meta: anything that JSON holds; `restore` gives it back.
+            step: the number of steps taken so far.
+            state: a pytree of global jax arrays.
+            meta: metadata that JSON can hold; `restore` returns it.
         """
         record = {"tree": _spec(state), "checksums": _checksums(state), "meta": dict(meta)}
         text = json.dumps(record)
@@ -83,10 +83,10 @@ class Writer:
             custom_metadata={"record": text, "crc32": zlib.crc32(text.encode())},
         )
         if saved is None:
-            raise RuntimeError(f"orbax did not write checkpoint {step}: is there a later one?")
+            raise RuntimeError(f"Orbax did not write checkpoint {step}; there may be a later one")
 
     def wait(self) -> None:
-        """Returns when all that was saved is on disk; raises what the writing raised."""
+        """Waits until all checkpoints are on disk; raises any error of the background writes."""
         self._checkpointer.wait()
 
     def __enter__(self) -> Self:
@@ -99,25 +99,25 @@ class Writer:
 def restore(
     folder: epath.PathLike, abstract: Any, *, step: int | None = None, expect: Mapping[str, Any] | None = None
 ) -> Restored | None:
-    """Reads the newest checkpoint that is whole, or that of `step`.
+    """Reads the newest checkpoint that is not damaged, or that of `step`.
 
     Args:
-        folder: what Writer wrote to.
-        abstract: the tree that the state must have, of jax.ShapeDtypeStruct with shardings: of any mesh.
-        step: this checkpoint and no other; a damaged one is then an error.
-        expect: entries that the checkpoint's meta must hold, among others, e.g. the model's fingerprint. Dicts may
-            nest.
+        folder: the Writer's folder.
+        abstract: the expected state, a tree of jax.ShapeDtypeStruct with shardings on any mesh.
+        step: the only checkpoint to try; it is an error if it is missing or damaged.
+        expect: entries that the checkpoint's metadata must contain, e.g. the model's fingerprint. Dicts may nest.
 
     Returns:
-        None if there is no checkpoint at all.
+        The checkpoint; None if there is none at all.
 
     Raises:
-        UserError: the checkpoint is of another model or config (names what differs), is missing, or none is whole.
+        UserError: the checkpoint is of another model or config (the message says what differs), the requested one is
+            missing, or all are damaged.
     """
     path = epath.Path(folder).resolve()
     found = steps(path)
     if step is not None and step not in found:
-        raise UserError(f"{folder} holds no checkpoint of step {step}; it has {found or 'none'}")
+        raise UserError(f"{folder} has no checkpoint of step {step}; available steps: {found or 'none'}")
     for candidate in [step] if step is not None else reversed(found):
         try:
             record = _read_record(path / str(candidate))
@@ -128,15 +128,15 @@ def restore(
                 raise UserError(f"{folder}: checkpoint {step} is damaged ({error}); choose another step") from error
             logging.warning("checkpoint %d in %s is damaged (%s); trying the one before it", candidate, folder, error)
     if found:
-        raise UserError(f"{folder}: every checkpoint is damaged (steps {found}); remove the folder to start again")
+        raise UserError(f"{folder}: all checkpoints are damaged (steps {found}); remove the folder to start again")
     return None
 
 
 class StopRequest:
-    """Whether this run has been told to end (SIGTERM: a preemption, a time limit). Use as a context manager.
+    """Listens for SIGTERM (a preemption, a time limit). Use it as a context manager.
 
-    The loop asks after each step, saves and leaves with 143. In a run of several processes JAX's own service listens in
-    our place, and all agree on one step to stop after.
+    The training loop asks after each step; if told to stop, it saves and exits with code 143. In a run of several
+    processes, JAX's preemption service listens instead, and all processes agree on the step to stop after.
     """
 
     def __init__(self) -> None:
@@ -152,7 +152,7 @@ class StopRequest:
             signal.signal(signal.SIGTERM, self._previous)
 
     def reached(self, step: int) -> bool:
-        """True from the step on that every process stops after."""
+        """Returns whether the run is to stop after `step`; the answer is the same in every process."""
         if jax.process_count() > 1:
             self._told = self._told or bool(multihost_utils.reached_preemption_sync_point(step))
         return self._told
@@ -162,7 +162,7 @@ class StopRequest:
 
 
 class _Damaged(Exception):
-    """A checkpoint that is not what was written."""
+    """The checkpoint differs from what was written."""
 
 
 def _paths(tree: Any) -> dict[str, Any]:
@@ -175,8 +175,8 @@ def _spec(tree: Any) -> dict[str, str]:
     return {path: f"{np.dtype(x.dtype).name}{list(x.shape)}" for path, x in _paths(tree).items()}
 
 
-def _checksum(x: jax.Array) -> jax.Array:
-    """Sum over elements of bits * odd(index), modulo 2^32: any change of one element changes it, on any mesh."""
+def checksum(x: jax.Array) -> jax.Array:
+    """Returns the sum of bits * odd(index) modulo 2^32. It changes with any one element, and not with the mesh."""
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, _BITS[x.dtype.itemsize]).astype(jnp.uint32)
@@ -190,15 +190,15 @@ def _checksum(x: jax.Array) -> jax.Array:
 def _checksums(tree: Any) -> dict[str, int]:
     leaves = _paths(tree)
     sharding = next(iter(leaves.values())).sharding
-    # Every process needs the sums; left alone, XLA may place them on one device.
+    # Every process needs the sums. Without out_shardings XLA may place them on one device.
     replicated = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
     sums = _stacked_sums(replicated)(list(leaves.values()))
     return dict(zip(leaves, jax.device_get(sums).tolist(), strict=True))
 
 
-@functools.cache  # One compilation per tree, not one per checkpoint.
+@functools.cache  # Compiles once per tree, not once per checkpoint.
 def _stacked_sums(out_sharding: NamedSharding | None) -> Any:
-    return jax.jit(lambda leaves: jnp.stack([_checksum(x) for x in leaves]), out_shardings=out_sharding)
+    return jax.jit(lambda leaves: jnp.stack([checksum(x) for x in leaves]), out_shardings=out_sharding)
 
 
 def _read_record(path: epath.Path) -> dict[str, Any]:
@@ -206,10 +206,10 @@ def _read_record(path: epath.Path) -> dict[str, Any]:
         custom = v1.checkpointables_metadata(path).custom_metadata
         text = custom["record"]
         whole = zlib.crc32(text.encode()) == custom["crc32"]
-    except Exception as error:  # Orbax raises whatever the broken file made it raise.
+    except Exception as error:  # A broken file can make Orbax raise any exception.
         raise _Damaged(f"its record is unreadable: {first_line(error)}") from error
     if not whole:
-        raise _Damaged("its record has changed since it was written")
+        raise _Damaged("its record was changed after it was written")
     return json.loads(text)
 
 
@@ -217,29 +217,29 @@ def _load(path: epath.Path, abstract: Any, record: dict[str, Any]) -> Any:
     try:
         state = v1.load_checkpointables(path, {"state": abstract})["state"]
     except (MemoryError, jax.errors.JaxRuntimeError):
-        raise  # Not the checkpoint's fault.
+        raise  # Not caused by the checkpoint.
     except Exception as error:
         raise _Damaged(first_line(error.__cause__ or error)) from error  # v1 hides the reason in the cause.
     sums = _checksums(state)
-    changed = [leaf for leaf, checksum in record["checksums"].items() if sums[leaf] != checksum]
+    changed = [leaf for leaf, written in record["checksums"].items() if sums[leaf] != written]
     if changed:
         raise _Damaged(f"checksum of {_some(changed)} differs")
     return state
 
 
 def _check_same(name: str, record: dict[str, Any], abstract: Any, expect: Mapping[str, Any]) -> None:
-    there, here = record["meta"], json.loads(json.dumps(dict(expect)))  # JSON has no tuples: compare like with like.
+    there, here = record["meta"], json.loads(json.dumps(dict(expect)))  # The record went through JSON: no tuples.
     differences = _differences(_asked(there, here), here)
     differences = differences or _differences(record["tree"], _spec(abstract))
     if differences:
         raise UserError(
             f"{name} is a checkpoint of another model or config: {_some(differences)}; "
-            "use the config that it was made with, or another --workdir"
+            "use the config of that run, or another --workdir"
         )
 
 
 def _asked(there: Any, here: Any) -> Any:
-    """What `there` holds of the keys of `here`."""
+    """Returns the entries of `there` whose keys are in `here`, at every level."""
     if isinstance(there, dict) and isinstance(here, dict):
         return {key: _asked(there[key], here[key]) for key in here.keys() & there.keys()}
     return there
@@ -251,11 +251,11 @@ def _differences(there: Any, here: Any, name: str = "") -> list[str]:
         for key in sorted(there.keys() | here.keys()):
             path = f"{name}.{key}" if name else key
             if key not in there or key not in here:
-                found.append(f"{path} is {'missing' if key not in there else 'only'} there")
+                found.append(f"{path} is {'missing in' if key not in there else 'only in'} the checkpoint")
             else:
                 found += _differences(there[key], here[key], path)
         return found
-    return [] if there == here else [f"{name} is {there} there and {here} here"]
+    return [] if there == here else [f"{name} is {there} in the checkpoint and {here} in this run"]
 
 
 def _some(names: list[str]) -> str:

@@ -1,6 +1,6 @@
-"""A run's settings: a ConfigDict in, typed, frozen and validated sections out. Nothing below this reads a ConfigDict.
+"""The settings of a run: parses a ConfigDict into typed, frozen, validated sections. No other code reads a ConfigDict.
 
-`configs/base.py` holds every key with its default and what it means; the type and the bounds of each stand here.
+`configs/base.py` has the default and the meaning of every key. This module has their types and bounds.
 """
 
 import functools
@@ -18,19 +18,19 @@ Dtype = Literal["float32", "bfloat16"]
 Method = Literal["popi", "base", "population", "raw_signals", "zero_shot_summary", "oracle"]
 StepKind = Literal["joint", "inference", "generator"]
 
-# Bounds stop a slip of the keyboard, not an experiment: they are far above what any machine can run.
+# The bounds catch typos. They are far above what any machine can run.
 Count = Annotated[int, Field(ge=0, le=10**8)]
 Positive = Annotated[int, Field(ge=1, le=10**8)]
 Tokens = Annotated[int, Field(ge=1, le=2**20)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # jax.random.key takes 32 bits: 2**32 would be seed 0 again.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # jax.random.key uses 32 bits: 2**32 would be the same as 0.
 Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
-SUMMARIZED = ("popi", "zero_shot_summary")  # The methods whose context is written by a model.
+SUMMARIZED = ("popi", "zero_shot_summary")  # The methods whose contexts are written by a model.
 
 
 class Section(pydantic.BaseModel):
-    """A group of settings: immutable, no unknown key, no value of another type."""
+    """A group of settings. It is immutable, and refuses unknown keys and values of another type."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
@@ -167,7 +167,7 @@ class Eval(Section):
 
     @property
     def rows(self) -> int:
-        """Pairs that are scored at a time: those of a batch of users under all of their summaries."""
+        """The number of pairs scored at once: one per user of a batch and summary."""
         return self.users_per_batch * self.summaries_per_user
 
 
@@ -179,7 +179,7 @@ class Table(Section):
 
 
 class Mesh(Section):
-    """config.mesh; sharding.make_mesh holds the sizes against the devices."""
+    """config.mesh; sharding.make_mesh checks the sizes against the devices."""
 
     data: Annotated[int, Field(ge=-1)]
     fsdp: Annotated[int, Field(ge=-1)]
@@ -187,7 +187,7 @@ class Mesh(Section):
 
 
 class Config(Section):
-    """All settings of a run; configs/base.py says what each means."""
+    """All settings of a run; configs/base.py documents each of them."""
 
     name: str
     seed: Seed
@@ -215,29 +215,29 @@ class Config(Section):
     def _fields_agree(self) -> Self:
         schedule, sampling = self.schedule, self.sampling
         if len(self.train.profile_steps) not in (0, 2):
-            raise ValueError(f"config.train.profile_steps is {self.train.profile_steps}; give (first, last), or ()")
+            raise ValueError(f"config.train.profile_steps is {self.train.profile_steps}; give (first, last) or ()")
         if schedule.name in ("alternate", "two_phase") and schedule.n_phi + schedule.n_theta < 1:
-            raise ValueError("config.schedule.n_phi and .n_theta are both 0: nothing would be trained; raise one")
+            raise ValueError("config.schedule.n_phi and .n_theta are both 0, so nothing is trained; raise one of them")
         if "chosen" not in self.prompts.pair_fields:
             raise ValueError(
-                f"config.prompts.pair_fields is {self.prompts.pair_fields}; give 'chosen', and with it 'prompt' and"
-                " 'rejected' if wanted"
+                f"config.prompts.pair_fields is {self.prompts.pair_fields}; it must have 'chosen' and may have 'prompt'"
+                " and 'rejected'"
             )
         if sampling.k_generator > sampling.k:
             raise ValueError(
                 f"config.sampling.k_generator is {sampling.k_generator}; it must be between 0 (all) and"
-                f" config.sampling.k, {sampling.k}"
+                f" config.sampling.k = {sampling.k}"
             )
         if self.trains_inference and self.objective.advantage != "reinforce" and sampling.k < 2:
             raise ValueError(
                 f"config.sampling.k is {sampling.k}; advantage {self.objective.advantage} compares a user's summaries"
-                " and needs 2 or more"
+                " and needs at least 2"
             )
         return self
 
 
 def parse(config: ml_collections.ConfigDict) -> Config:
-    """Returns the settings; UserError names the first key that is wrong, its value and the remedy."""
+    """Returns the settings; UserError names the first invalid key, its value and the remedy."""
     return _validated(config.to_dict())
 
 
@@ -249,7 +249,7 @@ def _validated(tree: dict[str, Any]) -> Config:
 
 
 def changed(config: Config, values: Mapping[str, Any]) -> Config:
-    """The same settings with others for these keys ("schedule.steps"); UserError as `parse`."""
+    """Returns the settings with new values for some keys (such as "schedule.steps"); UserError as for `parse`."""
     tree = config.model_dump()
     for key, value in values.items():
         *sections, name = key.split(".")
@@ -267,11 +267,11 @@ _BOUNDS = {
 
 def _one_line(error: Any) -> str:
     kind, context = error["type"], error.get("ctx", {})
-    if kind == "value_error":  # From a validator above, whose message names its keys.
+    if kind == "value_error":  # Raised by the validator above, whose messages name the keys.
         return str(context["error"])
     key, value = ".".join(map(str, ("config", *error["loc"]))), repr(error["input"])
     if kind == "extra_forbidden":
-        return f"{key} is no setting; configs/base.py has them all"
+        return f"{key} is not a setting; configs/base.py has all of them"
     if kind == "missing":
         return f"{key} is missing; start from configs/base.py, which has every key"
     if kind in _BOUNDS:

@@ -1,4 +1,4 @@
-"""Flags to mode, nothing else: python -m popi_jax.main --config=configs/NAME.py[:arg] --workdir=DIR [--mode=MODE]."""
+"""The command line: python -m popi_jax.main --config=configs/NAME.py[:arg] --workdir=DIR [--mode=MODE]."""
 
 import json
 import pathlib
@@ -15,38 +15,38 @@ from popi_jax.modes import cli, compilation_cache
 MODES = ("train", "evaluate", "summarize", "generate", "export", "compile")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: configs/NAME.py[:arg].", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go; an existing run there is resumed.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder for the run's files. An existing run there is resumed.")
 _DISTRIBUTED = flags.DEFINE_string(
     "distributed",
     None,
-    "Several processes: 'auto' where the cluster knows them (TPU slices, Slurm), else HOST:PORT,COUNT,INDEX.",
+    "Runs in several processes: 'auto' on TPU slices and Slurm, HOST:PORT,COUNT,INDEX elsewhere.",
 )
-_MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
-_STEP = flags.DEFINE_integer("step", None, "The checkpoint to use; the newest by default.")
+_MODE = flags.DEFINE_enum("mode", "train", MODES, "The mode to run.")
+_STEP = flags.DEFINE_integer("step", None, "The step of the checkpoint to use; the newest by default.")
 _INPUT = flags.DEFINE_string("input", None, "summarize: users.jsonl. generate: prompts.jsonl.")
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "summarize, generate: the jsonl to write. export, evaluate: a folder. compile: a json."
+    "output", None, "summarize, generate: the JSONL file to write. export, evaluate: a folder. compile: a JSON file."
 )
-_TOPOLOGY = flags.DEFINE_string("topology", None, "compile: a TPU slice, such as v5e:4x4, or 'here': these devices.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "compile: a TPU slice, such as v5e:4x4, or 'here' for these devices.")
 
 
 def main(argv: list[str]) -> None:
     """Runs one mode."""
     if len(argv) > 1:
-        raise UserError(f"argument {argv[1]!r} is not a flag; write --name=value")
+        raise UserError(f"argument {argv[1]!r} is not a flag; give flags as --name=value")
     if _CONFIG.value is None:
-        raise UserError("--config is missing; e.g. --config=configs/quickstart.py")
+        raise UserError("--config is missing; give e.g. --config=configs/quickstart.py")
     config = config_lib.parse(_CONFIG.value)
     if _MODE.value == "compile":
         _compile(config)
         return
     if _TOPOLOGY.value is not None:
-        raise UserError("--topology is for --mode=compile")
+        raise UserError("--topology is for --mode=compile; leave it out")
     workdir = _path(_WORKDIR)
     if _DISTRIBUTED.value is not None:
         _join(_DISTRIBUTED.value)
     compilation_cache.enable()
-    # Imported late, so that a mistake in the flags is told at once.
+    # Imported late, so that a mistake in the flags is reported at once.
     from popi_jax.modes import evaluate, export, personalize, train
 
     if _MODE.value == "train":
@@ -64,12 +64,12 @@ def main(argv: list[str]) -> None:
 
 def _compile(config: config_lib.Config) -> None:
     if _TOPOLOGY.value is None:
-        raise UserError("--mode=compile needs --topology: a TPU slice, such as v5e:4x4, or here")
+        raise UserError("--mode=compile needs --topology; give a TPU slice, such as v5e:4x4, or here")
     if _WORKDIR.value is not None:
-        raise UserError("--mode=compile leaves no run in --workdir; give --output=FILE.json for its report")
+        raise UserError("--mode=compile writes no run; replace --workdir by --output=FILE.json for its report")
     from popi_jax.modes import compile as compile_lib
 
-    jax.config.update("jax_enable_compilation_cache", False)  # It reports how long compilation takes.
+    jax.config.update("jax_enable_compilation_cache", False)  # The report measures compile times.
     report = compile_lib.report(config, _TOPOLOGY.value)
     print(compile_lib.table(report))
     if _OUTPUT.value is not None:
@@ -77,7 +77,7 @@ def _compile(config: config_lib.Config) -> None:
 
 
 def _join(cluster: str) -> None:
-    """Joins the other processes; before anything else touches a device."""
+    """Connects to the other processes. Must run before anything uses a device."""
     try:
         match cluster.split(","):
             case ["auto"]:
@@ -85,7 +85,7 @@ def _join(cluster: str) -> None:
             case [address, count, index] if count.isdigit() and index.isdigit() and int(index) < int(count):
                 jax.distributed.initialize(address, num_processes=int(count), process_id=int(index))
             case _:
-                raise ValueError("give auto, or HOST:PORT,COUNT,INDEX such as 10.0.0.1:1234,2,0, INDEX from 0")
+                raise ValueError("give auto, or HOST:PORT,COUNT,INDEX such as 10.0.0.1:1234,2,0 (INDEX from 0)")
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--distributed={cluster}: {first_line(error)}") from error
 

@@ -1,9 +1,9 @@
-"""Makes tests/fixtures with transformers and torch: what our decoder is compared with, so that tests need no torch.
+"""Writes tests/fixtures with transformers and torch: expected values for our decoder, so that tests need no torch.
 
     python tests/make_fixtures.py                                      # the small random checkpoints
-    python tests/make_fixtures.py checkpoints/SmolLM2-135M-Instruct    # what the real one is expected to say
+    python tests/make_fixtures.py checkpoints/SmolLM2-135M-Instruct    # expected values of the real checkpoint
 
-Needs torch beside the package's requirements; tests import it to make the same live where torch is installed.
+Needs torch besides the package's requirements. With torch installed, tests import it to compute the values live.
 """
 
 import json
@@ -35,14 +35,14 @@ SMOLLM2_PROMPTS = (
     "Prompt: How do I learn to juggle?\nPreferred: Start with one ball.\nRejected: Juggling is an ancient art.\n\n"
     "The example above shows which response a user prefers. Describe in one sentence what this user likes.",
 )
-SMOLLM2_COLUMNS = 96  # Vocabulary entries whose logits are kept, drawn once.
+SMOLLM2_COLUMNS = 96  # Number of random vocabulary entries whose logits are stored.
 
 
 def build_model(family: str, seed: int) -> transformers.PreTrainedModel:
-    """A small random checkpoint of a family, float32, in evaluation mode.
+    """Returns a small random checkpoint of a family in float32 and evaluation mode.
 
-    Weights are larger than a fresh initialisation's: attention is far from uniform, the nonlinearities bend, and every
-    scale and bias differs from its neutral value, so that leaving one out shows.
+    Weights are larger than at initialisation, so that attention is far from uniform and the nonlinearities matter.
+    Every scale and bias differs from its neutral value, so that omitting one shows.
     """
     shape = {
         "vocab_size": VOCAB,
@@ -57,7 +57,7 @@ def build_model(family: str, seed: int) -> transformers.PreTrainedModel:
         "pad_token_id": 0,
     }
     if family == "llama3":
-        # An original length of 32 puts some frequencies in each of the three bands: kept, blended, slowed.
+        # An original length of 32 puts some frequencies in each of the three bands: kept, blended, divided.
         scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         rope = {**scaling, "original_max_position_embeddings": 32, "rope_theta": 500.0}
         config = transformers.LlamaConfig(**shape, rope_parameters=rope, tie_word_embeddings=False)
@@ -82,7 +82,7 @@ def build_model(family: str, seed: int) -> transformers.PreTrainedModel:
 
 
 def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """256 bytes and four special tokens."""
+    """Returns a tokenizer of 256 bytes and four special tokens."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     special = ["<pad>", "<turn>", "<end>", "<eos>"]
     vocab = {token: index for index, token in enumerate(special + alphabet)}
@@ -96,14 +96,14 @@ def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def random_prompts(seed: int) -> list[np.ndarray]:
-    """Eight prompts of the lengths in LENGTHS, no special tokens."""
+    """Returns eight prompts of the lengths in LENGTHS, without special tokens."""
     rng = np.random.default_rng(seed)
     return [rng.integers(4, VOCAB, size=length) for length in LENGTHS]
 
 
 @torch.no_grad()
 def padded_logits(model: transformers.PreTrainedModel, prompts: list[np.ndarray]) -> list[np.ndarray]:
-    """Logits [length, V] of each prompt, read in one right-padded batch."""
+    """Returns the logits [length, V] of each prompt, computed in one right-padded batch."""
     longest = max(len(prompt) for prompt in prompts)
     tokens_BxL = np.stack([np.pad(prompt, (0, longest - len(prompt))) for prompt in prompts])
     mask_BxL = np.stack([np.arange(longest) < len(prompt) for prompt in prompts]).astype(np.int64)
@@ -113,9 +113,9 @@ def padded_logits(model: transformers.PreTrainedModel, prompts: list[np.ndarray]
 
 @torch.no_grad()
 def greedy(model: transformers.PreTrainedModel, prompts: list[np.ndarray], count: int = NEW_TOKENS) -> np.ndarray:
-    """The `count` tokens that follow each prompt, [B, count], each the most likely one; no token ends it.
+    """Returns `count` greedy tokens after each prompt, [B, count]; no token ends a row early.
 
-    Read in one left-padded batch, the side on which transformers pads to generate.
+    Computed in one left-padded batch, as transformers pads to generate.
     """
     longest = max(len(prompt) for prompt in prompts)
     tokens_BxL = torch.tensor(np.stack([np.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts]))
@@ -135,7 +135,7 @@ def greedy(model: transformers.PreTrainedModel, prompts: list[np.ndarray], count
 
 
 def expected(model: transformers.PreTrainedModel, prompts: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """What expected.npz holds; prompts and logits of all rows lie end to end, row b has length_B[b] of them."""
+    """Returns the arrays of expected.npz; prompts and logits are concatenated, row b has length_B[b] of them."""
     return {
         "prompts": np.concatenate(prompts).astype(np.int32),
         "length_B": np.array([len(prompt) for prompt in prompts], np.int32),
@@ -145,20 +145,20 @@ def expected(model: transformers.PreTrainedModel, prompts: list[np.ndarray]) -> 
 
 
 def make_family(family: str, seed: int, folder: pathlib.Path) -> None:
-    """Writes a hub folder and expected.npz. llama3 comes in two shards, qwen2 in bfloat16."""
+    """Writes a hub folder and expected.npz. llama3 has two shards, qwen2 is in bfloat16."""
     model = build_model(family, seed)
     if family == "qwen2":
         model = model.to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="200KB" if family == "llama3" else "1GB")
     (folder / "generation_config.json").unlink(missing_ok=True)
     build_tokenizer().save_pretrained(folder)
-    # Read back rather than cast back: a cast to bfloat16 rounds the rope frequencies, too.
+    # Reloaded, not cast back: the cast to bfloat16 also rounds the rope frequencies.
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     np.savez_compressed(folder / "expected.npz", **expected(model, random_prompts(seed)))
 
 
 def make_smollm2(checkpoint: str, path: pathlib.Path) -> None:
-    """Writes what the real checkpoint is expected to say: some columns of the logits, and the greedy tokens."""
+    """Writes the expected values of the real checkpoint: some columns of the logits, and the greedy tokens."""
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(checkpoint)
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     chats = [[{"role": "user", "content": prompt}] for prompt in SMOLLM2_PROMPTS]

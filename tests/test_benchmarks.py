@@ -16,6 +16,7 @@ import pytest
 from benchmarks import agreement, cases, machine, process, rows, run, summary, worker
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
 PEERS = ROOT / ".venv-peers"
 TUNIX = ROOT / ".venv-tunix"
 
@@ -443,43 +444,43 @@ def test_the_smallest_form_runs_without_peers(tmp_path):
 @pytest.mark.parametrize(
     "folder", [".", "evaluation", "adapters", "tunix_evaluation", "tunix_iteration", "growth", "avx2"]
 )
-def test_readme_shows_what_was_measured(folder):
+def test_page_shows_what_was_measured(folder):
     results = json.loads((ROOT / "benchmarks" / "results" / folder / "bench.json").read_text())
-    assert summary.short(results) in (ROOT / "README.md").read_text()
+    assert summary.short(results) in PAGE.read_text(encoding="utf-8")
     compared = [row for row in results["rows"] if "theirs" in row and row["case"] != "roofline"]
     assert all(row.get("agreement", {"agrees": True})["agrees"] for row in compared) and compared
 
 
-def test_readme_shows_what_tunix_was_measured_on():
+def test_page_shows_what_tunix_was_measured_on():
     def iteration(folder: str, peer: str) -> dict:
         results = json.loads((ROOT / "benchmarks" / "results" / folder / "bench.json").read_text())
         return next(row for row in results["rows"] if (row["case"], row["peer"]) == ("popi_iteration", peer))
 
     tunix, trl = iteration("tunix_iteration", "tunix"), iteration("", "trl")
     assert tunix["gives_back"] and len({turn["width"] for turn in tunix["theirs"]["turns"]}) == 1
-    readme = (ROOT / "README.md").read_text().replace("\n", " ")
+    page = PAGE.read_text(encoding="utf-8").replace("\n", " ")
     for folder in ("tunix_evaluation", "tunix_iteration"):
         roofline = json.loads((ROOT / "benchmarks" / "results" / folder / "bench.json").read_text())["roofline"]
         rates = " and ".join(f"{roofline[side]['flops'] / 1e9:.0f}" for side in ("ours", "torch"))
-        assert f"; {rates} GFLOP/s)" in readme
-    assert f"Tunix takes {tunix['theirs']['peak_bytes'] / 2**30:.1f} GiB for that iteration" in readme
-    assert f"ours takes {tunix['ours']['seconds_spread']['median']:.1f} s an iteration" in readme
-    assert f"instead of {trl['ours']['seconds_spread']['median']:.1f} s beside TRL" in readme
+        assert f"; {rates} GFLOP/s)" in page
+    assert f"Tunix takes {tunix['theirs']['peak_bytes'] / 2**30:.1f} GiB for that iteration" in page
+    assert f"ours takes {tunix['ours']['seconds_spread']['median']:.1f} s an iteration" in page
+    assert f"instead of {trl['ours']['seconds_spread']['median']:.1f} s beside TRL" in page
 
 
-def test_readme_shows_how_time_grows():
+def test_page_shows_how_time_grows():
     results = json.loads((ROOT / "benchmarks" / "results" / "growth" / "bench.json").read_text())
     rows = [row for row in results["rows"] if row["case"].startswith("scaling")]
     table = summary.scaling_cells(rows)
-    readme = (ROOT / "README.md").read_text()
+    page = PAGE.read_text(encoding="utf-8")
     for kind in ("scaling_k", "scaling_k_long", "scaling_signals"):
         own = [line for line in table if line[0].partition(":")[0] == kind]
-        assert f"| {', '.join(line[5] for line in own[1:])} | {', '.join(line[6] for line in own[1:])} |" in readme
+        assert f"| {', '.join(line[5] for line in own[1:])} | {', '.join(line[6] for line in own[1:])} |" in page
     first, last = (row["ours"] for row in (rows[-6], rows[-1]))
     for key, times in (("seconds_spread", "median"), ("before", "signal_tokens")):
-        assert f"{last[key][times] / first[key][times]:.1f} times" in readme.replace("\n", " ")
+        assert f"{last[key][times] / first[key][times]:.1f} times" in page.replace("\n", " ")
     attention = sum(share for part, share in last["profile"]["parts"].items() if part.endswith("attend"))
-    assert f"there attention is {attention:.0%} of the time" in readme
+    assert f"there attention is {attention:.0%} of the time" in page
 
 
 @pytest.mark.parametrize("flags", [("--cases=speed",), ("--versus=nobody",), ("--repeats=0",)])

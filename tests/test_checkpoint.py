@@ -1,4 +1,4 @@
-"""Checkpoints come back exact, on any mesh, or not at all."""
+"""Checkpoints are restored exactly, on any mesh, or not at all."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from popi_jax import checkpoint
 from popi_jax.errors import UserError
 
-WIDTH = 2000  # So wide that the middle byte of the largest file is an array's, not the index's.
+WIDTH = 2000  # Wide enough that the middle byte of the largest file belongs to an array, not to the index.
 
 
 def make_state(seed: int = 0, width: int = WIDTH) -> dict:
@@ -54,14 +54,14 @@ def data_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def flip_byte(folder: pathlib.Path) -> None:
-    """Changes one byte in the middle of the largest file, as a bad disk does. The largest holds arrays."""
+    """Changes one byte in the middle of the largest file, which holds arrays, as a bad disk might."""
     path = max(data_files(folder), key=lambda p: p.stat().st_size)
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 0x10
     path.write_bytes(raw)
 
 
-def test_round_trip_is_exact_and_newest_is_read(tmp_path):
+def test_round_trip_is_exact_and_reads_the_newest(tmp_path):
     write(tmp_path, [10, 20])
     restored = checkpoint.restore(tmp_path, abstract(make_state()))
     assert (restored.step, restored.meta) == (20, {"data": {"next_index": 200}})
@@ -76,7 +76,7 @@ def test_folder_may_be_relative(tmp_path, monkeypatch):
     assert checkpoint.steps("runs/a") == [1]
 
 
-def test_nothing_saved_yet(tmp_path):
+def test_missing_folder_has_no_checkpoints(tmp_path):
     assert checkpoint.restore(tmp_path / "none", abstract(make_state())) is None
     assert checkpoint.steps(tmp_path / "none") == []
 
@@ -123,15 +123,15 @@ def test_flipped_byte_falls_back_with_a_warning(tmp_path, caplog):
         checkpoint.restore(tmp_path, abstract(make_state()), step=2)
 
 
-def test_orbax_alone_loads_the_flipped_byte_in_silence(tmp_path):
-    """The reason for checksums; when this fails, Orbax has learnt to see it."""
+def test_orbax_alone_does_not_detect_a_flipped_byte(tmp_path):
+    """The reason for our checksums. If this fails, Orbax has learnt to detect it."""
     state = {"x": jnp.asarray(np.random.default_rng(0).integers(0, 2**31, 2**16), jnp.int32)}
     with checkpoint.Writer(tmp_path, keep=1, after=0) as writer:
         writer.save(1, state, {})
     flip_byte(tmp_path / "1")
     loaded = checkpoint.v1.load_checkpointables(tmp_path / "1", {"state": abstract(state)})["state"]["x"]
     assert np.sum(np.asarray(loaded) != np.asarray(state["x"])) == 1
-    with pytest.raises(UserError, match="every checkpoint is damaged"):
+    with pytest.raises(UserError, match=r"checkpoints are damaged \(steps \[1\]\)"):
         checkpoint.restore(tmp_path, abstract(state))
 
 
@@ -152,7 +152,7 @@ def test_other_damage_falls_back(tmp_path, damage):
     assert checkpoint.restore(tmp_path, abstract(make_state())).step == 1
 
 
-def test_going_on_before_a_damaged_step_writes_it_again(tmp_path, caplog):
+def test_resuming_before_a_damaged_step_writes_it_again(tmp_path, caplog):
     write(tmp_path, [1, 2, 3])
     flip_byte(tmp_path / "3")
     write(tmp_path, [3], after=2)
@@ -160,45 +160,43 @@ def test_going_on_before_a_damaged_step_writes_it_again(tmp_path, caplog):
     assert_same(checkpoint.restore(tmp_path, abstract(make_state()), step=3).state, make_state(3))
 
 
-def test_checksum_sees_every_single_bit_and_ignores_the_mesh():
+def test_checksum_depends_on_every_bit_and_on_the_order():
     x = np.random.default_rng(1).integers(0, 2**32, (3, 5), dtype=np.uint32)
-    base = int(checkpoint._checksum(jnp.asarray(x)))
+    checksum = jax.jit(checkpoint.checksum)
+    base = int(checksum(x))
     for index in np.ndindex(x.shape):
         for bit in range(32):
             y = x.copy()
             y[index] ^= np.uint32(1 << bit)
-            assert int(_checksum(y)) != base
+            assert int(checksum(y)) != base
     swapped = x.copy()
     swapped[0, 0], swapped[0, 1] = x[0, 1], x[0, 0]
-    assert int(_checksum(swapped)) != base
-    # Worked by hand in Python integers.
+    assert int(checksum(swapped)) != base
+    # Computed independently with Python integers.
     flat = [int(v) for v in x.reshape(-1)]
     assert base == sum(v * ((i * 2654435761 + 1) % 2**32 | 1) for i, v in enumerate(flat)) % 2**32
 
 
-_checksum = jax.jit(lambda x: checkpoint._checksum(x))
-
-
-def test_another_model_or_config_is_one_line(tmp_path):
+def test_checkpoint_of_another_model_or_config_is_refused(tmp_path):
     meta = {"model": "abc", "config": {"lora": {"rank": 8, "targets": ("q", "v")}, "seed": 0}}
     write(tmp_path, [1], meta=meta)
-    assert checkpoint.restore(tmp_path, abstract(make_state()), expect=meta).step == 1  # Tuples are JSON lists.
+    assert checkpoint.restore(tmp_path, abstract(make_state()), expect=meta).step == 1  # A tuple equals a JSON list.
 
     with pytest.raises(UserError) as error:
         checkpoint.restore(tmp_path, abstract(make_state(width=WIDTH + 1)))
-    assert "opt_state/0/mu/half is bfloat16[16, 2000] there and bfloat16[16, 2001] here" in str(error.value)
+    assert "opt_state/0/mu/half is bfloat16[16, 2000] in the checkpoint and bfloat16[16, 2001]" in str(error.value)
     assert "and 3 more" in str(error.value)
 
     other = {"model": "abc", "config": {"lora": {"rank": 4, "targets": ("q", "v")}, "seed": 0}}
-    with pytest.raises(UserError, match="config.lora.rank is 8 there and 4 here") as error:
+    with pytest.raises(UserError, match="config.lora.rank is 8 in the checkpoint and 4") as error:
         checkpoint.restore(tmp_path, abstract(make_state()), expect=other)
     assert "\n" not in str(error.value)
 
     smaller = abstract(make_state())
     del smaller["params"]["mask"]
-    with pytest.raises(UserError, match="params/mask is only there"):
+    with pytest.raises(UserError, match="params/mask is only in the checkpoint"):
         checkpoint.restore(tmp_path, smaller)
-    with pytest.raises(UserError, match=r"no checkpoint of step 5; it has \[1\]"):
+    with pytest.raises(UserError, match=r"no checkpoint of step 5; .*\[1\]"):
         checkpoint.restore(tmp_path, abstract(make_state()), step=5)
 
 
@@ -229,7 +227,7 @@ def start_child(folder, kind):
     )
 
 
-def test_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path):
+def test_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path):
     with start_child(tmp_path, "save") as child:
         assert child.stdout.readline() == "saving\n"
         while not any("tmp" in p.name for p in tmp_path.iterdir()) and not (tmp_path / "2").exists():
@@ -242,11 +240,11 @@ def test_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path):
     assert float(restored.state["x"].min()) == float(restored.state["x"].max()) == restored.step
     with checkpoint.Writer(tmp_path, keep=2, after=1) as writer:
         writer.save(3, {"x": jnp.full((2**24,), 3.0)}, {})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3"]  # What was half-written is gone.
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3"]  # The incomplete checkpoint is gone.
     assert float(checkpoint.restore(tmp_path, want).state["x"][0]) == 3.0
 
 
-def test_sigterm_is_a_request(tmp_path):
+def test_sigterm_requests_a_stop(tmp_path):
     with start_child(tmp_path, "run") as child:
         assert child.stdout.readline() == "running\n"
         child.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Compiled programs are kept between processes, within a limit, and one that is damaged is compiled again."""
+"""Compiled programs are cached between processes, up to a size limit. A damaged entry is compiled again."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ pwd.getpwuid = getpwuid
 
 
 def run(home, first="", **more):
-    """The program's value, and how many programs came from the cache; `first` is Python that runs before it."""
+    """Runs `first` and PROGRAM in a new process; returns its value and the number of programs read from the cache."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMPILATION", "JAX_PERS"))}
     env |= {"XDG_CACHE_HOME": str(home), **more}
     out = subprocess.run([sys.executable, "-c", first + PROGRAM], env=env, capture_output=True, text=True, timeout=300)
@@ -42,31 +42,31 @@ def run(home, first="", **more):
 
 
 def entries(home):
-    """The names of the programs in the cache, without JAX's keys."""
+    """Returns the names of the programs in the cache, without JAX's keys."""
     return sorted(path.name.split("-")[0] for path in home.glob("popi_jax/compiled/*/*-cache"))
 
 
 @pytest.fixture
 def kept(tmp_path):
-    """The value of the first process, and the folder that it left."""
+    """The value computed by a first process, and its cache folder."""
     value, hits = run(tmp_path)
     assert hits == 0
     return value, tmp_path
 
 
-def test_the_next_process_compiles_nothing(kept):
+def test_next_process_compiles_nothing(kept):
     value, home = kept
     assert run(home) == (value, 1)
 
 
-def test_a_damaged_program_is_compiled_again(kept):
+def test_damaged_program_is_compiled_again(kept):
     value, home = kept
     (entry,) = home.glob("popi_jax/compiled/*/jit_slow_to_compile*-cache")
     entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])
     assert run(home) == (value, 0)
 
 
-def test_jaxs_own_variables_go_before(tmp_path):
+def test_jax_environment_variables_take_precedence(tmp_path):
     run(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "elsewhere"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
     assert list((tmp_path / "elsewhere").iterdir())
     run(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
@@ -75,12 +75,12 @@ def test_jaxs_own_variables_go_before(tmp_path):
     assert not entries(tmp_path)
 
 
-def test_beyond_the_limit_the_program_goes_that_was_not_used_for_longest(kept):
+def test_least_recently_used_program_is_removed_at_the_limit(kept):
     value, home = kept
     (folder,) = home.glob("popi_jax/compiled/*")
     for age, name in enumerate(["older", "newer"], start=1):
         with open(folder / f"{name}-cache", "wb") as entry:
-            entry.truncate(3 << 30)  # A file with a hole, which takes no room.
+            entry.truncate(3 << 30)  # A sparse file, which takes no disk space.
         (folder / f"{name}-atime").write_bytes(age.to_bytes(8, "little"))
     (entry,) = folder.glob("jit_slow_to_compile*-cache")
     entry.unlink()
@@ -88,7 +88,7 @@ def test_beyond_the_limit_the_program_goes_that_was_not_used_for_longest(kept):
     assert entries(home) == ["jit_slow_to_compile", "newer"]
 
 
-def test_an_entry_that_a_killed_process_left_unfinished_stops_no_other(kept):
+def test_unfinished_entry_of_a_killed_process_does_not_block_others(kept):
     value, home = kept
     (folder,) = home.glob("popi_jax/compiled/*")
     for path in folder.glob("jit_slow_to_compile*"):
@@ -109,11 +109,11 @@ def test_programs_are_kept_without_a_limit(tmp_path, setting):
     (folder,) = tmp_path.glob("popi_jax/compiled/*")
     for path in folder.glob("jit_slow_to_compile*"):
         path.rename(path.with_name(path.name.replace("jit_slow_to_compile", "another")))
-    assert run(tmp_path, **setting) == (value, 0)  # Beside another program.
+    assert run(tmp_path, **setting) == (value, 0)  # The cache has only the other program.
     assert run(tmp_path, **setting) == (value, 1)
 
 
-def test_a_folder_that_cannot_be_written_does_not_stop_a_run(tmp_path):
+def test_unwritable_folder_does_not_stop_a_run(tmp_path):
     (tmp_path / "file").touch()
     _, hits = run(tmp_path / "file")
     assert hits == 0

@@ -9,13 +9,13 @@ import pytest
 
 from configs import llama3_3b, llama3_8b, quickstart
 from popi_jax.config import Config, changed, parse
-from popi_jax.cost import chips, traffic
 from popi_jax.data import packing, prepared
 from popi_jax.data.shapes import Shapes
 from popi_jax.errors import UserError
 from popi_jax.model import hub, sharding
 from popi_jax.modes import compile as compile_lib
 from popi_jax.modes import setup
+from popi_jax.modes.cost import chips, traffic
 from popi_jax.rollout import text
 from popi_jax.training import batches
 
@@ -47,10 +47,10 @@ def test_compile_lowers_the_program_that_a_run_calls(tmp_path, monkeypatch):
     real, _ = maker.make(state.phi, examples, 0, "joint")
     ((shapes, kind, measured),) = asked
     calls = {call.name: call for call in compile_lib.calls(config, run.programs)}
-    joint = calls["joint step"]
+    joint = calls["joint_step"]
     assert joint.fn is run.programs.train_steps["joint"]
-    assert calls["sample"].fn is run.sampler.sample and calls["evaluate: score"].fn is run.scorer.score
-    same = step(shapes, kind, measured).abstract(run.programs.mesh)
+    assert calls["sample"].fn is run.sampler.sample and calls["evaluate_score"].fn is run.scorer.score
+    same = step(shapes, kind, measured)
     lowered = joint.fn.lower(*joint.args[:2], same)
     assert lowered.as_text() == joint.fn.lower(state, run.base, real).as_text()
     abstract = joint.args[2]
@@ -65,15 +65,15 @@ def test_compile_lowers_the_program_that_a_run_calls(tmp_path, monkeypatch):
 def test_the_report_on_this_machine():
     config = small(model__remat="full")
     found = compile_lib.report(config, compile_lib.HERE)
-    rows = {row["program"]: row for row in found["programs"]}
-    assert list(rows) == ["sample", "joint step", "evaluate: sample", "evaluate: score", "evaluate: respond"]
+    rows = {row["name"]: row for row in found["steps"]}
+    assert list(rows) == ["sample", "joint_step", "evaluate_sample", "evaluate_score", "evaluate_respond"]
     assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
-    assert all(row["fits"] and not row["traffic"]["host_transfers"] for row in rows.values())
-    joint = rows["joint step"]
-    assert joint["executed_flops_all_devices"] > 1.1 * joint["model_flops_all_devices"]  # Layers are computed again.
-    assert "all-gather" in joint["traffic"]["collectives"]  # Weights lie in pieces.
-    assert rows["evaluate: score"]["model_flops_all_devices"] == score_flops(config)
-    assert "joint step" in compile_lib.table(found)
+    assert all(row["fits"] and not row["host_transfers"] for row in rows.values())
+    joint = rows["joint_step"]
+    assert joint["executed_flops_per_device"] > 1.1 * joint["model_flops_per_device"]  # Layers are computed again.
+    assert joint["collective_bytes_per_device"]["all-gather"] > 0  # Weights lie in pieces.
+    assert 4 * rows["evaluate_score"]["model_flops_per_device"] == score_flops(config)
+    assert "joint_step" in compile_lib.table(found)
 
 
 def score_flops(config) -> float:
@@ -120,7 +120,7 @@ def test_published_shapes_need_no_weights(module, arg):
     own = setup.make_programs(config, mesh, model)
     count = sum(leaf.size for leaf in jax.tree.leaves(own.policy.abstract_base()))
     assert count == {llama3_3b: 3_212_749_824, llama3_8b: 8_030_261_248}[module]  # As their model cards say.
-    batch = Shapes(config, mesh, config.limits.buckets).step("joint").abstract(mesh)
+    batch = Shapes(config, mesh, config.limits.buckets).step("joint")
     assert batch.generator.bins.tokens_CxL.shape == (8, 16, 6144)
 
 
@@ -128,14 +128,14 @@ def test_every_program_compiles_for_a_tpu_slice():
     """The real compiler, without a TPU: no dynamic shape, nothing that Mosaic refuses, no word with the host."""
     pytest.importorskip("libtpu")
     found = compile_lib.report(small(), "v5e:2x2")
-    assert found["device"] == "TPU v5 lite" and found["devices"] == 4
-    for row in found["programs"]:
-        assert row["fits"] and row["traffic"]["host_transfers"] == []
+    assert found["device_kind"] == "TPU v5 lite" and found["devices"] == 4
+    for row in found["steps"]:
+        assert row["fits"] and row["host_transfers"] == [] and row["compiler_flops_per_device"] > 0
         # Decoding ends when all texts have, which nothing says before; a device's last two prompts may become one.
-        assert bool(row["traffic"]["unknown_loops"]) == row["program"].endswith(("sample", "respond"))
-        assert row["total_bytes"] < row["hbm_bytes"] and row["bound_s"] > 0
-    joint = next(row for row in found["programs"] if row["program"] == "joint step")
-    assert joint["traffic"]["collectives"]["all-gather"]["count"] > 1
+        assert bool(row["unknown_loops"]) == row["name"].endswith(("sample", "respond"))
+        assert row["total_bytes_per_device"] < found["hbm_bytes_per_device"] and row["bound_s"] > 0
+    joint = next(row for row in found["steps"] if row["name"] == "joint_step")
+    assert joint["collective_counts"]["all-gather"] > 1
 
     def talks(x):
         jax.debug.print("{}", x.sum())
@@ -190,15 +190,18 @@ def test_mistakes_are_told():
 
 
 def test_what_the_compiler_cannot_print_has_no_bound():
-    row = {"fits": True, "executed_flops_all_devices": 8e15, "model_flops_all_devices": 6e15}
+    row = {"fits": True, "executed_flops_per_device": 2e15, "model_flops_per_device": 1.5e15}
     chip = chips.chip("TPU v5")
-    found = compile_lib.at_best(row, None, 4, chip)
+    found = compile_lib.at_best(row, None, chip)
     assert found["bounds_s"] == {"compute_s": 2e15 / chip.flops, "memory_s": None, "interconnect_s": None}
-    assert found["bound_by"] is None and found["mfu_at_bound"] is None  # Not "compute", which may not be what binds.
-    report = {"config": "c", "topology": "t", "device": "d", "devices": 4, "mesh": {"data": 4}}
-    sizes = dict.fromkeys(("compile_s", "total_bytes", "arguments_bytes", "temporaries_bytes"), 1)
-    row |= found | sizes | {"program": "sample", "traffic": None, "why_no_traffic": "no"}
-    assert "at least 4.36 s, for the products alone" in compile_lib.table(report | {"programs": [row]})
+    assert found["bound_by"] is None and found["mfu_bound"] is None  # Not "compute": another bound may be tighter.
+    report = {"config": "c", "topology": "t", "device_kind": "d", "devices": 4, "mesh": {"data": 4}}
+    sizes = dict.fromkeys((f"{name}_bytes_per_device" for name in ("total", "argument", "temp")), 1)
+    row |= (
+        found | sizes | {"name": "sample", "compile_s": 1, "hbm_bytes_moved_per_device": None, "why_no_traffic": "no"}
+    )
+    report |= {"hbm_bytes_per_device": chip.hbm_bytes, "steps": [row]}
+    assert "at least 4.36 s, for the products alone" in compile_lib.table(report)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Two processes on loopback against one process with as many devices: the same run, that either goes on with."""
+"""Two processes on loopback equal one process with the same number of devices, and each can resume the other's run."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def start(workdir, devices, *flags):
 
 
 def processes(count, workdir, devices, *flags):
-    """`devices` in all, in one process or shared out to two."""
+    """Starts `count` processes with `devices` in total."""
     if count == 1:
         return [start(workdir, devices, *flags)]
     with socket.socket() as free:
@@ -75,7 +75,7 @@ def assert_same_run(got, want):
 
 
 def stopped(workdir, step, copy):
-    """What a run leaves that was killed once it had saved itself after `step`."""
+    """Copies the workdir as a kill right after the checkpoint of `step` would have left it."""
     shutil.copytree(workdir, copy)
     for later in checkpoint.steps(copy / "checkpoints"):
         if later > step:
@@ -91,7 +91,7 @@ EIGHT = (8, "--config.mesh.data=2", "--config.mesh.fsdp=4")
 @pytest.mark.parametrize(
     ("devices", "flags"), [(FOUR[0], FOUR[1:]), pytest.param(EIGHT[0], EIGHT[1:], marks=pytest.mark.slow)]
 )
-def test_two_processes_equal_one_and_go_on_with_its_run(devices, flags, tmp_path):
+def test_two_processes_equal_one_and_resume_its_run(devices, flags, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     finish(processes(1, one, devices, *flags))
     finish(processes(2, two, devices, *flags))
@@ -102,13 +102,13 @@ def test_two_processes_equal_one_and_go_on_with_its_run(devices, flags, tmp_path
         stopped(left, STEPS - 1, again)
         finish(processes(count, again, devices, *flags))
         assert checkpoint.steps(again / "checkpoints") == list(range(1, STEPS + 1))
-        # The steps before are what the other wrote; the last one, and the evaluation, are this one's own.
+        # The other run wrote the earlier steps. This one took the last step and evaluated.
         assert metrics(again)[:-1] == metrics(left)[:-1] and metrics(again)[-1] != metrics(left)[-1]
         assert_same_run(again, one)
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_processes_stops_both_and_one_process_goes_on(tmp_path):
+def test_sigterm_to_one_process_stops_both_and_one_process_resumes(tmp_path):
     devices, *flags = FOUR
     long = "--config.schedule.steps=40"
     one, two = tmp_path / "one", tmp_path / "two"

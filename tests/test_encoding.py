@@ -1,4 +1,4 @@
-"""From examples to padded arrays, with a tokenizer of one token a word so that every length can be counted by eye."""
+"""Examples become token ids within their limits. One token per word lets a reader count every length."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from popi_jax.errors import UserError
 
 
 class WordTokenizer:
-    """One token for each word, and one each for the start and the end of a turn and for the generation prompt."""
+    """One token per word, and one each for a turn's start, a turn's end and the generation prompt."""
 
     pad_id, start_id, end_id, generation_id = 0, 1, 2, 3
 
@@ -36,15 +36,14 @@ class WordTokenizer:
 
 
 TOKENIZER = WordTokenizer()
-SIGNALS = tuple(
-    Signal("profile", text=f"fact{i}") for i in range(4)
-)  # Each: "### Example 1 About the user: fact0", 7 words.
+# Each signal is seven words: "### Example 1 About the user: fact0".
+SIGNALS = tuple(Signal("profile", text=f"fact{i}") for i in range(4))
 EXAMPLE = Example("u1", "train", SIGNALS, (Query("why now", "yes indeed", "no", "f#1"), Query("what", "a", "b")))
-SIGNALS_LIMIT = 3 + 4 * 7 + 2  # Special tokens, signals, and the instruction "sum up".
+SIGNALS_LIMIT = 3 + 4 * 7 + 2  # Special tokens, signals and the instruction "sum up".
 
 
 def encoder(summary_start: str = "", summary_stop: str = "", **limits):
-    """An encoder for EXAMPLE with these limits."""
+    """Returns an encoder for EXAMPLE with these limits."""
     c = base.get_config()
     c.prompts.inference_instruction, c.prompts.generator_instruction = "sum up", "please"
     c.prompts.summary_start, c.prompts.summary_stop = summary_start, summary_stop
@@ -57,14 +56,14 @@ def shown(ids: list[int]) -> list[str]:
     return [word for word in TOKENIZER.text(ids).split() if word.startswith("fact")]
 
 
-def test_signals_are_the_rendered_inference_prompt_ready_to_generate() -> None:
+def test_signals_are_the_rendered_inference_prompt() -> None:
     ids = encoder(signals=SIGNALS_LIMIT).signals(EXAMPLE)
     assert len(ids) == SIGNALS_LIMIT
     assert TOKENIZER.text(ids).startswith("<1> ### Example 1 About the user: fact0 ### Example 2")
     assert TOKENIZER.text(ids).endswith("fact3 sum up <2> <3>")
 
 
-def test_a_start_of_the_summary_ends_the_prompt_and_counts() -> None:
+def test_the_summary_start_ends_the_prompt_and_counts_towards_the_limit() -> None:
     plain = encoder().signals(EXAMPLE)
     ids = encoder("They like", signals=SIGNALS_LIMIT + 2).signals(EXAMPLE)
     assert ids[: len(plain)] == plain and TOKENIZER.text(ids[len(plain) :]) == "They like"
@@ -72,34 +71,34 @@ def test_a_start_of_the_summary_ends_the_prompt_and_counts() -> None:
         encoder("They like", signals=SIGNALS_LIMIT + 1).signals(EXAMPLE)
 
 
-def test_too_many_signals_are_an_error_that_names_user_tokens_and_limit() -> None:
+def test_too_many_signals_raise_an_error_naming_user_tokens_and_limit() -> None:
     with pytest.raises(
-        UserError, match=r"user 'u1': .* 4 signals takes 33 tokens, limits.signals is 32; raise it or set"
+        UserError, match=r"user 'u1': .* 4 signals takes 33 tokens, .*limits.signals is 32; raise it or set"
     ):
         encoder(signals=SIGNALS_LIMIT - 1).signals(EXAMPLE)
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(33, 4), (32, 3), (26, 3), (25, 2), (19, 2), (18, 1), (12, 1)])
-def test_drop_loses_the_fewest_oldest_signals(limit: int, kept: int) -> None:
+def test_drop_removes_as_few_signals_as_possible_oldest_first(limit: int, kept: int) -> None:
     drops = encoder(signals=limit, on_overflow="drop")
     assert shown(drops.signals(EXAMPLE)) == [f"fact{i}" for i in range(4 - kept, 4)]
     assert drops.overflow.counts() == ({} if kept == 4 else {"limits.signals": (4 - kept, 1)})
     assert drops.overflow.of("u1", "limits.signals") == 4 - kept
 
 
-def test_drop_keeps_at_least_one_signal_or_fails() -> None:
+def test_drop_fails_if_the_last_signal_alone_is_too_long() -> None:
     with pytest.raises(
         UserError, match=r"user 'u1'.*limits.signals is 11, which the last signal alone exceeds; raise it"
     ):
         encoder(signals=11, on_overflow="drop").signals(EXAMPLE)
 
 
-def test_no_signals_are_an_error() -> None:
+def test_no_signals_raise_an_error() -> None:
     with pytest.raises(UserError, match="'u1' has no signals"):
         encoder(on_overflow="drop").signals(dataclasses.replace(EXAMPLE, signals=()))
 
 
-def test_the_log_counts_a_user_once_however_often_encoded() -> None:
+def test_the_log_counts_a_user_once_however_often_it_is_encoded() -> None:
     drops = encoder(signals=19, on_overflow="drop")
     assert str(drops.overflow) == "no signals dropped"
     for _ in range(3):
@@ -116,7 +115,7 @@ def test_raw_signals_leave_room_for_the_longest_query() -> None:
     assert context == "### Example 1\nAbout the user: fact2\n\n### Example 2\nAbout the user: fact3"
     assert drops.overflow.counts() == {"limits.prompt": (2, 1)}
     assert len(drops.pair(EXAMPLE.queries[0], context)[0]) == 24
-    with pytest.raises(UserError, match=r"user 'u1': .* takes 38 tokens, limits.prompt is 37"):
+    with pytest.raises(UserError, match=r"user 'u1': .* takes 38 tokens, .*limits.prompt is 37"):
         encoder(prompt=37).raw_signals(EXAMPLE)
 
 
@@ -135,27 +134,27 @@ def test_without_context_the_prompt_is_bare() -> None:
 def test_prompts_and_responses_are_never_cut(on_overflow: str) -> None:
     query = EXAMPLE.queries[0]
     encoder(prompt=5, on_overflow=on_overflow).check(query, None)
-    with pytest.raises(UserError, match=r"query f#1: the generator's prompt takes 5 tokens, limits.prompt is 4; raise"):
+    with pytest.raises(UserError, match=r"query f#1: the generator's prompt takes 5 .*limits.prompt is 4; raise"):
         encoder(prompt=4, on_overflow=on_overflow).check(query, None)
-    with pytest.raises(UserError, match=r"query f#1: chosen takes 3 tokens, limits.response is 2"):
+    with pytest.raises(UserError, match=r"query f#1: chosen takes 3 tokens, .*limits.response is 2"):
         encoder(response=2, on_overflow=on_overflow).check(query, None)
-    with pytest.raises(UserError, match=r"query 'why now': rejected takes 3 tokens, limits.response is 2"):
+    with pytest.raises(UserError, match=r"query 'why now': rejected takes 3 tokens, .*limits.response is 2"):
         encoder(response=2).check(Query(query.prompt, query.rejected, query.chosen), None)
-    with pytest.raises(UserError, match=r"prompt 'why now' takes 5 tokens, limits.prompt is 4"):
+    with pytest.raises(UserError, match=r"prompt 'why now' takes 5 tokens, .*limits.prompt is 4"):
         encoder(prompt=4).check_prompt("why now", None)
 
 
-def test_a_prompt_leaves_room_for_the_summary_to_come() -> None:
+def test_a_prompt_leaves_room_for_the_coming_summary() -> None:
     query = EXAMPLE.queries[0]
-    with pytest.raises(UserError, match=r"prompt with a summary of limits.summary = 6 takes 17 tokens, limits.prompt"):
+    with pytest.raises(UserError, match=r"prompt with a summary of limits.summary = 6 takes 17 .*limits.prompt"):
         encoder(prompt=16).check(query, "They", more=6)
     exact = encoder(prompt=17)
     exact.check(query, "They", more=6)
-    # Tokenised again, the summary that came may be longer than it was drawn: nothing of it is cut or refused.
+    # When tokenised again, a summary may be longer than it was when drawn. It is neither cut nor refused.
     assert len(exact.pair(query, "They like rhymes and more words than there was room")[0]) == 20
 
 
-def test_a_summary_stops_at_one_token() -> None:
+def test_the_summary_stop_is_at_most_one_token() -> None:
     assert encoder().summary_stop() == ()
     assert encoder(summary_stop=".").summary_stop() == tuple(TOKENIZER.encode("."))
     with pytest.raises(UserError, match="config.prompts.summary_stop is 'two words', 2 tokens of this tokenizer"):

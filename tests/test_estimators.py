@@ -1,10 +1,12 @@
-"""Every advantage and KL estimator against exact gradients, on a policy small enough to enumerate.
+"""Tests every advantage and KL estimator against exact gradients, on a policy small enough to enumerate.
 
-The policy is a table of logits over 3 tokens for each of the 7 prefixes that can occur; token 0 ends a summary, three
-tokens at most, so 15 summaries exist, of lengths 1 to 3. What is exact here is numpy in float64 and shares nothing with
-popi_jax.training.objective: objectives are sums over the 15 summaries, and gradients central differences of those.
+The policy is a table of logits over 3 tokens for each of the 7 possible prefixes. Token 0 ends a summary, and a summary
+has at most three tokens, so there are 15 summaries of length 1 to 3. The exact values are computed in numpy in float64
+and share no code with popi_jax.training.objective: objectives are sums over the 15 summaries, and gradients are central
+differences of these sums.
 
-Legend: P prefixes, V vocabulary, S length, Z all summaries, J all K-tuples of summaries, W parameters (P * V).
+Letters of this file: P prefixes, V vocabulary, S length, Z all summaries, J all K-tuples of summaries, W = P * V
+parameters, M Monte-Carlo draws.
 """
 
 import functools
@@ -28,11 +30,11 @@ SUMMARIES = [
 RNG = np.random.default_rng(7)
 LOGITS_PxV = RNG.normal(size=(len(PREFIXES), V))
 REF_LOGITS_PxV = LOGITS_PxV + 0.8 * RNG.normal(size=(len(PREFIXES), V))
-# Rewards with a large common part: an estimator that leans on their mean being 0 is found out.
+# The rewards have a large mean, which exposes an estimator that relies on a mean of 0.
 REWARD_Z = 7.0 + 1.5 * RNG.normal(size=len(SUMMARIES))
 
-# What the estimators see. Past the end a padded row repeats the first prefix, whose log-probabilities and KL are not 0:
-# a mask that is not applied shows.
+# The inputs of the estimators. After the end, a padded row repeats the first prefix, whose log-probabilities and KL are
+# not 0, which exposes a mask that is not applied.
 TOKENS_ZxS = np.array([z + (END,) * (S - len(z)) for z in SUMMARIES])
 MASK_ZxS = np.array([[t < len(z) for t in range(S)] for z in SUMMARIES])
 NODES_ZxS = np.array([[PREFIXES.index(z[:t]) if t < len(z) else 0 for t in range(S)] for z in SUMMARIES])
@@ -60,7 +62,7 @@ def exact_kl(logits_PxV):
 
 
 def forward_kl_on_fixed_prefixes(logits_PxV):
-    """sum_t KL(q_0(.|z_<t) || q(.|z_<t)), prefixes weighted as the unperturbed policy draws them: k3's gradient."""
+    """Returns sum_t KL(q_0(.|z_<t) || q(.|z_<t)), with prefixes drawn from the unperturbed policy: k3's objective."""
     logp_PxV, ref_PxV, start_PxV = log_softmax(logits_PxV), log_softmax(REF_LOGITS_PxV), log_softmax(LOGITS_PxV)
     total = 0.0
     for p, prefix in enumerate(PREFIXES):
@@ -70,7 +72,7 @@ def forward_kl_on_fixed_prefixes(logits_PxV):
 
 
 def gradient_W(fn, step=1e-5):
-    """Central differences of fn at LOGITS_PxV."""
+    """Returns the gradient of fn at LOGITS_PxV by central differences."""
     grad_W = np.zeros(LOGITS_PxV.size)
     for w in range(LOGITS_PxV.size):
         shift_PxV = np.zeros(LOGITS_PxV.size)
@@ -82,7 +84,7 @@ def gradient_W(fn, step=1e-5):
 
 @functools.cache
 def grad_logp_ZxW():
-    """Gradient of log q(z) in the logits: one-hot less softmax at each prefix on the way."""
+    """Returns the gradient of log q(z) in the logits: one-hot minus softmax at each prefix of z."""
     grad_ZxPxV = np.zeros((len(SUMMARIES), *LOGITS_PxV.shape))
     for number, z in enumerate(SUMMARIES):
         for t, token in enumerate(z):
@@ -93,7 +95,7 @@ def grad_logp_ZxW():
 
 
 def exact_grpo_W(reward_Z, n_samples):
-    """Minus E (1/K) sum_k (r_k - mean) / (std + 1e-4) grad log q(z_k), tuple by tuple."""
+    """Returns -E (1/K) sum_k (r_k - mean) / (std + 1e-4) grad log q(z_k), summed over all tuples."""
     prob_Z = np.exp(exact_logp_Z(LOGITS_PxV))
     total_W = np.zeros(LOGITS_PxV.size)
     for picks in itertools.product(range(len(SUMMARIES)), repeat=n_samples):
@@ -106,7 +108,7 @@ def exact_grpo_W(reward_Z, n_samples):
 
 @functools.cache
 def exact_gradient_W(advantage, kl, n_samples):
-    """What the expected gradient of inference_loss has to be."""
+    """Returns the expected gradient that inference_loss must have."""
     if advantage == "grpo":
         log_ratio_Z = exact_logp_Z(LOGITS_PxV) - exact_logp_Z(REF_LOGITS_PxV)
         penalty_Z = KL_COEF * log_ratio_Z if kl == "k1_reward" else 0.0
@@ -121,11 +123,11 @@ def exact_gradient_W(advantage, kl, n_samples):
     return reward_part_W + (KL_COEF * gradient_W(kl_loss[kl]) if kl in kl_loss else 0.0)
 
 
-# Our estimators, on every tuple of K summaries.
+# The estimators of popi_jax, on every tuple of K summaries.
 
 
 def policy_terms(logits_PxV, picks_K):
-    """The inputs of inference_loss for one user whose summaries are `picks_K`, as a step would compute them."""
+    """Returns the inputs of inference_loss for one user with the summaries `picks_K`, as a step would compute them."""
     logp_PxV, ref_PxV = jax.nn.log_softmax(logits_PxV), jax.nn.log_softmax(jnp.asarray(REF_LOGITS_PxV))
     kl_P = jnp.sum(jnp.exp(logp_PxV) * (logp_PxV - ref_PxV), axis=-1)
     tokens_1xKxS, nodes_1xKxS = jnp.asarray(TOKENS_ZxS)[picks_K][None], jnp.asarray(NODES_ZxS)[picks_K][None]
@@ -147,7 +149,7 @@ def step_loss(logits_PxV, picks_K, advantage, kl, baseline=BASELINE):
 
 
 def gradients_JxW(loss_fn, n_samples):
-    """Gradient of loss_fn(logits, picks) for each K-tuple, and the probability of each tuple: [J, W], [J]."""
+    """Returns the gradient of loss_fn(logits, picks) for each K-tuple, [J, W], and the tuples' probabilities, [J]."""
     picks_JxK = np.array(list(itertools.product(range(len(SUMMARIES)), repeat=n_samples)))
     with jax.enable_x64(True):
         per_tuple = jax.jit(jax.vmap(jax.grad(loss_fn), in_axes=(None, 0)))
@@ -168,7 +170,7 @@ def expected_gradient_W(loss_fn, n_samples):
 
 @functools.cache
 def draw_tuples(n_draws, n_samples):
-    """Numbers of `n_draws` K-tuples, drawn token by token from the policy as a sampler would."""
+    """Draws `n_draws` K-tuples token by token from the policy, as a sampler would; returns their indices, [M]."""
     rng = np.random.default_rng(11)
     prob_PxV = np.exp(log_softmax(LOGITS_PxV))
     numbers = {z: number for number, z in enumerate(SUMMARIES)}
@@ -182,9 +184,9 @@ def draw_tuples(n_draws, n_samples):
 
 
 def standard_errors_off(grads_JxW, exact_W, n_samples, n_draws=20_000):
-    """Distance of a Monte-Carlo mean gradient from `exact_W` in standard errors, along fixed directions.
+    """Returns the distance of a Monte-Carlo mean gradient from `exact_W`, in standard errors, along five directions.
 
-    The directions are the exact gradient itself (where a wrong sign or scale shows most) and four random ones.
+    These are the exact gradient itself, where a wrong sign or scale shows most, and four fixed random ones.
     """
     directions_Wx5 = np.stack([exact_W, *np.random.default_rng(5).normal(size=(4, len(exact_W)))], axis=1)
     samples_Mx5 = grads_JxW[draw_tuples(n_draws, n_samples)] @ directions_Wx5
@@ -195,7 +197,7 @@ def standard_errors_off(grads_JxW, exact_W, n_samples, n_draws=20_000):
 COMBINATIONS = list(itertools.product(objective.ADVANTAGES, objective.KL_ESTIMATORS))
 
 
-def test_the_enumeration_is_a_distribution_and_its_gradients_agree():
+def test_enumeration_is_a_distribution_and_its_gradients_agree():
     prob_Z = np.exp(exact_logp_Z(LOGITS_PxV))
     np.testing.assert_allclose(prob_Z.sum(), 1.0, rtol=1e-12)
     assert len(SUMMARIES) == 15 and not MASK_ZxS.all()
@@ -245,7 +247,7 @@ def test_one_summary_per_user_is_enough_for_reinforce():
 def test_measured_kl_is_unbiased_for_the_sequence_kl(kl):
     terms = policy_terms(jnp.asarray(LOGITS_PxV), np.arange(len(SUMMARIES)))
     terms.pop("reward_UxK")
-    # One user per summary and all but one of them padding, so that each estimate comes alone.
+    # One user per summary. All users but one are padding, which isolates each estimate.
     terms_ZxK = {key: jnp.swapaxes(value, 0, 1) for key, value in terms.items()}
     valid_ZxZ = jnp.eye(len(SUMMARIES), dtype=bool)
     total_Z, count_Z = jax.jit(jax.vmap(lambda valid_U: objective.kl_terms(kl, valid_U=valid_U, **terms_ZxK).estimate))(
@@ -255,25 +257,25 @@ def test_measured_kl_is_unbiased_for_the_sequence_kl(kl):
     np.testing.assert_allclose(np.exp(exact_logp_Z(LOGITS_PxV)) @ total_Z, exact_kl(LOGITS_PxV), rtol=1e-5)
 
 
-def test_k1_differentiated_in_the_loss_is_no_control_at_all():
-    """The trap that k1_reward avoids: E grad sum_t (log q - log q_0) = E grad log q = 0, whatever q_0 is."""
+def test_k1_in_the_loss_has_zero_expected_gradient():
+    """The mistake that k1_reward avoids: E grad sum_t (log q - log q_0) = E grad log q = 0 for every q_0."""
 
     def k1_in_the_loss(logits_PxV, picks_K):
         terms = policy_terms(logits_PxV, picks_K)
         return objective.total_logp(terms["logp_UxKxS"] - terms["ref_logp_UxKxS"], terms["mask_UxKxS"]).mean()
 
     assert np.linalg.norm(gradient_W(exact_kl)) > 0.1
-    # float32 accumulation in total_logp bounds what is left.
+    # The tolerance allows for float32 accumulation in total_logp.
     np.testing.assert_allclose(expected_gradient_W(k1_in_the_loss, 1), np.zeros(LOGITS_PxV.size), atol=1e-6)
 
 
-def test_k3_is_not_the_gradient_of_the_objective_but_points_the_same_way():
+def test_k3_gradient_differs_from_the_exact_one_but_points_the_same_way():
     true_W, k3_W = gradient_W(exact_kl), gradient_W(forward_kl_on_fixed_prefixes)
     assert np.linalg.norm(true_W - k3_W) > 0.1 * np.linalg.norm(true_W)
     assert true_W @ k3_W > 0.5 * np.linalg.norm(true_W) * np.linalg.norm(k3_W)
 
 
-def test_the_reward_baseline_lowers_the_variance():
+def test_reward_baseline_lowers_the_variance():
     def total_variance(grads_JxW, prob_J):
         return prob_J @ np.sum(grads_JxW**2, axis=1) - np.sum((prob_J @ grads_JxW) ** 2)
 
@@ -282,8 +284,8 @@ def test_the_reward_baseline_lowers_the_variance():
     assert rloo < 0.2 * total_variance(*gradients_JxW(no_baseline, 3))
 
 
-def test_the_kl_baseline_lowers_the_variance_of_long_summaries(monkeypatch):
-    """On a Markov chain of 8 tokens, 24 long, 4 summaries per user; at length 3 the baseline is worth nothing."""
+def test_kl_baseline_lowers_the_variance_of_long_summaries(monkeypatch):
+    """Markov chains of length 24 over 8 tokens, 4 summaries per user. At length 3 the baseline would not help."""
     n_tokens, length, n_users, n_samples = 8, 24, 500, 4
     rng = np.random.default_rng(3)
     logits_VxV = rng.normal(size=(n_tokens, n_tokens))
@@ -303,7 +305,7 @@ def test_the_kl_baseline_lowers_the_variance_of_long_summaries(monkeypatch):
         return total / count
 
     def total_variance():
-        # A new function each time, or jit would answer the second call with the first one's program.
+        # A new function each time: otherwise jit would reuse the first call's program for the second.
         per_user = jax.jit(jax.vmap(jax.grad(lambda logits, chain: user_loss(logits, chain)), in_axes=(None, 0)))
         return float(jnp.sum(jnp.var(per_user(jnp.asarray(logits_VxV), jnp.asarray(chain_UxKxS1)), axis=0)))
 
@@ -312,7 +314,7 @@ def test_the_kl_baseline_lowers_the_variance_of_long_summaries(monkeypatch):
     assert with_baseline < 0.5 * total_variance()
 
 
-# Mutations: the faults that these tests are there to find, each found by both the exact and the Monte-Carlo test.
+# Mutations: faults that these tests must detect. Both the exact and the Monte-Carlo test detect each of them.
 
 
 def _mean_with_own(values_UxK):
@@ -382,7 +384,7 @@ def _kl_so_far_in_place_of_to_go(original):
 
 def _kl_of_the_wrong_direction(original):
     def mutant(name, logp_UxKxS, ref_logp_UxKxS, mask_UxKxS, *args):
-        swapped_UxKxS = 2 * logp_UxKxS - ref_logp_UxKxS  # log q less this is the negated log-ratio.
+        swapped_UxKxS = 2 * logp_UxKxS - ref_logp_UxKxS  # log q minus this is the negated log-ratio.
         return original(name, logp_UxKxS, jax.lax.stop_gradient(swapped_UxKxS), mask_UxKxS, *args)
 
     return mutant
@@ -415,7 +417,7 @@ MUTATIONS = [
 
 
 @pytest.mark.parametrize(("advantage", "kl", "attribute", "mutate"), MUTATIONS)
-def test_faults_are_found(monkeypatch, advantage, kl, attribute, mutate):
+def test_faults_are_detected(monkeypatch, advantage, kl, attribute, mutate):
     monkeypatch.setattr(objective, attribute, mutate(getattr(objective, attribute)))
     grads_JxW, prob_J = gradients_JxW(functools.partial(step_loss, advantage=advantage, kl=kl), 3)
     exact_W = exact_gradient_W(advantage, kl, 3)

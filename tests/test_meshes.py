@@ -1,6 +1,6 @@
-"""What a run computes does not depend on its mesh: summaries, steps, evaluation; and its checkpoints fit any of them.
+"""A run's summaries, steps and evaluation do not depend on its mesh, and its checkpoints load on any mesh.
 
-The programs are those of a run, jitted and placed as the run does it, each traced once. Everything is float32.
+The programs are jitted and placed as in a run, and each is traced once. Everything is float32.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from popi_jax.rollout import sampler, text
 from popi_jax.training import scoring, steps
 from tests import tiny
 
-# Every axis is divisible by 8; the heads by 8 kv heads of two query heads each.
+# Every axis is divisible by 8; each of the 8 kv heads serves two query heads.
 MODEL = ModelConfig(
     vocab_size=1024, d_model=16, n_layers=2, n_heads=16, n_kv_heads=8, head_dim=4, d_ff=24, tie_embeddings=True
 )
@@ -36,14 +36,14 @@ ALONE = (1, 1, 1)
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (2, 4, 1)]
 RANKS = {"lora": 3, "full": 0}
 USERS, K, M = 8, 2, 1
-READERS = 6  # Of an evaluation; a mesh whose rows are split in eight fills them up.
-# Of the largest entry of the array: a sum in another order is rounded otherwise, each entry by about the size of the
-# terms, which an entry that happens to be small has in common with the largest.
+READERS = 6  # Users of an evaluation; a mesh that splits rows over eight devices pads them.
+# Relative to the largest entry of the array: another order of summation changes each entry by a rounding error of its
+# terms, which are as large for a small entry as for the largest.
 TOLERANCE = 1e-5
 
 
 def cases(often, *rest):
-    """Every mesh with every one of the rest; those that are not in `often` are slow: a compilation each, or three."""
+    """Returns all combinations of meshes and `rest`; those not in `often` are slow, compiling up to three programs."""
     return [
         pytest.param(
             *case,
@@ -54,7 +54,7 @@ def cases(often, *rest):
     ]
 
 
-# A joint step has what a generator step has; a program of full fine-tuning differs from one of LoRA in what it moves.
+# A joint step includes a generator step; full fine-tuning and LoRA differ in the arrays that they communicate.
 STEP_CASES = cases(
     [
         *((sizes, "lora", "joint") for sizes in MESHES),
@@ -68,19 +68,19 @@ EVALUATION_CASES = cases([(sizes, "lora") for sizes in [(8, 1, 1), (1, 1, 8), (2
 
 
 def make_run(sizes, rank, model=MODEL) -> setup.Run:
-    """A loaded config, but for its model, whose weights are drawn on the host: the same on every mesh."""
+    """Returns a run with the given model, whose weights are drawn on the host: the same on every mesh."""
     config = quickstart.get_config("runlocal")
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = sizes
     config.lora.rank = rank
-    # One length of bins and of prompts: one shape to compile.
+    # A single length of bins and prompts, so that there is one shape to compile.
     config.limits.update({"signals": 96, "prompt": 96, "response": 32, "summary": 4, "bin": 96, "buckets": (96,)})
     config.eval.users_per_batch, config.eval.summaries_per_user, config.eval.top_p = READERS, K, 0.9
     config = parse(config)
     mesh = setup.make_mesh(config)
     own = setup.make_programs(config, mesh, model)
-    # Adam divides by sqrt(v) + eps. With its usual eps, 1e-8, an entry whose gradient is nothing but rounding moves by
-    # the full rate in a direction that rounding decides; with one of the gradients' own size updates are as exact as
-    # gradients are. At this rate an update is a tenth of a weight.
+    # Adam divides by sqrt(v) + eps. With the usual eps, 1e-8, an entry whose gradient is pure rounding error moves by
+    # the full rate in a random direction; with an eps of the gradients' size, updates are as exact as the gradients. At
+    # this rate an update is a tenth of a weight.
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.02, eps=1e-2))
     own = dataclasses.replace(own, settings=dataclasses.replace(own.settings, tx_phi=tx, tx_theta=tx))
     base = jax.device_put(drawn(own.policy.abstract_base(), 0), own.policy.base_shardings(mesh))
@@ -89,9 +89,9 @@ def make_run(sizes, rank, model=MODEL) -> setup.Run:
 
 
 def drawn(abstract, seed):
-    """A tree of these shapes in which every entry counts: a fresh adapter's zeros would hide mistakes.
+    """Returns a random tree of these shapes: a fresh adapter's zeros would hide mistakes.
 
-    As large as weights are where a model is started: larger ones would magnify each other's rounding.
+    Entries have the size of initial weights: larger ones would magnify each other's rounding errors.
     """
     rng = np.random.default_rng(seed)
 
@@ -103,26 +103,26 @@ def drawn(abstract, seed):
 
 
 def trained(run):
-    """Phi and theta, away from the base; on the host."""
+    """Returns phi and theta, different from the base, on the host."""
     abstract = run.programs.policy.abstract_delta()
     return drawn(abstract, 1), drawn(abstract, 2)
 
 
 def make_state(run):
-    """The state before a run's first step, but for phi and theta."""
+    """Returns the state before a run's first step, except for phi and theta."""
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), run.programs.abstract_state())
     phi, theta = trained(run)
     return jax.device_put(dataclasses.replace(empty, phi=phi, theta=theta), run.programs.state_shardings)
 
 
 def assert_placed(run, state):
-    """Every leaf lies where Programs.state_shardings says."""
+    """Asserts that every leaf is placed as Programs.state_shardings says."""
     for leaf, placed in zip(jax.tree.leaves(state), jax.tree.leaves(run.programs.state_shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(placed, leaf.ndim), (leaf.shape, leaf.sharding, placed)
 
 
 def examples():
-    """Users with signals and prompts of all lengths, and a query each."""
+    """Returns users with signals and prompts of all lengths, and one query each."""
     return [
         Example(
             user=f"user{u}",
@@ -135,7 +135,7 @@ def examples():
 
 
 class Counted:
-    """Stands in for a function that is traced, and counts how often it is."""
+    """Wraps a function and counts its traces."""
 
     def __init__(self, fn):
         self.fn, self.traces = fn, 0
@@ -146,7 +146,7 @@ class Counted:
 
 
 def make_batch(run, kind):
-    """The Batch of a step of this kind, laid over the mesh as a run does it; some users and rows are padding."""
+    """Returns the Batch of a step of this kind, placed as in a run; some users and rows are padding."""
     rng = np.random.default_rng(0)
     signals, responses = tiny.rows(rng, USERS, K, 6, 4), tiny.rows(rng, USERS * K * M, 2, 5, 4)
     signals.prefix_length_B[-1] = 0
@@ -154,8 +154,8 @@ def make_batch(run, kind):
     sampler_logp_UxKxS = rng.normal(-2.0, 1.0, (USERS, K, 4)).astype(np.float32)
     ref_logp_Rx2 = rng.normal(-9.0, 1.0, (USERS * K * M, 2)).astype(np.float32)
     weight_R = (responses.prefix_length_B > 0).astype(np.float32)
-    # The groups of bins of 8 devices, which divide over every mesh.
-    bins = tiny.packed(responses, 24, micros=1, n_bins=16, groups=8)
+    # Shards for 8 devices, which divide over every mesh.
+    bins = tiny.packed(responses, 24, micros=1, n_bins=16, shards=8)
     generator = GeneratorBatch(bins, ref_logp_Rx2[None], weight_R[None])
     inference = InferenceBatch(*jax.tree.map(lambda x: x[None], (signals, sampler_logp_UxKxS)))
     batch = Batch(generator, None if kind == "generator" else inference)
@@ -164,7 +164,7 @@ def make_batch(run, kind):
 
 @functools.cache
 def two_steps(sizes, tuning, kind):
-    """Phi and theta after two steps, how far they moved, the optimizers' states, and the metrics; on the host."""
+    """Returns phi and theta after two steps, their changes, the optimizer states and the metrics, on the host."""
     run = make_run(sizes, RANKS[tuning])
     batch = make_batch(run, kind)
     counted = Counted(steps.STEPS[kind])
@@ -176,11 +176,11 @@ def two_steps(sizes, tuning, kind):
     for n in range(2):
         state, metrics = step(state, run.base, batch)
         logged |= {f"{name} of step {n}": float(value) for name, value in jax.device_get(metrics).items()}
-    # Nor compiled again, as it would be for a state that comes back laid out otherwise than it went in.
+    # Compiled once, too: a state that is returned in another layout would be compiled again.
     assert (counted.traces, step._cache_size()) == (1, 1)
     assert_placed(run, state)
     after, optimizers = jax.device_get(((state.phi, state.theta), (state.opt_phi, state.opt_theta)))
-    # Of the second moments the roots: a square is off by twice as much of itself.
+    # Square roots of the second moments: the relative error of a square is twice as large.
     optimizers = jax.tree.map_with_path(
         lambda path, leaf: np.sqrt(leaf) if ".nu" in jax.tree_util.keystr(path) else leaf, optimizers
     )
@@ -188,10 +188,10 @@ def two_steps(sizes, tuning, kind):
 
 
 def assert_close(got, want, moved=None):
-    """Every leaf within TOLERANCE of its largest entry.
+    """Asserts that every leaf is within TOLERANCE, relative to its largest entry.
 
-    Weights within TOLERANCE of the most that they moved by and two roundings of their own: they had two updates, beside
-    which a large weight's rounding is more than TOLERANCE.
+    For weights it is relative to the largest change in `moved`, plus two roundings of the weights, one per update:
+    relative to its change, the rounding of a large weight exceeds TOLERANCE.
     """
     assert jax.tree.structure(got) == jax.tree.structure(want)
     sizes = jax.tree.leaves(want if moved is None else moved)
@@ -202,19 +202,19 @@ def assert_close(got, want, moved=None):
 
 
 @pytest.mark.parametrize(("sizes", "tuning", "kind"), STEP_CASES)
-def test_steps(sizes, tuning, kind):
+def test_steps_do_not_depend_on_the_mesh(sizes, tuning, kind):
     (got, _, optimizers, logged), want = two_steps(sizes, tuning, kind), two_steps(ALONE, tuning, kind)
     assert_close(got, want[0], moved=want[1])
     assert_close(optimizers, want[2])
     assert logged.keys() == want[3].keys()
     for name, value in logged.items():
-        # Or of a nat: what is logged is made from log-probabilities of some nats each, and may be their difference.
+        # Or TOLERANCE nats: metrics come from log-probabilities of a few nats each, and may be their differences.
         np.testing.assert_allclose(value, want[3][name], rtol=TOLERANCE, atol=TOLERANCE, err_msg=name)
 
 
 @functools.cache
 def evaluated(sizes, tuning, folder):
-    """An evaluation's summaries, tokens and their log-probabilities, scores, and the rest of its records."""
+    """Returns an evaluation's summaries, their tokens and log-probabilities, scores, and the rest of its records."""
     run = make_run(sizes, RANKS[tuning])
     state, readers = make_state(run), examples()
     evaluator = run.evaluator(run.references(folder / "-".join(map(str, (*sizes, tuning)))))
@@ -225,7 +225,7 @@ def evaluated(sizes, tuning, folder):
         summaries = run.sampler.summaries(state.phi, readers, jax.random.key(0), text.in_use(run.config), k=K)
         for _ in range(2):
             records = evaluator.records(state.phi, state.theta, readers, 0)
-            # The pairs once under the policy and once under the reference, which knows them after that.
+            # The pairs are scored once under the policy and once under the reference, whose scores are then cached.
             assert (draws.traces, scores.traces) == (1, 2)
     tokens, logps = (np.asarray(x)[:READERS] for x in (summaries.samples.tokens_BxNxS, summaries.samples.logp_BxNxS))
     values = np.array([(record.h, record.h_signals_ref) for record in records])
@@ -239,7 +239,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("sizes", "tuning"), EVALUATION_CASES)
-def test_sampler_and_evaluation(sizes, tuning, folder):
+def test_sampler_and_evaluation_do_not_depend_on_the_mesh(sizes, tuning, folder):
     texts, tokens, logps, values, others = evaluated(sizes, tuning, folder)
     want = evaluated(ALONE, tuning, folder)
     assert texts == want[0] and len(set(sum(texts, []))) > READERS
@@ -260,7 +260,7 @@ def saved(workdir, run, state):
 def test_a_checkpoint_moves_from_mesh_to_mesh(tuning, tmp_path):
     meshes = [(2, 2, 2), (8, 1, 1), ALONE, (1, 1, 8)]
     run = make_run(meshes[0], RANKS[tuning])
-    want = drawn(run.programs.abstract_state(), 3)  # Moments that are not zero, too.
+    want = drawn(run.programs.abstract_state(), 3)  # With nonzero moments.
     state = jax.device_put(want, run.programs.state_shardings)
     for n, sizes in enumerate(meshes[1:]):
         saved(tmp_path / str(n), run, state)
@@ -272,15 +272,15 @@ def test_a_checkpoint_moves_from_mesh_to_mesh(tuning, tmp_path):
 
 WIDER = dataclasses.replace(MODEL, d_model=32)
 OTHERS = {
-    "full to lora": ((0, MODEL), (3, MODEL), "config.lora.rank is 0 there and 3 here"),
-    "lora to full": ((3, MODEL), (0, MODEL), "config.lora.rank is 3 there and 0 here"),
-    "another rank": ((3, MODEL), (5, MODEL), "config.lora.rank is 3 there and 5 here"),
-    "another model": ((3, MODEL), (3, WIDER), "model is .*d_model=16.* there and .*d_model=32.* here"),
+    "full to lora": ((0, MODEL), (3, MODEL), "config.lora.rank is 0 in the checkpoint and 3 in this run"),
+    "lora to full": ((3, MODEL), (0, MODEL), "config.lora.rank is 3 in the checkpoint and 0 in this run"),
+    "another rank": ((3, MODEL), (5, MODEL), "config.lora.rank is 3 in the checkpoint and 5 in this run"),
+    "another model": ((3, MODEL), (3, WIDER), "model is .*d_model=16.* in the checkpoint and .*d_model=32.*"),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_checkpoint_of_another_model_is_one_line(name, tmp_path):
+def test_a_checkpoint_of_another_model_raises_a_user_error(name, tmp_path):
     there, here, shown = OTHERS[name]
     run = make_run(ALONE, *there)
     saved(tmp_path, run, make_state(run))

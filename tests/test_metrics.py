@@ -1,4 +1,4 @@
-"""metrics.jsonl survives interruptions; NaN stops a run; the display and the overview say what is there."""
+"""metrics.jsonl survives interruptions; NaN stops a run; progress display and parameter overview show the values."""
 
 import io
 import json
@@ -25,7 +25,7 @@ def without_times(workdir):
 
 
 def events(workdir):
-    """(step, tag, value) and the purge steps, straight from TensorBoard's record format."""
+    """Returns (step, tag, value) triples and purge steps, parsed from TensorBoard's record format."""
     scalars, purged = [], []
     for path in sorted((workdir / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime_ns):
         raw = path.read_bytes()
@@ -47,7 +47,7 @@ def test_interrupted_run_leaves_the_same_lines(tmp_path):
         for step in range(1, 6):
             log.write(step, values(step))
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')  # Killed here; the newest checkpoint is of step 4.
+        file.write('{"step": 6, "lo')  # A kill cuts the line short; the newest checkpoint is of step 4.
     with metrics.MetricWriter(tmp_path / "cut", resume_step=4, wall_s=100.0) as log:
         for step in (5, 6):
             log.write(step, values(step))
@@ -56,19 +56,19 @@ def test_interrupted_run_leaves_the_same_lines(tmp_path):
     assert walls[3] < 100 <= walls[4] <= walls[5]
 
 
-def test_tokens_per_second_are_of_the_steps_since_the_last_line(tmp_path, monkeypatch):
+def test_tokens_per_second_covers_the_steps_since_the_last_line(tmp_path, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
     with metrics.MetricWriter(tmp_path, resume_step=2, wall_s=50.0) as log:
         clock[0] = 104.0
         assert log.write(3, {"tokens": 800.0})["tokens_per_s"] == 200.0
-        assert log.write(3, {"eval_loss": 1.0}) == {"eval_loss": 1.0}  # An evaluation read none of these.
+        assert log.write(3, {"eval_loss": 1.0}) == {"eval_loss": 1.0}  # A line without tokens has no rate.
         clock[0] = 114.0
         log.write(5, {"tokens": 1000.0})
     assert metrics.read_metrics(tmp_path)[-1] == {"step": 5, "wall_s": 64.0, "tokens": 1000.0, "tokens_per_s": 200.0}
 
 
-def test_lines_of_the_resume_step_itself_stay(tmp_path):
+def test_lines_of_the_resume_step_are_kept(tmp_path):
     for start in (0, 1):
         with metrics.MetricWriter(tmp_path, resume_step=start) as log:
             log.write(start + 1, {"loss": 1.0})
@@ -76,7 +76,7 @@ def test_lines_of_the_resume_step_itself_stay(tmp_path):
     assert [line["step"] for line in metrics.read_metrics(tmp_path)] == [1, 1, 2, 2]
 
 
-def test_compiling_is_timed_apart_from_running():
+def test_compile_clock_does_not_count_execution():
     double = jax.jit(lambda x: 2 * x + 41)
     clock = metrics.CompileClock()
     double(jnp.ones(3))
@@ -87,7 +87,7 @@ def test_compiling_is_timed_apart_from_running():
     assert metrics.CompileClock().seconds() == 0
 
 
-def test_floats_come_back_to_the_bit(tmp_path):
+def test_floats_round_trip_bitwise(tmp_path):
     numbers = np.random.default_rng(0).normal(size=50).astype(np.float32) * np.float32(10) ** np.arange(-25, 25)
     with metrics.MetricWriter(tmp_path, resume_step=0) as log:
         log.write(1, {str(i): float(x) for i, x in enumerate(numbers)} | {"nan": float("nan")})
@@ -97,7 +97,7 @@ def test_floats_come_back_to_the_bit(tmp_path):
     assert list(line)[:2] == ["step", "wall_s"]
 
 
-def test_tensorboard_has_the_same_scalars_and_hides_what_is_taken_again(tmp_path):
+def test_tensorboard_has_the_same_scalars_and_purges_repeated_steps(tmp_path):
     with metrics.MetricWriter(tmp_path, resume_step=0) as log:
         log.write(1, {"loss": 0.25})
         log.write(2, {"loss": 0.125})
@@ -116,7 +116,7 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_broken_line_is_named(tmp_path):
+def test_error_names_a_broken_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl:2: not JSON .*remove the line"):
         metrics.MetricWriter(tmp_path, resume_step=1)
@@ -125,7 +125,7 @@ def test_a_broken_line_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_not_finite_stops_with_names_and_step(bad):
+def test_error_names_the_metrics_that_are_not_finite(bad):
     metrics.check_finite(3, {"loss": 1.0})
     with pytest.raises(UserError, match=rf"step 4: kl = {bad}, reward = nan;") as error:
         metrics.check_finite(4, {"loss": 1.0, "kl": bad, "reward": float("nan")})
@@ -143,14 +143,14 @@ def show(terminal: bool, clock, monkeypatch) -> str:
     return out.getvalue()
 
 
-def test_progress_is_plain_lines_where_there_is_no_terminal(monkeypatch):
+def test_progress_prints_lines_without_a_terminal(monkeypatch):
     lines = show(False, [0.0], monkeypatch).splitlines()
     assert lines[0] == "run step 3/10  loss 0.5  reward -0.25  kl 0.1  200 tokens/s  1:24 left"
     assert len(lines) == 8
     assert lines[-1].endswith("0:00 left")
 
 
-def test_progress_is_a_bar_on_a_terminal(monkeypatch):
+def test_progress_shows_a_bar_on_a_terminal(monkeypatch):
     shown = show(True, [0.0], monkeypatch)
     assert "10/10" in shown and "200 tokens/s" in shown and "loss 0.5" in shown
 
@@ -164,7 +164,7 @@ def test_parameter_overview():
     assert lines[3] == "6 parameters, 0.0 MB"
 
 
-def test_environment(tmp_path):
+def test_environment_has_versions_devices_and_commit(tmp_path):
     runfiles.write_environment(tmp_path)
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["packages"]["jax"] == jax.__version__

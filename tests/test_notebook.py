@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, in the experiment's smallest form."""
+"""The notebook runs from top to bottom with the smallest experiment."""
 
 import pathlib
 
@@ -11,7 +11,7 @@ NOTEBOOK = pathlib.Path(__file__).parents[1] / "experiments" / "popi.ipynb"
 def test_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("POPI_CONFIG_ARG", "runlocal")
     monkeypatch.setenv("POPI_WORKDIR", str(tmp_path / "run"))
-    monkeypatch.setenv("XLA_FLAGS", "")  # One device, as a newcomer has.
+    monkeypatch.setenv("XLA_FLAGS", "")  # One device, as on most machines.
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "clear the outputs before committing"
     client = nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(NOTEBOOK.parent)}})

@@ -1,4 +1,4 @@
-"""The objective's elementwise functions, reductions and sums, against values worked by hand."""
+"""The objective's elementwise functions, reductions and sums equal values worked out by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ LOG_4_3 = 0.28768207245178085  # log(4/3)
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 2.0])
-def test_losses_at_zero_margin_have_their_hand_values_and_slope_minus_half(beta):
+def test_losses_at_zero_margin_by_hand_and_slope_minus_half(beta):
     # -log sigmoid(0) / beta = log 2 / beta; (1 / (2 beta))^2 beta / 2 = 1 / (8 beta).
     np.testing.assert_allclose(objective.dpo_loss(0.0, beta), LOG2 / beta, rtol=1e-6)
     np.testing.assert_allclose(objective.ipo_loss(0.0, beta), 1 / (8 * beta), rtol=1e-6)
@@ -26,7 +26,7 @@ def test_losses_away_from_zero():
     np.testing.assert_allclose(objective.dpo_loss(h, beta), LOG_4_3 / beta, rtol=1e-6)
     np.testing.assert_allclose(objective.preference_nats(h, beta), LOG_4_3, rtol=1e-6)
     np.testing.assert_allclose(jax.grad(objective.dpo_loss)(h, beta), -0.25, rtol=1e-6)
-    # IPO is least at h = 1 / (2 beta) = 1, and symmetric about it: (3 - 1)^2 * 0.25 = 1.
+    # IPO has its minimum at h = 1 / (2 beta) = 1 and is symmetric about it: (3 - 1)^2 * 0.25 = 1.
     np.testing.assert_allclose(objective.ipo_loss(jnp.array([1.0, 3.0, -1.0]), beta), [0.0, 1.0, 1.0])
 
 
@@ -39,7 +39,7 @@ def test_dpo_does_not_overflow():
 def test_margin_by_hand_and_its_shape():
     policy_2x3x2 = jnp.broadcast_to(jnp.array([-5.0, -9.0]), (2, 3, 2))
     ref_2x1x2 = jnp.array([[[-6.0, -7.0]], [[-5.0, -9.0]]])
-    # (-5 + 6) - (-9 + 7) = 3; the policy that equals its reference has no margin.
+    # (-5 + 6) - (-9 + 7) = 3. A policy that equals its reference has margin 0.
     h_2x3 = objective.implicit_reward_margin(policy_2x3x2, ref_2x1x2)
     np.testing.assert_allclose(h_2x3, [[3.0] * 3, [0.0] * 3])
 
@@ -48,7 +48,7 @@ def test_accuracy_is_strict():
     np.testing.assert_array_equal(objective.preference_accuracy(jnp.array([-1.0, 0.0, 1e-6])), [0.0, 0.0, 1.0])
 
 
-def test_total_logp_sums_the_masked_tokens_alone():
+def test_total_logp_sums_only_tokens_in_the_mask():
     logp = jnp.array([[-1.0, -2.0, jnp.nan], [-3.0, jnp.inf, jnp.nan], [jnp.nan] * 3])
     mask = jnp.array([[True, True, False], [True, False, False], [False] * 3])
     np.testing.assert_allclose(objective.total_logp(logp, mask), [-3.0, -3.0, 0.0])
@@ -67,7 +67,7 @@ def test_reduce_logp_sums_or_averages():
     np.testing.assert_allclose(objective.reduce_logp(logp, length, "mean"), [-1.5, -3.0, 0.0])
 
 
-def test_weighted_total_counts_what_it_sums():
+def test_weighted_total_sums_values_and_weights():
     total, count = objective.weighted_total(jnp.array([1.0, 2.0, jnp.nan]), jnp.array([True, True, False]))
     assert (float(total), float(count)) == (3.0, 2.0)
     total, count = objective.weighted_total(jnp.array([1.0, 2.0, jnp.nan]), jnp.array([0.5, 2.0, 0.0]))
@@ -76,7 +76,7 @@ def test_weighted_total_counts_what_it_sums():
 
 def test_advantages_by_hand():
     reward_UxK = jnp.array([[1.0, 2.0, 6.0]])
-    # Others' means 4, 3.5, 1.5; own mean 3; std sqrt((4 + 1 + 9) / 2) = sqrt 7.
+    # The means of the others are 4, 3.5 and 1.5; the mean of all is 3; the std is sqrt((4 + 1 + 9) / 2) = sqrt 7.
     np.testing.assert_allclose(objective.advantages("rloo", reward_UxK, 0.0), [[-3.0, -1.5, 4.5]])
     np.testing.assert_allclose(objective.advantages("group_mean", reward_UxK, 0.0), [[-2.0, -1.0, 3.0]])
     np.testing.assert_allclose(objective.advantages("reinforce", reward_UxK, 0.5), [[0.5, 1.5, 5.5]])
@@ -98,7 +98,7 @@ def test_grpo_of_equal_rewards_is_zero():
     np.testing.assert_array_equal(objective.advantages("grpo", jnp.full((1, 4), -3.0), 0.0), np.zeros((1, 4)))
 
 
-def test_baseline_moves_by_the_valid_rewards_and_not_at_all_without():
+def test_baseline_is_updated_by_valid_rewards_only():
     reward_UxK = jnp.array([[2.0, 4.0], [jnp.nan, 100.0]])
 
     def total(users):
@@ -119,7 +119,7 @@ def test_score_function_loss_is_minus_the_mean_over_users_and_k():
 
 
 def batch(n_users, n_samples=3, length=5):
-    """Random inputs of inference_loss; log-probabilities shift with a scalar parameter."""
+    """Returns random inputs of inference_loss."""
     rng = np.random.default_rng(0)
     shape = (n_users, n_samples, length)
     lengths = rng.integers(1, length + 1, size=shape[:2])
@@ -133,7 +133,7 @@ def batch(n_users, n_samples=3, length=5):
 
 
 def loss_and_grad(advantage, kl, inputs, valid_U):
-    """(sum, count) and the gradient of the sum with respect to log-probabilities and KL."""
+    """Returns (sum, count) and the gradient of the sum with respect to the log-probabilities and the KL."""
 
     def total(logp_UxKxS, position_kl_UxKxS):
         parts = dict(inputs, logp_UxKxS=logp_UxKxS, position_kl_UxKxS=position_kl_UxKxS)
@@ -151,7 +151,7 @@ def loss_and_grad(advantage, kl, inputs, valid_U):
     [("rloo", "exact"), ("reinforce", "k1_reward"), ("group_mean", "k3_loss"), ("grpo", "k1_reward")],
 )
 def test_micro_batches_and_padding_change_nothing(advantage, kl):
-    """Two micro-batches, one with a padded user full of NaN, add up to the batch of the three real users."""
+    """Two micro-batches, one of them with a padded user full of NaN, add up to the batch of the three real users."""
     inputs = batch(4)
     (whole, count), grads = loss_and_grad(advantage, kl, {k: v[:3] for k, v in inputs.items()}, jnp.ones(3, bool))
     spoiled = {
@@ -167,7 +167,7 @@ def test_micro_batches_and_padding_change_nothing(advantage, kl):
 
 
 @pytest.mark.parametrize("kl", objective.KL_ESTIMATORS)
-def test_what_follows_the_end_token_cannot_leak(kl):
+def test_tokens_after_the_end_have_no_effect(kl):
     inputs = batch(2)
     spoiled = {
         k: jnp.where(inputs["mask_UxKxS"], v, jnp.nan)
@@ -183,7 +183,7 @@ def test_what_follows_the_end_token_cannot_leak(kl):
 
 
 def kl_terms_of_one(kl):
-    """One user, one summary of two tokens and one masked: log q = -1, -2; log q_0 = -1.5, -1; KL 0.4, 0.3."""
+    """One user and one summary of two tokens and padding: log q = -1, -2; log q_0 = -1.5, -1; KL 0.4, 0.3."""
     return objective.kl_terms(
         kl,
         jnp.array([[[-1.0, -2.0, -7.0]]]),
@@ -195,7 +195,7 @@ def kl_terms_of_one(kl):
 
 def test_kl_terms_by_hand():
     exact, k1, k3 = (kl_terms_of_one(kl) for kl in ("exact", "k1_reward", "k3_loss"))
-    # log q(z_1) = -1 times the KL-to-go 0.3 after it, and none after the last token.
+    # log q(z_1) = -1 times the KL of the later tokens, 0.3. No tokens follow the last one.
     np.testing.assert_allclose(exact.loss, (0.4 + 0.3 - 1.0 * 0.3, 1.0), rtol=1e-6)
     np.testing.assert_allclose(exact.estimate, (0.7, 1.0), rtol=1e-6)
     # Log-ratios 0.5 and -1.
@@ -210,7 +210,7 @@ def test_kl_terms_by_hand():
 
 
 @pytest.mark.parametrize("kl", objective.KL_ESTIMATORS)
-def test_kl_penalty_and_estimate_carry_no_gradient_and_no_padding(kl):
+def test_kl_penalty_and_estimate_have_no_gradient_and_ignore_padding(kl):
     inputs = batch(2)
     inputs.pop("reward_UxK")
     valid_U = jnp.array([True, False])
@@ -225,7 +225,7 @@ def test_kl_penalty_and_estimate_carry_no_gradient_and_no_padding(kl):
         np.testing.assert_array_equal(grad, np.zeros_like(grad))
 
 
-def test_inference_loss_penalises_the_reward_and_reports_it():
+def test_inference_loss_returns_the_penalised_reward():
     inputs = batch(2)
     result = objective.inference_loss(
         advantage="rloo", kl="k1_reward", kl_coef=0.3, baseline=0.0, valid_U=jnp.ones(2, bool), **inputs
@@ -237,7 +237,7 @@ def test_inference_loss_penalises_the_reward_and_reports_it():
     np.testing.assert_allclose(result.kl, (ratio.sum(), 6.0), rtol=1e-5)
 
 
-def test_unknown_names_are_refused_with_the_known_ones():
+def test_errors_for_unknown_names_list_the_known_ones():
     inputs = batch(1)
     with pytest.raises(ValueError, match="'kto'.*'dpo', 'ipo'"):
         objective.preference_loss("kto")

@@ -1,4 +1,4 @@
-"""Padded lines and bins: what goes in comes out, and bins score as separate rows do."""
+"""Padded lines and bins keep their contents, and bins score the same as separate rows."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from popi_jax.data import packing
-from popi_jax.data.packing import PairShape
+from popi_jax.data.shapes import abstract_bins
 from popi_jax.training import scoring
 from tests import tiny
 
@@ -17,23 +17,23 @@ BUCKETS = (4, 8, 16)
 
 @pytest.mark.parametrize(("length", "expected"), [(0, 4), (4, 4), (5, 8), (16, 16)])
 @pytest.mark.parametrize("buckets", [BUCKETS, BUCKETS[::-1]])
-def test_bucket_is_the_smallest_that_holds(length: int, expected: int, buckets: tuple[int, ...]) -> None:
+def test_bucket_is_the_smallest_that_fits(length: int, expected: int, buckets: tuple[int, ...]) -> None:
     assert packing.bucket(length, buckets) == expected
 
 
 @pytest.mark.parametrize(("length", "expected"), [(1025, 1152), (1152, 1152), (2049, 2176)])
-def test_buckets_beyond_the_largest_go_on_in_eighths_of_it(length: int, expected: int) -> None:
+def test_lengths_beyond_the_largest_bucket_round_up_in_eighths_of_it(length: int, expected: int) -> None:
     assert packing.bucket(length, (96, 1024, 512)) == expected
     assert packing.bucket(17, BUCKETS) == 18
 
 
 @pytest.mark.parametrize(("length", "expected"), [(1, 1), (7, 7), (9, 10), (65, 80), (128, 128), (130, 160)])
-def test_without_buckets_lengths_go_in_eighths_of_the_next_power_of_two(length: int, expected: int) -> None:
+def test_without_buckets_lengths_round_up_in_eighths_of_the_next_power_of_two(length: int, expected: int) -> None:
     assert packing.bucket(length, ()) == expected
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 4, 9])
-def test_chosen_buckets_pad_least_of_all(most: int) -> None:
+def test_chosen_buckets_minimise_padding(most: int) -> None:
     lengths = np.random.default_rng(most).integers(1, 60, 12).tolist()
 
     def padding(buckets: tuple[int, ...]) -> int:
@@ -48,7 +48,7 @@ def test_chosen_buckets_pad_least_of_all(most: int) -> None:
     assert padding(got) <= min(map(padding, possible))
 
 
-def test_no_lengths_choose_no_bucket() -> None:
+def test_no_lengths_give_no_buckets() -> None:
     assert packing.choose_buckets([], 8) == ()
 
 
@@ -70,51 +70,51 @@ def test_fill_bins_is_first_fit_decreasing() -> None:
 def test_pack_bins_by_hand() -> None:
     rows = [packing.Row([7, 8], [[1, 2], [3]]), packing.Row([], [[], []]), packing.Row([9], [[4], [5, 6]])]
     own = packing.plant(rows, [[0], [2]], 11)
-    batch = packing.pack_bins(rows, [own], PairShape(3, 2, 11, groups=2, scored=7), pad_id=0)
+    batch = packing.pack_bins(rows, [own], abstract_bins(3, 2, 11, shards=2, scored=7), pad_id=0)
     assert batch.tokens_CxL[0].tolist() == [7, 8, 1, 2, 3, 9, 4, 5, 6, 0, 0]
     assert batch.positions_CxL[0].tolist() == [0, 1, 2, 3, 2, 0, 1, 1, 2, 0, 0]
     assert batch.segments_CxL[0].tolist() == [0, 0, 1, 1, 2, 1024, 1025, 1026, 1026, -1, -1]
-    assert batch.predictor_GxW[0].tolist() == [1, 2, 1, 5, 5, 7, 0]
-    assert batch.target_GxW[0].tolist() == [1, 2, 3, 4, 5, 6, 0]
-    assert batch.branch_GxW[0].tolist() == [0, 0, 1, 4, 5, 5, 6]
-    assert (batch.segments_CxL[1] == -1).all() and (batch.branch_GxW[1] == 6).all()
+    assert batch.predictor_ShxW[0].tolist() == [1, 2, 1, 5, 5, 7, 0]
+    assert batch.target_ShxW[0].tolist() == [1, 2, 3, 4, 5, 6, 0]
+    assert batch.branch_ShxW[0].tolist() == [0, 0, 1, 4, 5, 5, 6]
+    assert (batch.segments_CxL[1] == -1).all() and (batch.branch_ShxW[1] == 6).all()
     assert batch.length_RxN.tolist() == [[2, 1], [0, 0], [1, 2]] and batch.first_R.tolist() == [0, 1, 2]
     assert int(batch.token_count) == 9
 
 
-def test_bins_of_a_group_share_their_scored_positions() -> None:
+def test_bins_of_a_shard_share_their_scored_positions() -> None:
     rows = [packing.Row([7, 8], [[1, 2], [3]]), packing.Row([9], [[4], [5, 6]]), packing.Row([6], [[2], [2]])]
-    shape = PairShape(3, n_bins=4, length=6, groups=2, scored=6)
+    shape = abstract_bins(3, n_bins=4, length=6, shards=2, scored=6)
     bins = [[tree] for tree in packing.plant(rows, [[0], [1], [2]], 6)]
     batch = packing.pack_bins(rows, bins, shape, pad_id=0)
-    assert batch.predictor_GxW.tolist() == [[1, 2, 1, 6, 6, 8], [0, 0, 0, 0, 0, 0]]
-    assert batch.target_GxW.tolist() == [[1, 2, 3, 4, 5, 6], [2, 2, 0, 0, 0, 0]]
-    assert batch.branch_GxW.tolist() == [[0, 0, 1, 2, 3, 3], [4, 5, 6, 6, 6, 6]]
+    assert batch.predictor_ShxW.tolist() == [[1, 2, 1, 6, 6, 8], [0, 0, 0, 0, 0, 0]]
+    assert batch.target_ShxW.tolist() == [[1, 2, 3, 4, 5, 6], [2, 2, 0, 0, 0, 0]]
+    assert batch.branch_ShxW.tolist() == [[0, 0, 1, 2, 3, 3], [4, 5, 6, 6, 6, 6]]
 
 
 def test_a_tree_by_hand() -> None:
     rows = [packing.Row([7, 8, 9], [[1, 2], [3]]), packing.Row([7, 8], [[4], [5, 6]])]
     (tree,) = packing.plant(rows, [[0, 1]], 12)
     assert tree.start == [7, 8] and tree.tokens == 10 and tree.scored_tokens == 6
-    batch = packing.pack_bins(rows, [[tree]], PairShape(2, 1, 11, groups=1, scored=7), pad_id=0)
+    batch = packing.pack_bins(rows, [[tree]], abstract_bins(2, 1, 11, shards=1, scored=7), pad_id=0)
     assert batch.tokens_CxL[0].tolist() == [7, 8, 9, 1, 2, 9, 3, 4, 5, 6, 0]
     assert batch.positions_CxL[0].tolist() == [0, 1, 2, 3, 4, 2, 3, 2, 2, 3, 0]
     assert batch.segments_CxL[0].tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 4, 4, -1]
-    assert batch.predictor_GxW[0].tolist() == [2, 3, 5, 1, 1, 8, 0]
-    assert batch.target_GxW[0].tolist() == [1, 2, 3, 4, 5, 6, 0]
-    assert batch.branch_GxW[0].tolist() == [0, 0, 1, 2, 3, 3, 4]
+    assert batch.predictor_ShxW[0].tolist() == [2, 3, 5, 1, 1, 8, 0]
+    assert batch.target_ShxW[0].tolist() == [1, 2, 3, 4, 5, 6, 0]
+    assert batch.branch_ShxW[0].tolist() == [0, 0, 1, 2, 3, 3, 4]
 
 
-def test_starts_are_shared_where_that_is_less_to_read() -> None:
+def test_starts_are_shared_if_that_leaves_less_to_read() -> None:
     long, short = list(range(9)), [50]
     rows = [packing.Row([*start, 60 + i, 70 + i, 71], [[1], [2]]) for i, start in enumerate([long] * 3 + [short] * 3)]
     starts = [len(tree.start) for tree in packing.plant(rows, [[0, 1, 2], [3, 4, 5]], 30)]
-    # 9 + 2 * (3 + 1) for the first row and 2 * (3 + 1) for the second are 25 of 30, against 2 * 14; 1 + 3 * 8 > 3 * 6.
+    # Two long rows: 9 + 2 * 2 * (3 + 1) = 25 tokens, within 30, against 2 * 14. Short rows: 1 + 3 * 8 > 3 * 6.
     assert starts == [9, 12, 4, 4, 4]
     assert [len(tree.start) for tree in packing.plant(rows, [[0, 1, 2]], 33)] == [9]
 
 
-def test_rows_with_a_shared_start_score_as_by_themselves() -> None:
+def test_rows_with_a_shared_start_score_the_same_as_alone() -> None:
     policy = tiny.policy(tiny.LORA)
     base = tiny.perturbed(policy.init_base(jax.random.key(0)), 1, 0.05)
     delta = tiny.perturbed(policy.init_delta(base, jax.random.key(2)), 3)
@@ -138,8 +138,8 @@ def test_rows_with_a_shared_start_score_as_by_themselves() -> None:
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-5), grad, expected_grad)
 
 
-@pytest.mark.parametrize(("length", "groups"), [(12, 1), (40, 1), (12, 3)])
-def test_bins_score_as_lines_of_one_row_do(length: int, groups: int) -> None:
+@pytest.mark.parametrize(("length", "shards"), [(12, 1), (40, 1), (12, 3)])
+def test_bins_score_the_same_as_lines(length: int, shards: int) -> None:
     policy = tiny.policy(tiny.LORA)
     base = tiny.perturbed(policy.init_base(jax.random.key(0)), 1, 0.05)
     delta = tiny.perturbed(policy.init_delta(base, jax.random.key(2)), 3)
@@ -147,8 +147,8 @@ def test_bins_score_as_lines_of_one_row_do(length: int, groups: int) -> None:
     lines.prefix_length_B[3] = lines.branch_length_BxN[3] = 0
     for values in (lines.prefix_BxT, lines.prefix_length_B, lines.branches_BxNxS, lines.branch_length_BxN):
         values[5] = values[2]
-    packed = tiny.packed(lines, length=length, n_bins=6, groups=groups)
-    assert packed.first_R.tolist() == [0, 1, 2, 3, 4, 2, 6] and not (np.asarray(packed.branch_GxW) // 2 == 5).any()
+    packed = tiny.packed(lines, length=length, n_bins=6, shards=shards)
+    assert packed.first_R.tolist() == [0, 1, 2, 3, 4, 2, 6] and not (np.asarray(packed.branch_ShxW) // 2 == 5).any()
     weight = np.random.default_rng(1).normal(size=(7, 2)).astype(np.float32)
 
     def by_line(delta):
@@ -166,7 +166,7 @@ def test_bins_score_as_lines_of_one_row_do(length: int, groups: int) -> None:
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=5e-5, rtol=5e-4), grad, expected_grad)
 
 
-def test_coarse_counts_are_few_and_waste_less_than_a_quarter():
+def test_coarse_counts_are_few_and_add_less_than_a_quarter():
     counts = [packing.coarse(n) for n in range(1, 129)]
     assert all(n <= size < 1.25 * n for n, size in enumerate(counts, start=1))
     assert sorted(set(counts)) == [*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128]

@@ -1,4 +1,4 @@
-"""Pairs that are scored together: what their prompts have in common is read once, and nothing else changes."""
+"""Pairs that are scored together share the common start of their prompts, and their scores do not change."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from popi_jax.modes import setup
 from popi_jax.rollout.pairs import Item
 
 
-def test_a_users_queries_read_once_what_is_told_of_the_user():
+def test_queries_of_a_user_share_one_copy_of_the_context():
     config = quickstart.get_config("runlocal")
     config.limits.prompt, config.limits.bin = 256, 256
     run = setup.load(parse(config))
@@ -26,17 +26,18 @@ def test_a_users_queries_read_once_what_is_told_of_the_user():
     np.testing.assert_allclose(scorer.logps(None, items, 3), alone, rtol=1e-5, atol=1e-4)
 
 
-def test_micro_batches_share_out_the_bins_of_all_rows():
+def test_micro_batches_divide_the_bins_of_all_rows():
     config = quickstart.get_config("runlocal")
     config.train.accumulation_generator, config.limits.bin = 3, 64
     run = setup.load(parse(config))
     packer = run.scorer.packer
     items = [Item(Query(prompt=f"Why {n}?", chosen="Yes.", rejected="No."), None) for n in range(5)]
     planted = packer.plant([*items, items[0], None])
-    shape = run.shapes.step("generator", Measured(planted.bins)).generator
-    packed = packer.pack(planted, shape, 3)
-    assert packed.tokens_CxL.shape[:2] == (3, shape.n_bins) and shape.n_bins % 8 == 0  # A multiple of the 8 devices.
+    like = run.shapes.step("generator", Measured(planted.bins)).generator.bins
+    packed = packer.pack(planted, like)
+    assert packed.tokens_CxL.shape == like.tokens_CxL.shape and like.tokens_CxL.shape[0] == 3
+    assert like.tokens_CxL.shape[1] % 8 == 0  # A multiple of the 8 devices.
     lengths_AxR = packed.length_RxN.sum(axis=-1)
-    # Each row has its lengths in one micro-batch, the sixth where the first has them, the padding nowhere.
+    # Each row has its lengths in one micro-batch, the sixth in that of the equal first row, the padding row in none.
     assert (lengths_AxR > 0).sum(axis=0).tolist() == [1] * 6 + [0]
     assert (lengths_AxR[:, 5] == lengths_AxR[:, 0]).all()

@@ -1,6 +1,6 @@
 """Our decoder against transformers: logits of a padded batch, greedy tokens, cache against full forward, export.
 
-Expected values are in tests/fixtures, made by make_fixtures.py; where torch is installed the same is made live.
+Expected values are in tests/fixtures, made by make_fixtures.py; with torch installed, they are also computed live.
 """
 
 import functools
@@ -44,7 +44,7 @@ def forward(policy: Policy, params: Any, tokens_BxL: jax.Array, positions_BxL: j
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def decode_greedily(policy, params, tokens_BxT, positions_BxT, segments_BxT, count: int):
-    """Prefill and `count` greedy steps; returns tokens_BxR and the logits_BxRxV that each was chosen by."""
+    """Runs prefill and `count` greedy steps; returns tokens_BxR and logits_BxRxV, from which each was chosen."""
     decoder = policy.bind(params, None)
     hidden_BxTxD, cache = decoder.prefill(tokens_BxT, positions_BxT, segments_BxT, 1, count)
     length_Bx1 = (segments_BxT == 0).sum(axis=1, keepdims=True)
@@ -78,7 +78,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def check(
     checkpoint: hub.Checkpoint, expected: Mapping[str, np.ndarray], tolerance: float, decode_tolerance: float = 1e-4
 ) -> dict[str, float]:
-    """Asserts parity with `expected` (see make_fixtures.expected); returns the greatest differences measured."""
+    """Asserts parity with `expected` (see make_fixtures.expected); returns the largest differences."""
     prompts = split_rows(expected["prompts"], expected["length_B"])
     assert len({len(prompt) for prompt in prompts}) == 8
     ours = padded_logits(checkpoint, prompts)
@@ -138,7 +138,7 @@ def test_transformers_reads_an_export(family: str, shard_bytes: int, tmp_path: p
     from tests import make_fixtures
 
     checkpoint = hub.load(FIXTURES / family)
-    # Other weights than the import's, so that a copy of the source folder would not pass.
+    # Weights that differ from the source's, so that a copy of the source folder would fail.
     params = jax.tree.map(lambda leaf: leaf * 1.25, checkpoint.params)
     hub.save(tmp_path, checkpoint.config, params, checkpoint.tokenizer_path, shard_bytes=shard_bytes)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -155,14 +155,14 @@ def test_transformers_reads_an_export(family: str, shard_bytes: int, tmp_path: p
     assert Tokenizer.load(tmp_path).render(messages) == theirs_ids
 
 
-# Rounding of float32: our cached logits, our full logits and transformers' own each lie up to 9e-5 from those that
-# transformers gives in float64 (they reach 45), so two of them may differ by twice that.
+# Rounding of float32: our cached logits, our full logits and transformers' logits each differ by up to 9e-5 from those
+# of transformers in float64 (which reach 45), so two of them may differ by twice that.
 SMOLLM2_DECODE_TOLERANCE = 2e-4
 
 
 def smollm2() -> hub.Checkpoint:
     if not (SMOLLM2 / "model.safetensors").is_file():
-        pytest.skip("checkpoints/SmolLM2-135M-Instruct is not there; make smollm2 makes it")
+        pytest.skip("checkpoints/SmolLM2-135M-Instruct is missing; run make smollm2")
     return hub.load(SMOLLM2)
 
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from popi_jax.errors import UserError
-from popi_jax.model import weights
+from popi_jax.model import sharding, weights
 from popi_jax.model.config import LORA_TARGETS, LoraConfig, ModelConfig
 from popi_jax.model.policy import Policy
 
@@ -71,7 +72,7 @@ def test_adapters_add_their_scaled_products():
     np.testing.assert_allclose(logits(FULL, by_hand, None), logits(ADAPTED, BASE, delta), rtol=1e-4, atol=1e-4)
 
 
-def test_full_delta_is_the_weights_and_base_is_not_looked_at():
+def test_full_delta_is_the_weights_and_base_is_ignored():
     delta = random_like(FULL.abstract_delta(), 3)
     nans = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), BASE)
     np.testing.assert_array_equal(logits(FULL, nans, delta), logits(FULL, delta, None))
@@ -110,23 +111,24 @@ def test_a_fresh_adapter_has_gradients_at_b_only():
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_abstract_trees_and_axes_match_what_is_made(name):
-    policy = POLICIES[name]
+def test_abstract_trees_and_shardings_match_the_weights(name):
+    policy, mesh = POLICIES[name], sharding.make_mesh(1, 1, 1)
     base = jax.eval_shape(policy.init_base, jax.random.key(0))
     delta = jax.eval_shape(policy.init_delta, base, jax.random.key(1))
     made = (
-        (base, policy.abstract_base(), policy.logical_axes_base()),
-        (delta, policy.abstract_delta(), policy.logical_axes_delta()),
+        (base, policy.abstract_base(), policy.base_shardings(mesh)),
+        (delta, policy.abstract_delta(), policy.delta_shardings(mesh)),
     )
-    for tree, abstract, axes in made:
+    for tree, abstract, shardings in made:
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) == jax.tree.map(
             lambda leaf: (leaf.shape, leaf.dtype), abstract
         )
-        jax.tree.map(lambda leaf, names: len(names) == leaf.ndim or pytest.fail(str(names)), tree, axes)
-    assert ADAPTED.logical_axes_delta()["layers"]["o"]["a"] == ("layers", "heads", "head_dim", "lora_rank")
+        jax.tree.map(lambda leaf, own: len(own.spec) == leaf.ndim or pytest.fail(str(own)), tree, shardings)
+    spec = ADAPTED.delta_shardings(mesh)["layers"]["o"]["a"].spec
+    assert spec == PartitionSpec(None, ("tensor",), None, None)  # Layers, heads, head_dim, rank.
 
 
-def test_the_trees_are_the_documented_ones():
+def test_shapes_of_the_parameter_trees():
     n, D, H, Kv, Dh, F, V, r = 2, 12, 4, 2, 6, 20, 31, 3
     shapes = jax.tree.map(lambda leaf: leaf.shape, FULL.abstract_base(), is_leaf=lambda x: hasattr(x, "shape"))
     layers = {
@@ -151,8 +153,8 @@ def test_the_trees_are_the_documented_ones():
     assert delta["down"] == {"a": (n, F, r), "b": (n, r, D)}
 
 
-def test_initial_weights_hang_on_their_path_alone():
-    """Weights have the declared spread, differ from each other, and stay when another is added."""
+def test_initial_weights_depend_only_on_their_path():
+    """Weights have the declared spread, differ from each other, and do not change when another is added."""
     base = FULL.init_base(jax.random.key(7))
     tied = Policy(dataclasses.replace(CONFIG, tie_embeddings=True)).init_base(jax.random.key(7))
     np.testing.assert_array_equal(tied["layers"]["q"]["kernel"], base["layers"]["q"]["kernel"])
@@ -178,7 +180,7 @@ def test_a_policy_is_a_static_argument_and_traces_once():
 
 
 @pytest.mark.parametrize(("rank", "targets"), [(0, ("q",)), (4, ()), (4, ("q", "head"))])
-def test_bad_adapters_are_the_users_mistake(rank, targets):
+def test_bad_adapters_raise_a_user_error(rank, targets):
     with pytest.raises(UserError, match="lora"):
         LoraConfig(rank, 1.0, targets)
 

@@ -1,4 +1,4 @@
-"""Before the first step: limits are checked, and buckets chosen, on all of a run's data."""
+"""Before the first step, all of a run's data are checked against the limits and used to choose buckets."""
 
 import dataclasses
 
@@ -13,14 +13,14 @@ from popi_jax.rollout.pairs import Item
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
-    """A run whose buckets are chosen, its data, and a run whose buckets are given."""
+    """A run with chosen buckets, its data, and a run with given buckets."""
     given = setup.load(parse(quickstart.get_config("runlocal")))
     sources = prepared.from_config(given.config.data, tmp_path_factory.mktemp("data"))
     chosen = dataclasses.replace(given, config=changed(given.config, {"limits.buckets": ()}))
     return chosen.fitted(sources), sources, given
 
 
-def test_buckets_are_few_and_hold_all_data(fitted):
+def test_chosen_buckets_are_few_and_hold_all_data(fitted):
     run, sources, _ = fitted
     examples = [example for source in sources.values() for example in source]
     signals = [len(run.encoder.signals(example)) for example in examples]
@@ -48,6 +48,6 @@ def test_pairs_count_with_the_longest_summary(fitted):
     assert any(longest + run.config.limits.summary <= size for size in run.buckets)
 
 
-def test_given_buckets_stay(fitted):
+def test_given_buckets_are_kept(fitted):
     _, sources, given = fitted
     assert given.fitted(sources).buckets == given.buckets == given.config.limits.buckets != ()

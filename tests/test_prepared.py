@@ -1,4 +1,4 @@
-"""Prepared data comes back as it went in, in an order that resumes exactly; and each data set is found by its name."""
+"""Prepared data comes back unchanged, in an order that resumes exactly, and data sets are found by name."""
 
 import collections
 import json
@@ -48,7 +48,7 @@ def test_examples_come_back_equal_and_in_order(tmp_path: pathlib.Path) -> None:
     assert (len(sources["train"]), sources["train"][6]) == (7, data["train"][6])
 
 
-def test_prepared_data_is_reused_and_never_stale(tmp_path: pathlib.Path) -> None:
+def test_prepared_data_is_reused_but_never_stale(tmp_path: pathlib.Path) -> None:
     def folders() -> set[str]:
         return {path.name for path in (tmp_path / "preference_examples").iterdir()}
 
@@ -65,7 +65,7 @@ def test_prepared_data_is_reused_and_never_stale(tmp_path: pathlib.Path) -> None
     assert len(folders()) == 3
 
 
-def test_content_hash_sees_texts_order_and_splits() -> None:
+def test_content_hash_depends_on_texts_order_and_splits() -> None:
     a, b = make(2)
     hashes = [
         prepared.content_hash(data)
@@ -81,7 +81,7 @@ def test_content_hash_sees_texts_order_and_splits() -> None:
     assert hashes[0] == prepared.content_hash({"train": make(2)})
 
 
-def test_an_interrupted_preparation_is_done_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_preparation_is_repeated(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def dies_after_two(builder, examples):
         for i, example in enumerate(examples):
             if i == 2:
@@ -96,7 +96,7 @@ def test_an_interrupted_preparation_is_done_again(tmp_path: pathlib.Path, monkey
     assert list(prepared.prepare("fake", data, "k", tmp_path)["train"]) == data["train"]
 
 
-def test_an_empty_split_is_the_users_mistake(tmp_path: pathlib.Path) -> None:
+def test_an_empty_split_is_a_user_error(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="data set 'fake': the split 'test' is empty"):
         prepared.prepare("fake", {"train": make(1), "test": []}, "", tmp_path)
 
@@ -106,7 +106,7 @@ def test_tensorflow_is_never_imported(source: prepared.ExampleSource) -> None:
     assert "tensorflow" not in sys.modules
 
 
-def test_every_epoch_is_another_permutation_that_the_seed_decides(source: prepared.ExampleSource) -> None:
+def test_every_epoch_is_a_new_permutation_determined_by_the_seed(source: prepared.ExampleSource) -> None:
     def draw(seed: int) -> list[str]:
         iterator = prepared.training_iterator(source, 1, seed)
         return [name for _ in range(2 * len(source)) for name in names(next(iterator))]
@@ -121,7 +121,7 @@ def test_every_epoch_is_another_permutation_that_the_seed_decides(source: prepar
     assert order != draw(1)
 
 
-def test_batches_have_their_size_and_run_across_epochs(source: prepared.ExampleSource) -> None:
+def test_batches_have_the_given_size_and_cross_epochs(source: prepared.ExampleSource) -> None:
     iterator = prepared.training_iterator(source, 4, 0)
     batches = [next(iterator) for _ in range(23)]  # 92 = 4 epochs of 23.
     assert {len(batch) for batch in batches} == {4}
@@ -130,14 +130,14 @@ def test_batches_have_their_size_and_run_across_epochs(source: prepared.ExampleS
 
 
 @pytest.mark.parametrize("taken", [0, 3, 6, 17])
-def test_a_state_resumes_exactly_also_in_mid_epoch_and_through_json(source: prepared.ExampleSource, taken: int) -> None:
+def test_a_state_resumes_exactly_in_mid_epoch_and_through_json(source: prepared.ExampleSource, taken: int) -> None:
     iterator = prepared.training_iterator(source, 4, 0)
     for _ in range(taken):
         next(iterator)
     state = json.loads(json.dumps(iterator.get_state()))
     rest = [names(next(iterator)) for _ in range(12)]
     resumed = prepared.training_iterator(source, 4, 0)
-    next(resumed)  # The state, not the position of a fresh iterator, decides.
+    next(resumed)  # set_state must override the iterator's position.
     resumed.set_state(state)
     assert [names(next(resumed)) for _ in range(12)] == rest
 
@@ -155,7 +155,7 @@ def users_config(tmp_path: pathlib.Path, n: int = 10):
     return config
 
 
-def test_users_are_held_out_whole_and_each_is_somewhere(tmp_path: pathlib.Path) -> None:
+def test_held_out_users_and_training_users_partition_all_users(tmp_path: pathlib.Path) -> None:
     config = users_config(tmp_path)
     data = load(config)
     train, test = ({example.user for example in data[split]} for split in ("train", "test"))
@@ -167,7 +167,7 @@ def test_users_are_held_out_whole_and_each_is_somewhere(tmp_path: pathlib.Path) 
     assert {example.user for example in load(config)["test"]} != test
 
 
-def test_test_users_may_come_from_their_own_file(tmp_path: pathlib.Path) -> None:
+def test_test_users_may_come_from_a_separate_file(tmp_path: pathlib.Path) -> None:
     config = users_config(tmp_path)
     config.data.test_path = str(tmp_path / "test.jsonl")
     users.write_users(
@@ -181,7 +181,7 @@ def test_test_users_may_come_from_their_own_file(tmp_path: pathlib.Path) -> None
         load(config)
 
 
-def test_numbers_of_users_are_honoured_or_refused(tmp_path: pathlib.Path) -> None:
+def test_user_counts_are_honoured_or_refused(tmp_path: pathlib.Path) -> None:
     config = users_config(tmp_path)
     everyone = load(config)
     config.data.train_users, config.data.test_users = 4, 2
@@ -192,12 +192,12 @@ def test_numbers_of_users_are_honoured_or_refused(tmp_path: pathlib.Path) -> Non
         load(config)
 
 
-def test_mistakes_in_the_data_config(tmp_path: pathlib.Path) -> None:
+def test_errors_in_the_data_config(tmp_path: pathlib.Path) -> None:
     config = users_config(tmp_path, n=1)
     with pytest.raises(UserError, match="1 users cannot be split at data.test_fraction = 0.3"):
         load(config)
     config.data.path = ""
-    with pytest.raises(UserError, match="data.path is empty; data.dataset = 'users' reads a file"):
+    with pytest.raises(UserError, match="data.path is empty, .*data.dataset = 'users'"):
         load(config)
     config.data.dataset = "psoups"
     with pytest.raises(UserError, match="data.path is empty"):
@@ -205,7 +205,7 @@ def test_mistakes_in_the_data_config(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("separate_folder", [False, True])
-def test_from_config_prepares_where_the_config_says(tmp_path: pathlib.Path, separate_folder: bool) -> None:
+def test_from_config_prepares_data_in_the_configured_folder(tmp_path: pathlib.Path, separate_folder: bool) -> None:
     config = users_config(tmp_path)
     if separate_folder:
         config.data.prepared_dir = str(tmp_path / "elsewhere")
@@ -222,7 +222,7 @@ def test_stylebook_is_found_by_name(tmp_path: pathlib.Path) -> None:
     assert (len(data["train"]), len(data["test"])) == (3, 2)
 
 
-def test_psoups_settings_reach_the_reader(tmp_path: pathlib.Path) -> None:
+def test_psoups_settings_are_passed_to_the_reader(tmp_path: pathlib.Path) -> None:
     def pair(i: int) -> dict[str, str]:
         return {"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"}
 

@@ -1,4 +1,4 @@
-"""The decoder's product against einsum, and the types that its gradient's products run in."""
+"""The decoder's product against einsum, and the dtypes of its gradient's products."""
 
 import re
 
@@ -26,7 +26,7 @@ def value_and_grads(fn, x, y):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_in_float32_it_is_einsum(spec):
+def test_float32_equals_einsum(spec):
     x, y = operands(spec, jnp.float32)
     got = value_and_grads(lambda x, y: product(spec, x, y), x, y)
     expected = value_and_grads(lambda x, y: jnp.einsum(spec, x, y), x, y)
@@ -34,26 +34,26 @@ def test_in_float32_it_is_einsum(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_in_bfloat16_sums_are_float32_and_gradients_close(spec):
+def test_bfloat16_has_float32_sums_and_close_gradients(spec):
     x, y = operands(spec, jnp.bfloat16)
     exact = value_and_grads(lambda x, y: jnp.einsum(spec, x, y), x.astype(jnp.float32), y.astype(jnp.float32))
     value, grads = value_and_grads(lambda x, y: product(spec, x, y), x, y)
     assert value.dtype == jnp.float32 and {g.dtype for g in grads} == {jnp.dtype(jnp.bfloat16)}
     np.testing.assert_allclose(value, exact[0], rtol=1e-5)
     for got, expected in zip(grads, exact[1], strict=True):
-        # A cotangent and a result each rounded to 8 bits.
+        # The cotangent and the result are each rounded to 8 bits.
         np.testing.assert_allclose(got.astype(jnp.float32), expected, rtol=0.02, atol=0.02 * float(abs(expected).max()))
 
 
 def dots(fn, x, y):
-    """The operand types of every product in the compiled-for program of fn's value and gradients."""
+    """Returns the operand dtypes of every product in the lowered value and gradients of fn."""
     program = jax.jit(lambda x, y: value_and_grads(fn, x, y)).lower(x, y).as_text()
     found = re.findall(r"dot_general.*: \(tensor<([^>]*)>, tensor<([^>]*)>\)", program)
     return [{shape.split("x")[-1] for shape in shapes} for shapes in found]
 
 
-def test_no_product_of_the_gradient_takes_a_float32_operand():
+def test_bfloat16_gradients_take_no_float32_operand():
     x, y = operands("ri,io->ro", jnp.bfloat16)
     assert dots(lambda x, y: product("ri,io->ro", x, y), x, y) == [{"bf16"}] * 3
-    left_to_autodiff = dots(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32), x, y)
-    assert {"bf16", "f32"} in left_to_autodiff or {"f32"} in left_to_autodiff
+    plain = dots(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32), x, y)
+    assert {"bf16", "f32"} in plain or {"f32"} in plain

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import profile, summary
-from popi_jax.cost import hlo
+from popi_jax.modes.cost import hlo
 
 TEXT = """HloModule jit_step
 

@@ -1,4 +1,4 @@
-"""prompts.jsonl: what is read, and how a mistake in it is told."""
+"""prompts.jsonl: reading it, and the errors for mistakes in it."""
 
 import json
 
@@ -14,7 +14,7 @@ def write(folder, *lines):
     return path
 
 
-def test_summaries_come_from_the_line_or_from_beside(tmp_path):
+def test_summaries_come_from_the_line_or_from_the_file_beside_it(tmp_path):
     (tmp_path / "summaries.jsonl").write_text(
         '{"user": "u", "summary": "Likes\u2028lists.", "step": 3}\n{"user": "v", "summary": ""}\n'
     )
@@ -40,20 +40,20 @@ def test_summaries_come_from_the_line_or_from_beside(tmp_path):
         ({"summary": "s"}, ":1: field 'prompt' is missing"),
         ({"prompt": " ", "summary": "s"}, ":1: field 'prompt' is empty"),
         ({"prompt": "Why?", "summary": ""}, ":1: field 'summary' is empty"),
-        ({"prompt": "Why?"}, ":1: needs the field 'summary', or 'user'"),
-        ({"prompt": "Why?", "user": ["u"]}, ":1: needs the field 'summary', or 'user'"),
+        ({"prompt": "Why?"}, ":1: neither the field 'summary' nor a 'user'"),
+        ({"prompt": "Why?", "user": ["u"]}, ":1: neither the field 'summary' nor a 'user'"),
         ({"prompt": "Why?", "sumary": "s"}, ":1: unknown field 'sumary'"),
-        ("", ": holds no prompts"),
+        ("", ": no prompts"),
     ],
 )
-def test_a_mistake_names_file_line_and_field(tmp_path, line, shown):
+def test_an_error_names_file_line_and_field(tmp_path, line, shown):
     path = write(tmp_path, line)
     with pytest.raises(UserError) as error:
         prompts.read_prompts(path)
     assert f"{path}{shown}" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_mistake_in_the_summaries_beside_is_named(tmp_path):
+def test_a_mistake_in_summaries_jsonl_is_named(tmp_path):
     (tmp_path / "summaries.jsonl").write_text('{"user": "u"}\n')
-    with pytest.raises(UserError, match=r"summaries.jsonl:1: field 'summary' is missing or no text"):
+    with pytest.raises(UserError, match=r"summaries.jsonl:1: field 'summary' is missing"):
         prompts.read_prompts(write(tmp_path, {"prompt": "Why?", "user": "u"}))

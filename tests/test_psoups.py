@@ -1,4 +1,4 @@
-"""P-Soups: leaks and draws, on a synthetic file with the real one's traps, and on the real one where it is at hand."""
+"""P-Soups: leaks and draws, on a synthetic file with the pitfalls of the real one, and on the real one if present."""
 
 import collections
 import json
@@ -23,10 +23,10 @@ def pair(prompt: str, persona: str) -> dict[str, str]:
 
 
 def synthetic_rows() -> list[dict[str, Any]]:
-    """Rows of 84 prompts, sorted by persona as real files are.
+    """Rows for 84 prompts, sorted by persona as in real files.
 
-    Prompt i occurs i % 3 + 1 times for the persona i % 2, from prompt 72 on for both. Shipped signals come from 6
-    prompts, of which 4 are query prompts too.
+    Prompt i occurs i % 3 + 1 times for persona i % 2; prompts from 72 on occur for both personas. Shipped signals use 6
+    prompts, of which 4 are also query prompts.
     """
     rows = []
     for p, persona in enumerate(PERSONAS):
@@ -86,7 +86,7 @@ def test_disjoint_leaks_nothing(path: pathlib.Path, seed: int, queries: int) -> 
         assert len(set(prompts)) == len(prompts)
 
 
-def test_signals_and_queries_are_rows_of_the_examples_persona(path: pathlib.Path) -> None:
+def test_signals_and_queries_are_rows_with_the_examples_persona(path: pathlib.Path) -> None:
     rows = json.loads(path.read_text())
     data = psoups.read_psoups(path, queries_per_user=2)
     for example in data["train"] + data["test"]:
@@ -101,7 +101,7 @@ def test_signals_and_queries_are_rows_of_the_examples_persona(path: pathlib.Path
 
 @pytest.mark.parametrize("protocol", ["disjoint", "shipped"])
 @pytest.mark.parametrize("queries", [1, 3])
-def test_each_row_is_a_query_once_a_draw(path: pathlib.Path, protocol: str, queries: int) -> None:
+def test_each_row_is_a_query_once_per_draw(path: pathlib.Path, protocol: str, queries: int) -> None:
     data = psoups.read_psoups(
         path, signals=protocol, train_draws=3, test_draws=2, queries_per_user=queries, test_queries_per_user=queries
     )
@@ -124,7 +124,7 @@ def test_draws_differ_in_signals_and_users_are_unique(path: pathlib.Path) -> Non
     assert len({example.user for example in train}) == len(train)
 
 
-def test_test_rows_are_the_same_for_every_protocol_and_number_of_draws(path: pathlib.Path) -> None:
+def test_test_rows_do_not_depend_on_protocol_or_number_of_draws(path: pathlib.Path) -> None:
     base = query_rows(psoups.read_psoups(path)["test"])
     for other in ({"signals": "shipped"}, {"train_draws": 3, "queries_per_user": 4}, {"test_queries_per_user": 3}):
         assert query_rows(psoups.read_psoups(path, **other)["test"]) == base
@@ -132,7 +132,7 @@ def test_test_rows_are_the_same_for_every_protocol_and_number_of_draws(path: pat
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_test_prompts_are_in_nobodys_shipped_signals_and_of_the_asked_size(path: pathlib.Path, seed: int) -> None:
+def test_test_prompts_are_in_no_shipped_signals_and_test_has_the_requested_size(path: pathlib.Path, seed: int) -> None:
     rows = json.loads(path.read_text())
     counts: collections.Counter[str] = collections.Counter()
     data = psoups.read_psoups(path, signals="shipped", seed=seed, counts=counts)
@@ -142,7 +142,7 @@ def test_test_prompts_are_in_nobodys_shipped_signals_and_of_the_asked_size(path:
     assert set(counts) == {"shipped signals that show their own query"}
 
 
-def test_shipped_signals_are_the_rows_own_less_the_queries(path: pathlib.Path) -> None:
+def test_shipped_signals_are_the_rows_own_without_the_queries(path: pathlib.Path) -> None:
     rows = json.loads(path.read_text())
     counts: collections.Counter[str] = collections.Counter()
     data = psoups.read_psoups(path, signals="shipped", counts=counts)
@@ -156,12 +156,12 @@ def test_shipped_signals_are_the_rows_own_less_the_queries(path: pathlib.Path) -
     assert dropped > 0
 
 
-def test_the_real_files_figures() -> None:
+def test_the_counts_of_the_real_file() -> None:
     if not REAL.exists():
         pytest.skip(f"the P-Soups file is not at {REAL}; set POPI_PSOUPS to its path")
     data = psoups.read_psoups(REAL, signals="shipped", seed=1)
     assert (len(data["train"]), len(data["test"])) == (420, 180)
-    assert sum(len(e.signals) for split in data.values() for e in split) == 600 * 4 - 3  # Three rows show themselves.
+    assert sum(len(e.signals) for split in data.values() for e in split) == 600 * 4 - 3  # Three show their own query.
     assert len(query_prompts(data["train"]) | query_prompts(data["test"])) == 211
 
 
@@ -172,7 +172,7 @@ def test_reading_is_deterministic_and_the_first_examples_are_a_fair_sample(path:
     assert {example.persona for example in data["test"][:12]} == {example.persona for example in data["test"]}
 
 
-def test_shipped_drops_training_rows_that_show_a_test_prompt_where_unshown_prompts_do_not_suffice(
+def test_shipped_drops_training_rows_that_show_a_test_prompt_if_unshown_prompts_are_too_few(
     tmp_path: pathlib.Path,
 ) -> None:
     rows = [
@@ -188,7 +188,7 @@ def test_shipped_drops_training_rows_that_show_a_test_prompt_where_unshown_promp
     assert 1 <= dropped <= 3
 
 
-def test_a_prompt_with_many_rows_never_meets_itself_in_an_example(tmp_path: pathlib.Path) -> None:
+def test_a_frequent_prompt_occurs_at_most_once_in_an_example(tmp_path: pathlib.Path) -> None:
     rows = synthetic_rows()
     common = pair("common", "simple") | {psoups.PERSONA: "simple", psoups.FEEDBACK: rows[0][psoups.FEEDBACK]}
     data = psoups.read_psoups(write(tmp_path, rows + [common] * 60), queries_per_user=8, test_fraction=0.2)
@@ -221,7 +221,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("rows", "message"), MISTAKES, ids=[message for _, message in MISTAKES])
-def test_each_mistake_in_the_file_is_one_line(tmp_path: pathlib.Path, rows: Any, message: str) -> None:
+def test_each_error_about_the_file_is_one_line(tmp_path: pathlib.Path, rows: Any, message: str) -> None:
     path = write(tmp_path, rows)
     with pytest.raises(UserError, match=message) as caught:
         psoups.read_psoups(path)
@@ -229,7 +229,7 @@ def test_each_mistake_in_the_file_is_one_line(tmp_path: pathlib.Path, rows: Any,
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_or_broken_file_is_one_line(tmp_path: pathlib.Path) -> None:
+def test_the_error_about_a_missing_or_broken_file_is_one_line(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="none.json: no such file; set data.path"):
         psoups.read_psoups(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text('[\n{"prompt": 1},\n{]')
@@ -241,8 +241,8 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path: pathlib.Path) -> None:
     ("setting", "message"),
     [
         ({"signals": "both"}, "data.signals = 'both' is unknown"),
-        ({"test_fraction": 0.0}, "data.test_fraction = 0.0; use a share"),
-        ({"test_fraction": 1.0}, "data.test_fraction = 1.0; use a share"),
+        ({"test_fraction": 0.0}, "data.test_fraction = 0.0; use"),
+        ({"test_fraction": 1.0}, "data.test_fraction = 1.0; use"),
         ({"signals_per_user": 0}, "signals_per_user = 0"),
         ({"train_draws": 0}, "draws = 0"),
         ({"test_queries_per_user": 0}, "queries_per_user = 0"),

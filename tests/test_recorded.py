@@ -1,4 +1,4 @@
-"""A run's config.json is its config."""
+"""The config.json of a run reproduces its config."""
 
 import json
 
@@ -7,14 +7,14 @@ import pytest
 from configs import psoups_smollm2, recorded
 
 
-def test_config_json_gives_the_config_back(tmp_path):
+def test_config_json_reproduces_the_config(tmp_path):
     config = psoups_smollm2.get_config()
     path = tmp_path / "config.json"
     path.write_text(config.to_json_best_effort())
     assert recorded.get_config(str(path)).to_dict() == config.to_dict()
 
 
-def test_an_unknown_key_is_refused(tmp_path):
+def test_unknown_key_is_refused(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"optim": {"learning_rate": 1}}))
     with pytest.raises((AttributeError, KeyError), match="learning_rate"):

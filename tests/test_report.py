@@ -109,7 +109,7 @@ def test_page_shows_the_content_of_the_files(workdir):
         assert expected in text, expected
     for field in ("persona", "summary", "prompt", "response", "chosen", "rejected", "signals"):
         assert SAMPLE[field] in text, field
-    assert "I(o; z), nats" not in text  # No row has it.
+    assert "I(o; z), nats" not in text  # No row has a value for it.
 
 
 def test_plots_are_written_and_not_blank(workdir):
@@ -188,12 +188,12 @@ def test_seeds_are_averaged():
     assert popi.context_tokens == pytest.approx(20.5)
     assert base.popi_minus_this == (0.40, 0.375, 0.42)
     assert popi.popi_minus_this is None and popi.informativeness is None
-    assert bayes.context_tokens is None and bayes.interval is None  # NaN is no bound.
+    assert bayes.context_tokens is None and bayes.interval is None  # One of its bounds is NaN.
 
 
 def test_personas_are_drawn_where_rows_have_them():
     assert plots.personas_figure(plots.summarize(ROWS)) is None
-    prices = "pays $20, not \\$30%, for $x_{"  # Matplotlib would take this for mathematics.
+    prices = "pays $20, not \\$30%, for $x_{"  # Matplotlib would parse this as mathematics.
     rows = [row("popi", s, 0.9, accuracy_by_persona={"likes " * 50: 0.8 + s / 10, prices: 1.0}) for s in (0, 1)]
     figure = plots.personas_figure(plots.summarize(rows))
     figure.savefig(io.BytesIO())
@@ -217,4 +217,4 @@ def test_table_prints_every_method():
     assert base[:4] == ["base", "50.0% [48.0%, 51.0%]", "+40.0 [+37.5, +42.0]", "20.0"]
     assert popi == ["popi", "92.0% [90.0%, 93.0%]", "20.5", "20.5", "0.25", "1,000", "2"]
     assert bayes == ["bayes_signals", "97.0%", "1,000", "1"]
-    assert "I(o; z), nats" not in header  # No row has it.
+    assert "I(o; z), nats" not in header  # No row has a value for it.

@@ -1,4 +1,4 @@
-"""Rounding by chance against the two neighbours by hand, and small updates against float32 weights."""
+"""Stochastic rounding picks one of the two neighbours, and keeps the sum of small updates."""
 
 import dataclasses
 
@@ -9,35 +9,35 @@ import numpy as np
 import optax
 
 from popi_jax.model.policy import Policy
-from popi_jax.training import rounding, steps
+from popi_jax.training import rng, rounding, steps
 from tests import test_steps, tiny
 
 ADAM = optax.adam(1e-3)
 
 
 def neighbours(x):
-    """The two bfloat16 numbers around each float32, by cutting its lower half and going one further."""
+    """Returns the two bfloat16 numbers around each float32: the one with the lower half cut off, and the next."""
     low = (x.view(np.uint32) & 0xFFFF0000).astype(np.uint32)
     return low.view(np.float32), np.where(low == x.view(np.uint32), low, low + 0x10000).astype(np.uint32).view(
         np.float32
     )
 
 
-def test_a_number_becomes_a_neighbour_with_its_own_odds():
-    rng = np.random.default_rng(0)
-    x_N = (rng.normal(size=8) * 10.0 ** rng.integers(-6, 6, 8)).astype(np.float32)
+def test_rounds_to_a_neighbour_and_is_unbiased():
+    generator = np.random.default_rng(0)
+    x_8 = (generator.normal(size=8) * 10.0 ** generator.integers(-6, 6, 8)).astype(np.float32)
     draws = 20_000
-    rounded = rounding.stochastic_round(jnp.asarray(np.tile(x_N, (draws, 1))), jax.random.key(0))
+    rounded = rounding.stochastic_round(jnp.asarray(np.tile(x_8, (draws, 1))), jax.random.key(0))
     assert rounded.dtype == jnp.bfloat16
-    rounded_DxN = np.asarray(rounded, np.float64)
-    near_N, far_N = neighbours(x_N)
-    assert np.all((rounded_DxN == near_N) | (rounded_DxN == far_N))
-    error_N = np.abs(rounded_DxN.mean(axis=0) - x_N)
-    assert np.all(error_N < 4 * rounded_DxN.std(axis=0) / np.sqrt(draws))
-    assert np.all(np.abs(far_N - near_N) > 100 * error_N / 4)  # The check above could have failed.
+    rounded_x8 = np.asarray(rounded, np.float64)
+    near_8, far_8 = neighbours(x_8)
+    assert np.all((rounded_x8 == near_8) | (rounded_x8 == far_8))
+    error_8 = np.abs(rounded_x8.mean(axis=0) - x_8)
+    assert np.all(error_8 < 4 * rounded_x8.std(axis=0) / np.sqrt(draws))
+    assert np.all(np.abs(far_8 - near_8) > 100 * error_8 / 4)  # The check above could have failed.
 
 
-def test_what_bfloat16_holds_stays():
+def test_bfloat16_numbers_are_unchanged():
     x = np.array([0.0, -0.0, 1.0, -3.5, 2.0**-100, np.inf, -np.inf, np.nan], ml_dtypes.bfloat16).astype(np.float32)
     rounded = np.asarray(rounding.stochastic_round(jnp.asarray(x), jax.random.key(1)), np.float32)
     np.testing.assert_array_equal(rounded, x)
@@ -46,17 +46,17 @@ def test_what_bfloat16_holds_stays():
 def test_updates_too_small_for_bfloat16_add_up():
     params = {"w": jnp.ones((4096,), jnp.bfloat16), "kept": jnp.ones((3,), jnp.float32)}
     updates = jax.tree.map(lambda p: jnp.full(p.shape, 2.0**-11, jnp.float32), params)
-    assert optax.apply_updates(params, updates)["w"].sum() == 4096  # To the nearest, all of them are lost.
+    assert optax.apply_updates(params, updates)["w"].sum() == 4096  # Rounding to nearest loses all of them.
     add = jax.jit(rounding.add)
     for step in range(64):
-        params = add(params, updates, rounding.step_key(jnp.int32(step), "phi"))
+        params = add(params, updates, rng.stream_key(0, "round_phi", step))
     np.testing.assert_array_equal(params["kept"], 1 + 64 * 2.0**-11)
     moved = float(params["w"].astype(jnp.float32).mean()) - 1
     assert abs(moved - 64 * 2.0**-11) < 0.05 * 64 * 2.0**-11
 
 
-def test_a_step_keeps_weights_in_bfloat16_and_moments_in_float32():
-    """Its gradients are those of the float32 step from the same weights, to a bfloat16 product's rounding."""
+def test_step_keeps_weights_in_bfloat16_and_moments_in_float32():
+    """Its gradients equal those of the float32 step from the same weights, up to the rounding of bfloat16 products."""
     config = test_steps.settings(None, tx_phi=ADAM, tx_theta=ADAM)
     half = dataclasses.replace(config, policy=Policy(dataclasses.replace(tiny.CONFIG, trained_dtype="bfloat16"), None))
     base, state, batch = test_steps.world(config, micros=(1, 2))

@@ -43,7 +43,7 @@ def prompts(B=3, T=6, seed=0):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_log_probs_are_the_trainers(temperature):
+def test_log_probs_equal_the_trainers(temperature):
     prompt, length = prompts()
     out = draw(prompt, length, jax.random.key(0), 4, 8, temperature)
     batch = PrefixBatch(prompt, length, out.tokens_BxNxS, out.length_BxN)
@@ -51,7 +51,7 @@ def test_log_probs_are_the_trainers(temperature):
     np.testing.assert_allclose(out.logp_BxNxS, scores.logp_BxNxS, atol=1e-4)
 
 
-def test_several_loops_draw_what_one_does(monkeypatch):
+def test_several_loops_draw_the_same_as_one(monkeypatch):
     prompt, length = prompts()
     one = draw(prompt, length, jax.random.key(0), 4, 11, stop_ids=(3,))
     monkeypatch.setattr(sampler, "_LOOP_TOKENS", 3)
@@ -62,7 +62,7 @@ def test_several_loops_draw_what_one_does(monkeypatch):
 
 
 def decoded(monkeypatch, *args, **options):
-    """What is drawn turn by turn, and how many prompts each decoded token was for."""
+    """Returns the samples, drawn without jit, and the number of prompts in each decode step."""
     widths = []
 
     def spy(self, tokens_BxN, *args):
@@ -75,14 +75,14 @@ def decoded(monkeypatch, *args, **options):
         return draw(*args, **options), widths
 
 
-def test_prompts_that_are_not_done_go_on_in_half_the_batch(monkeypatch):
+def test_unfinished_prompts_continue_in_half_the_batch(monkeypatch):
     prompt, length = prompts(B=5)
-    length[2] = 0  # Padding is done from the start.
+    length[2] = 0  # Padding is finished from the start.
     given = (prompt, length, jax.random.key(13), 2, 8)
     out, widths = decoded(monkeypatch, *given, stop_ids=(3, 5, 7, 11))
-    # A prompt waits for the longer of its two. Of 5 prompts 3 may wait in half the batch, 2 in half of that.
+    # A prompt runs until the longer of its two branches ends. Of 5 prompts, 3 fit in half the batch, 2 in half of that.
     longest, _, third, fourth, _ = sorted(np.asarray(out.length_BxN).max(axis=1).tolist(), reverse=True)
-    assert 1 < fourth < third < longest  # Else the key makes no test of all three sizes.
+    assert 1 < fourth < third < longest  # Otherwise the key does not test all three sizes.
     assert widths == [5] * (fourth - 1) + [3] * (third - fourth) + [2] * (longest - third)
 
     monkeypatch.setattr(sampler, "_HALVINGS", 0)
@@ -94,14 +94,14 @@ def test_prompts_that_are_not_done_go_on_in_half_the_batch(monkeypatch):
     np.testing.assert_allclose(out.logp_BxNxS, whole.logp_BxNxS, atol=1e-5)
 
 
-def test_devices_whose_prompts_are_done_at_different_times_draw_what_one_does():
+def test_devices_that_finish_at_different_times_draw_the_same_as_one():
     prompt, length = prompts(B=16)
     key = jax.random.key(11)
     one = draw(prompt, length, key, 2, 24, stop_ids=(3, 5, 7, 11))
-    waits_GxE = np.asarray(one.length_BxN).max(axis=1).reshape(4, 4)
-    # No more than two of each device's four wait, then no more than one, and which they are differs.
-    assert len({frozenset(places) for places in np.argsort(waits_GxE)[:, 2:].tolist()}) == 3
-    _, two, one_waits, all_done = np.sort(waits_GxE).max(axis=0)
+    waits_ShxBs = np.asarray(one.length_BxN).max(axis=1).reshape(4, 4)
+    # At most two of each device's four prompts remain, then at most one, and not in the same places.
+    assert len({frozenset(places) for places in np.argsort(waits_ShxBs)[:, 2:].tolist()}) == 3
+    _, two, one_waits, all_done = np.sort(waits_ShxBs).max(axis=0)
     assert two < one_waits < all_done
     mesh = sharding.make_mesh(2, 2, 2)
     rows = jax.device_put((prompt, length), sharding.batch_sharding(mesh))
@@ -112,7 +112,7 @@ def test_devices_whose_prompts_are_done_at_different_times_draw_what_one_does():
     np.testing.assert_allclose(one.logp_BxNxS, split.logp_BxNxS, atol=1e-5)
 
 
-def test_turns_are_all_of_the_whole_batch():
+def test_turns_without_early_stops():
     assert sampler.turns(48) == (47, 0, 0)
     assert sampler.turns(512) == (511, 0, 0) and sampler.turns(513) == (256, 256, 0, 0)
     assert sampler.turns(4096) == (1023, 1024, 1024, 1024, 0, 0)
@@ -183,7 +183,7 @@ def test_top_p_keeps_the_smallest_nucleus_and_normalises_it():
     np.testing.assert_allclose(np.exp(half[0]), np.array([25, 9, 2.25, 0.25]) / 36.5, atol=1e-6)
 
 
-def test_keys_decide():
+def test_the_key_determines_the_samples():
     prompt, length = prompts()
     one, same = (draw(prompt, length, jax.random.key(8), 3, 6) for _ in range(2))
     other = draw(prompt, length, jax.random.key(9), 3, 6)
@@ -192,7 +192,7 @@ def test_keys_decide():
     assert (np.asarray(one.tokens_BxNxS[:, 0]) != np.asarray(one.tokens_BxNxS[:, 1])).any()
 
 
-def test_a_draw_is_that_of_jax_random_categorical():
+def test_a_draw_equals_jax_random_categorical():
     key, V = jax.random.key(3), 1000
     logp_XxV = sampler.truncate(2 * jax.random.normal(jax.random.key(4), (500, V)), temperature=1.0, top_p=0.9)
     got_X = sampler._first_largest(logp_XxV + jax.random.gumbel(key, logp_XxV.shape))

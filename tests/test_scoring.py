@@ -1,4 +1,4 @@
-"""Scoring with shared prefixes against one plain sequence per branch."""
+"""Scoring with shared prefixes equals scoring one plain sequence per branch."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ DELTA = tiny.perturbed(POLICY.init_delta(BASE, jax.random.key(2)), 3)
 
 
 def separate(delta, batch, temperature=1.0):
-    """Log-probability of each branch token from an unpadded sequence of its own, and the full distributions."""
+    """Returns the log-distribution at each token of a branch, [S, V], from its own unpadded sequence, per (b, n)."""
     decoder = POLICY.bind(BASE, delta)
     out = {}
     for b in range(batch.prefix_BxT.shape[0]):
@@ -30,12 +30,12 @@ def separate(delta, batch, temperature=1.0):
 
 
 @pytest.mark.parametrize("chunk", [1024, 7])
-def test_equals_separate_sequences(chunk):
+def test_scores_equal_those_of_separate_sequences(chunk):
     batch = tiny.rows(np.random.default_rng(0), 3, 2, 6, 5)
     scores = jax.jit(lambda b: scoring.score(POLICY.bind(BASE, DELTA), b, chunk=chunk))(batch)
-    for (b, n), logp_rxV in separate(DELTA, batch).items():
+    for (b, n), logp_SxV in separate(DELTA, batch).items():
         length = batch.branch_length_BxN[b, n]
-        expected = logp_rxV[np.arange(length), batch.branches_BxNxS[b, n, :length]]
+        expected = logp_SxV[np.arange(length), batch.branches_BxNxS[b, n, :length]]
         np.testing.assert_allclose(scores.logp_BxNxS[b, n, :length], expected, atol=1e-5)
         assert (scores.logp_BxNxS[b, n, length:] == 0).all()
 
@@ -50,9 +50,9 @@ def test_gradients_equal_those_of_separate_sequences():
 
     def apart(delta):
         total = 0.0
-        for (b, n), logp_rxV in separate(delta, batch).items():
+        for (b, n), logp_SxV in separate(delta, batch).items():
             length = batch.branch_length_BxN[b, n]
-            picked = logp_rxV[np.arange(length), batch.branches_BxNxS[b, n, :length]]
+            picked = logp_SxV[np.arange(length), batch.branches_BxNxS[b, n, :length]]
             total += weight_BxN[b, n] * picked.sum()
         return total
 
@@ -67,16 +67,16 @@ def test_kl_and_reference_at_a_temperature():
         POLICY.bind(BASE, DELTA), batch, temperature=temperature, reference=POLICY.bind(BASE, None), chunk=3
     )
     own, ref = separate(DELTA, batch, temperature), separate(None, batch, temperature)
-    for key, logp_rxV in own.items():
+    for key, logp_SxV in own.items():
         length = batch.branch_length_BxN[key]
-        p = np.exp(np.asarray(logp_rxV, np.float64))
-        kl = (p * (np.asarray(logp_rxV, np.float64) - np.asarray(ref[key], np.float64))).sum(-1)
+        p = np.exp(np.asarray(logp_SxV, np.float64))
+        kl = (p * (np.asarray(logp_SxV, np.float64) - np.asarray(ref[key], np.float64))).sum(-1)
         np.testing.assert_allclose(scores.kl_BxNxS[key][:length], kl, atol=1e-5)
         picked = ref[key][np.arange(length), batch.branches_BxNxS[key][:length]]
         np.testing.assert_allclose(scores.ref_logp_BxNxS[key][:length], picked, atol=1e-5)
 
 
-def test_rows_of_padding_are_finite_and_silent():
+def test_rows_of_padding_are_finite_and_have_no_effect():
     batch = tiny.rows(np.random.default_rng(3), 2, 2, 5, 4)
     batch.prefix_length_B[1] = 0
     batch.branch_length_BxN[1] = 0

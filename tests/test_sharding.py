@@ -1,4 +1,4 @@
-"""The mesh, the rules, and that a sharded model computes what one device computes (8 virtual CPU devices)."""
+"""The mesh and the rules; a sharded model equals a model on one device (8 virtual CPU devices)."""
 
 import dataclasses
 import functools
@@ -10,11 +10,11 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 
-from popi_jax.cost import traffic
 from popi_jax.errors import UserError
 from popi_jax.model import sharding, weights
 from popi_jax.model.config import LORA_TARGETS, LoraConfig, ModelConfig
 from popi_jax.model.policy import Policy
+from popi_jax.modes.cost import traffic
 
 CONFIG = ModelConfig(
     vocab_size=32,
@@ -63,7 +63,7 @@ def trees(policy):
 
 
 @pytest.mark.parametrize(("name", "sizes"), CASES)
-def test_a_sharded_model_computes_what_one_device_computes(name, sizes):
+def test_a_sharded_model_equals_one_device(name, sizes):
     policy = POLICIES[name]
     base, delta = trees(policy)
     want = loss_and_grads(policy, base, delta, rows())
@@ -80,7 +80,7 @@ def test_a_sharded_model_computes_what_one_device_computes(name, sizes):
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-3, atol=1e-6), got[2], want[2])
 
 
-def test_a_mesh_in_context_holds_activations_to_their_rows():
+def test_activations_are_split_by_rows():
     policy = POLICIES["full"]
     base, _ = trees(policy)
     want = policy.bind(base, None)(*rows())
@@ -123,8 +123,8 @@ def test_sharded_decode_equals_one_device():
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_a_decoded_token_sends_its_rows_and_no_weight():
-    """Weights that fsdp splits are used where they lie; for a batch of many tokens they are gathered as ever."""
+def test_decoding_sends_rows_instead_of_weights():
+    """Decoding uses the pieces of a weight that fsdp splits in place; a batch of many tokens gathers them."""
     policy = Policy(dataclasses.replace(CONFIG, d_model=64, d_ff=256, vocab_size=512))
     base, _ = trees(policy)
     batch = rows(8, 64)
@@ -152,15 +152,15 @@ def test_a_decoded_token_sends_its_rows_and_no_weight():
     layers = sum(x.nbytes for x in jax.tree.leaves(base["layers"]))
     assert read["all-gather"].bytes > 0.8 * layers
     assert 0 < sum(sent.bytes for sent in decoded.values()) < 0.5 * layers
-    # A sum over the pieces goes to the devices of its rows, not to all.
+    # A sum over the pieces is sent to the devices of its rows, not to all.
     assert "all-reduce" not in decoded or decoded["all-reduce"].bytes < 0.1 * decoded["reduce-scatter"].bytes
 
 
 @pytest.mark.parametrize(
     ("kind", "sizes"), [("lora", (1, 8, 1)), ("lora", (2, 2, 2)), ("full", (2, 4, 1)), ("full", (2, 2, 2))]
 )
-def test_rows_that_are_sent_give_what_one_device_does(kind, sizes):
-    """Logits of a decoded token, and gradients of all trained weights: 8 rows, fewer than any weight is worth."""
+def test_sent_rows_give_the_results_of_one_device(kind, sizes):
+    """Logits of a decoded token, and gradients of all trained weights; 8 rows are too few to gather any weight."""
     policy = dataclasses.replace(
         POLICIES[kind], config=dataclasses.replace(CONFIG, d_model=64, d_ff=256, vocab_size=512, qkv_bias=True)
     )
@@ -186,8 +186,9 @@ def test_rows_that_are_sent_give_what_one_device_does(kind, sizes):
 
 
 def test_embeddings_are_looked_up_in_pieces(capfd):
-    """The compiler finds its way between pieces of the table and rows of the stream, and back, without making either
-    whole on every device; it warns where it does not.
+    """The compiler reshards pieces of the table to rows of the stream, and back, without replicating either.
+
+    It warns if it cannot.
     """
     policy = POLICIES["full"]
     base, _ = trees(policy)
@@ -219,7 +220,7 @@ def test_initial_weights_do_not_depend_on_the_mesh():
 @pytest.mark.parametrize(
     ("sizes", "shape"), [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 4, -1), (1, 4, 2))]
 )
-def test_minus_one_takes_what_is_left(sizes, shape):
+def test_minus_one_takes_the_remaining_devices(sizes, shape):
     mesh = sharding.make_mesh(*sizes)
     assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), shape, strict=True))
     assert set(mesh.axis_types) == {AxisType.Auto}
@@ -231,7 +232,7 @@ def test_a_smaller_mesh_takes_the_first_devices():
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (16, 1, 1), (-1, -1, 1), (0, 1, 1), (-2, 1, 1)])
-def test_bad_meshes_are_the_users_mistake(sizes):
+def test_bad_meshes_raise_a_user_error(sizes):
     with pytest.raises(UserError, match=f"mesh.data={sizes[0]}, mesh.fsdp={sizes[1]}, mesh.tensor={sizes[2]}"):
         sharding.make_mesh(*sizes)
 
@@ -256,7 +257,7 @@ def test_two_axes_on_one_mesh_axis_raise():
         sharding.param_shardings({"w": ("heads", "mlp")}, abstract, sharding.make_mesh(2, 2, 2))
 
 
-def test_optimizer_moments_lie_where_their_weights_do():
+def test_optimizer_moments_are_sharded_like_their_weights():
     policy = POLICIES["full"]
     mesh = sharding.make_mesh(2, 2, 2)
     shardings = param_shardings(policy, mesh)[1]

@@ -1,4 +1,4 @@
-"""The train steps: rewards, accumulation, purity, one trace; sharded equals one device."""
+"""The train steps: rewards, accumulation, which model each step updates, one trace, sharding."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ def settings(lora=None, **changes) -> Settings:
     return Settings(**(fields | changes))
 
 
-def test_a_method_without_an_inference_model_has_no_phi():
+def test_method_without_an_inference_model_has_no_phi():
     config = settings(tx_phi=None)
     base = config.policy.init_base(jax.random.key(0))
     own, both = (steps.init_state(jax.random.key(1), base, c) for c in (config, settings()))
@@ -54,10 +54,11 @@ def test_a_method_without_an_inference_model_has_no_phi():
         assert (own.tx_phi is None) == (method != "popi")
 
 
-def world(config: Settings, seed=0, users=U, empty=False, n_bins=0, groups=1, micros=(1, 1)):
-    """A base, a state away from it, and a batch of users with all kinds of lengths; `empty`: some rows are padding.
+def world(config: Settings, seed=0, users=U, empty=False, n_bins=0, shards=1, micros=(1, 1)):
+    """Returns a base model, a state that differs from it, and a batch of users with texts of random lengths.
 
-    The batch's `learned` has the rows of each user's first summary. `micros`: micro-batches of either model.
+    The batch's `learned` has the rows of each user's first summary. With `empty` some rows are padding. `micros` are
+    the numbers of micro-batches of the inference model and the generator.
     """
     rng = np.random.default_rng(seed)
     base = config.policy.init_base(jax.random.key(0))
@@ -71,13 +72,13 @@ def world(config: Settings, seed=0, users=U, empty=False, n_bins=0, groups=1, mi
     lines = tiny.rows(rng, users * K * M, 2, 5, 4)
     if empty:
         lines.prefix_length_B[:5] = lines.branch_length_BxN[:5] = 0
-    shape = {"micros": micros[1], "n_bins": n_bins, "groups": groups}
+    shape = {"micros": micros[1], "n_bins": n_bins, "shards": shards}
     learned = rows_of(*of_summary(0, lines, ref), **shape)
     return base, state, Batch(rows_of(lines, ref, **shape), inference, learned)
 
 
 def rows_of(lines, ref, micros=1, **shape) -> GeneratorBatch:
-    """A stack of these rows."""
+    """Returns these rows as a stack of micro-batches."""
     packed = tiny.packed(lines, 24, micros=micros, **shape)
     weight_AxR = weights(lines) * (packed.length_RxN > 0).any(axis=-1)
     return GeneratorBatch(packed, np.broadcast_to(ref, (micros, *ref.shape)), weight_AxR)
@@ -88,23 +89,23 @@ def stack(batch, micros):
 
 
 def weights(lines):
-    """M over the number of the user's queries that are no padding."""
+    """Returns the weight of each row: M over the number of the user's queries, 0 at padding."""
     valid_UKxM = (lines.branch_length_BxN.sum(axis=1) > 0).reshape(-1, M)
     return (valid_UKxM * M / np.maximum(valid_UKxM.sum(axis=1, keepdims=True), 1)).ravel().astype(np.float32)
 
 
 def of_summary(k, lines, ref):
-    """The rows of each user's summary k, from the rows (u, k, m) of all."""
+    """Returns the rows of each user's summary k, from all rows (u, k, m)."""
     own = np.arange(len(ref)).reshape(-1, K, M)[:, k].ravel()
     return jax.tree.map(lambda x: x[own], lines), ref[own]
 
 
 def from_all(batch):
-    """The same batch, theta learning from all of its rows."""
+    """Returns the same batch, with theta learning from all of its rows."""
     return dataclasses.replace(batch, learned=None)
 
 
-@functools.cache  # Compiling is what these tests spend their time on: the same step of the same settings once.
+@functools.cache  # Compilation dominates the time of these tests: compile each step once per settings.
 def jitted(fn, config):
     return jax.jit(functools.partial(fn, settings=config))
 
@@ -121,7 +122,7 @@ def assert_close(a, b, rtol=1e-5, atol=1e-6):
 )
 def test_micro_batches_equal_one_batch(fn, part, micros):
     config = settings(tiny.LORA)
-    base, state, batch_1 = world(config, empty=True)  # Unequal counts: a mean of means would differ.
+    base, state, batch_1 = world(config, empty=True)  # With unequal counts, a mean of means would differ.
     _, _, batch_4 = world(config, empty=True, micros=micros)
     state_1, metrics_1 = jitted(fn, config)(state, base, part(batch_1))
     state_4, metrics_4 = jitted(fn, config)(state, base, part(batch_4))
@@ -129,7 +130,7 @@ def test_micro_batches_equal_one_batch(fn, part, micros):
     assert_close((state_1.phi, state_1.theta), (state_4.phi, state_4.theta))
 
 
-def test_what_each_step_moves():
+def test_each_step_updates_only_its_models():
     config = settings(tiny.LORA)
     base, state, batch = world(config)
     moved = {}
@@ -149,7 +150,7 @@ def test_what_each_step_moves():
 
 
 @pytest.mark.parametrize("learned", ["all", "first"])
-def test_joint_is_both_steps_from_one_batch(learned):
+def test_joint_step_equals_both_steps_on_the_same_batch(learned):
     config = settings(tiny.LORA)
     base, state, batch = world(config)
     joint, metrics = jitted(steps.joint_step, config)(state, base, from_all(batch) if learned == "all" else batch)
@@ -158,11 +159,11 @@ def test_joint_is_both_steps_from_one_batch(learned):
     generator, _ = jitted(steps.generator_step, config)(state, base, Batch(rows))
     assert_close(joint.phi, inference.phi)
     assert_close(joint.theta, generator.theta)
-    np.testing.assert_allclose(metrics["loss"], alone["loss"], rtol=1e-6)  # Logged of all rows either way.
+    np.testing.assert_allclose(metrics["loss"], alone["loss"], rtol=1e-6)  # The logged loss is over all rows.
 
 
-def test_first_summaries_give_the_loss_of_all_on_average():
-    # Whichever summary is the first, the mean of theta's gradients is that of all rows: nothing favours a place.
+def test_gradient_of_one_summary_per_user_is_unbiased():
+    # Averaged over which summary is learned from, theta's gradient is that of all rows.
     config = settings(tiny.LORA)
     base, state, batch = world(config)
     inference, ref = batch.inference, batch.generator.ref_logp_Rx2[0]
@@ -178,13 +179,13 @@ def test_first_summaries_give_the_loss_of_all_on_average():
 
 
 def test_rewards_by_hand():
-    loss_R = jnp.array([1.0, 3.0, 5.0, 7.0, 2.0, 4.0, 6.0, 8.0])  # (u, k, m), 2 x 2 x 2.
+    loss_R = jnp.array([1.0, 3.0, 5.0, 7.0, 2.0, 4.0, 6.0, 8.0])  # (u, k, m), 2 x 2 x 2
     weight_R = jnp.array([1.0, 1.0, 2.0, 0.0, 1.0, 1.0, 1.0, 1.0])  # One query of the second summary is padding.
     np.testing.assert_allclose(steps.summary_rewards(loss_R, weight_R, 2, 2), [[-2.0, -5.0], [-3.0, -7.0]])
 
 
-def test_users_count_alike_however_many_queries_they_have():
-    """The loss that moves theta is the mean over users of what phi is rewarded for, POPI section 3."""
+def test_users_have_equal_weight_whatever_their_number_of_queries():
+    """Theta's loss is minus the mean over users of phi's rewards, POPI section 3."""
     config = settings(tiny.LORA)
     base, state, batch = world(config)
     inference, generator = batch.inference, batch.generator
@@ -199,7 +200,7 @@ def test_users_count_alike_however_many_queries_they_have():
     assert abs(metrics["loss"] + metrics["reward"]) > 1e-3
 
 
-def test_policy_at_its_reference_has_the_loss_of_no_opinion():
+def test_policy_equal_to_its_reference_has_zero_margin():
     config = settings(tiny.LORA)
     base, _, batch = world(config)
     generator = batch.generator
@@ -212,7 +213,7 @@ def test_policy_at_its_reference_has_the_loss_of_no_opinion():
     np.testing.assert_allclose(metrics["margin"], 0.0, atol=1e-5)
 
 
-def test_generator_learns_and_inference_follows_its_reward():
+def test_generator_loss_falls_and_inference_follows_its_reward():
     config = settings(tiny.LORA, tx_theta=optax.adam(5e-2), kl_coef=0.0)
     base, state, batch = world(config)
     step = jitted(steps.generator_step, config)
@@ -224,7 +225,7 @@ def test_generator_learns_and_inference_follows_its_reward():
 
     own = jax.tree.map(lambda x: x[0], batch.inference)
     loss_R = np.zeros((U, K, M), np.float32)
-    loss_R[:, 1:] = 5.0  # The first summary of every user is the good one.
+    loss_R[:, 1:] = 5.0  # The first summary of every user has the highest reward.
     reward = steps.summary_rewards(jnp.asarray(loss_R.ravel()), jnp.ones(loss_R.size), U, K)
     grad = jax.jit(jax.grad(lambda phi: steps.inference_loss(phi, base, own, reward, jnp.float32(0), config)[0]))
     phi = jax.tree.map(lambda p, g: p - 0.02 * g, state.phi, grad(state.phi))
@@ -233,7 +234,7 @@ def test_generator_learns_and_inference_follows_its_reward():
     assert (gain[:, 0].mean() > 0) and (gain[:, 1:].mean() < gain[:, 0].mean())
 
 
-def test_trace_once():
+def test_step_is_traced_once():
     config = settings(tiny.LORA)
     base, state, batch = world(config)
     traces = []
@@ -252,14 +253,14 @@ def test_trace_once():
 @pytest.mark.parametrize("lora", [tiny.LORA, None])
 def test_sharded_equals_one_device(sizes, lora):
     config = settings(lora)
-    base, state, batch = world(config, users=8, n_bins=32, groups=8)
-    batch = batch if lora else from_all(batch)  # Both ways for theta to learn.
+    base, state, batch = world(config, users=8, n_bins=32, shards=8)
+    batch = batch if lora else from_all(batch)  # Covers `learned` and all rows.
     alone, metrics = jitted(steps.joint_step, config)(state, base, batch)
     mesh = sharding.make_mesh(*sizes)
     policy = config.policy
     placed_base, delta = jax.device_put(base, policy.base_shardings(mesh)), policy.delta_shardings(mesh)
     placed = dataclasses.replace(state, phi=jax.device_put(state.phi, delta), theta=jax.device_put(state.theta, delta))
-    rows = jax.device_put(batch, sharding.stack_sharding(mesh))  # 48 rows, 8 users: the rows' arrays divide too.
+    rows = jax.device_put(batch, sharding.stack_sharding(mesh))  # Users and rows divide over the devices.
     split = dataclasses.replace(config, policy=dataclasses.replace(policy, mesh=mesh))
     sharded, sharded_metrics = jitted(steps.joint_step, split)(placed, placed_base, rows)
     assert_close(metrics, sharded_metrics, rtol=1e-4, atol=1e-5)

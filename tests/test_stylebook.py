@@ -1,4 +1,4 @@
-"""The world: its text reads back, its splits are disjoint and balanced. Its exact figures: against brute force."""
+"""stylebook: its text reads back, its splits are disjoint and balanced, its exact quantities match brute force."""
 
 import itertools
 import math
@@ -42,27 +42,27 @@ def _tastes(examples):
     return {tuple(exact.truth(example).taste_6) for example in examples}
 
 
-def test_no_test_taste_is_in_training_and_all_64_are_in_one_split(data):
+def test_splits_share_no_combination_and_cover_all_64(data):
     train, test = _tastes(data["train"]), _tastes(data["test"])
     assert len(train) == 48 and len(test) == 16
     assert not train & test
 
 
-def test_every_pair_of_tastes_is_as_frequent_in_both_splits():
-    for personas_Px6 in (stylebook.TRAIN_PERSONAS_48x6, stylebook.TEST_PERSONAS_16x6):
+def test_every_pair_of_tastes_is_equally_frequent_in_both_splits():
+    for personas_Pex6 in (stylebook.TRAIN_PERSONAS_48x6, stylebook.TEST_PERSONAS_16x6):
         for a, b in itertools.combinations(range(text.N_TASTES), 2):
             for values in itertools.product((1, -1), repeat=2):
-                assert np.mean(np.all(personas_Px6[:, [a, b]] == values, axis=1)) == 0.25
+                assert np.mean(np.all(personas_Pex6[:, [a, b]] == values, axis=1)) == 0.25
 
 
-def test_load_is_repeatable_and_a_user_does_not_depend_on_how_many_there_are(data):
+def test_load_is_repeatable_and_users_do_not_depend_on_their_number(data):
     again = stylebook.load(_config(train_users=10, test_users=5))
     assert again["train"] == data["train"][:10]
     assert again["test"] == data["test"][:5]
     assert stylebook.load(_config(seed=1, train_users=3))["train"] != data["train"][:3]
 
 
-def test_example_has_what_was_asked_for(data):
+def test_examples_have_the_requested_signals_and_queries(data):
     for split, queries in (("train", 2), ("test", 3)):
         for example in data[split]:
             assert example.split == split and len(example.signals) == 5 and len(example.queries) == queries
@@ -78,14 +78,14 @@ def test_no_query_is_a_signal(data):
         assert not seen & {pair for q in example.queries for pair in ((q.chosen, q.rejected), (q.rejected, q.chosen))}
 
 
-def test_bad_sizes_are_named():
+def test_a_bad_size_is_named_in_the_error():
     with pytest.raises(UserError, match="data.signals_per_user"):
         stylebook.load(_config(signals_per_user=0))
 
 
 def test_every_style_reads_back():
     rng = np.random.default_rng(0)
-    for style_6 in exact.PERSONAS_Px6:
+    for style_6 in exact.PERSONAS_Pex6:
         for _ in range(3):
             assert np.array_equal(text.read_response(text.response(rng, "tea", style_6)), style_6)
 
@@ -107,7 +107,7 @@ def test_no_phrase_is_part_of_another():
             assert a.replace("{topic} ", "") not in b.replace("{topic} ", "")
 
 
-def test_what_is_not_of_this_world_is_refused():
+def test_foreign_text_is_refused():
     with pytest.raises(ValueError, match="not a response"):
         text.read_response("Bread is nice.")
     with pytest.raises(ValueError, match="neither a comment nor a profile"):
@@ -130,18 +130,18 @@ def test_preference_by_hand():
 
 
 def test_posterior_by_hand():
-    """A comment and a profile that agree on taste 0, and nothing else: the odds multiply."""
+    """A comment and a profile agree on taste 0, so their odds multiply."""
     rng = np.random.default_rng(2)
     signals = [
         Signal("comment", "Why?", text=text.comment(rng, {0: 1})),
         Signal("profile", text=text.profile(rng, {0: 1})),
         Signal("comment", "Why?", text=text.comment(rng, {3: -1})),
     ]
-    posterior_P = exact.posterior(signals)
+    posterior_Pe = exact.posterior(signals)
     odds = (1 - exact.STATEMENT_ERROR) / exact.STATEMENT_ERROR
-    assert posterior_P[exact.PERSONAS_Px6[:, 0] == 1].sum() == pytest.approx(odds**2 / (1 + odds**2))
-    assert posterior_P[exact.PERSONAS_Px6[:, 3] == 1].sum() == pytest.approx(1 / (1 + odds))
-    assert posterior_P[exact.PERSONAS_Px6[:, 1] == 1].sum() == pytest.approx(0.5)
+    assert posterior_Pe[exact.PERSONAS_Pex6[:, 0] == 1].sum() == pytest.approx(odds**2 / (1 + odds**2))
+    assert posterior_Pe[exact.PERSONAS_Pex6[:, 3] == 1].sum() == pytest.approx(1 / (1 + odds))
+    assert posterior_Pe[exact.PERSONAS_Pex6[:, 1] == 1].sum() == pytest.approx(0.5)
 
 
 def test_posterior_weighs_a_pair_by_bradley_terry():
@@ -149,23 +149,23 @@ def test_posterior_weighs_a_pair_by_bradley_terry():
     pair = Signal(
         "pair", "Why?", text.response(rng, "tea", (1, 1, 1, 1, 1, 1)), text.response(rng, "tea", (-1, 1, 1, 1, 1, 1))
     )
-    p_short = exact.posterior([pair])[exact.PERSONAS_Px6[:, 0] == 1].sum()
+    p_short = exact.posterior([pair])[exact.PERSONAS_Pex6[:, 0] == 1].sum()
     assert p_short == pytest.approx(1 / (1 + math.exp(-exact.UTILITY_GAP)))
 
 
 def test_posterior_is_calibrated_by_brute_force():
-    """Draws users from all 64 combinations: of the tastes believed with p, a share p is right; and so are labels."""
+    """Over users of all 64 combinations, a share p of the tastes and labels believed with probability p is right."""
     rng = np.random.default_rng(4)
     believed, right, predicted, labels = [], [], [], []
     for i in range(1500):
-        taste_6 = exact.PERSONAS_Px6[rng.integers(64)]
-        posterior_P = exact.posterior(stylebook.signals_of(rng, taste_6, 3, f"u{i}"))
-        believed.append(posterior_P @ (exact.PERSONAS_Px6 == 1))
+        taste_6 = exact.PERSONAS_Pex6[rng.integers(64)]
+        posterior_Pe = exact.posterior(stylebook.signals_of(rng, taste_6, 3, f"u{i}"))
+        believed.append(posterior_Pe @ (exact.PERSONAS_Pex6 == 1))
         right.append(taste_6 == 1)
         query = stylebook.labelled_query(rng, taste_6)
-        flip = rng.random() < 0.5  # Which response is called a must not tell the label.
+        flip = rng.random() < 0.5  # The order of the responses must not reveal the label.
         gap_6 = exact.difference(query) * (-1 if flip else 1)
-        predicted.append(posterior_P @ exact.preference(exact.PERSONAS_Px6, gap_6[None])[:, 0])
+        predicted.append(posterior_Pe @ exact.preference(exact.PERSONAS_Pex6, gap_6[None])[:, 0])
         labels.append(not flip)
     for p, outcome in ((np.ravel(believed), np.ravel(right)), (np.array(predicted), np.array(labels))):
         for low in np.arange(0, 1, 0.2):
@@ -175,11 +175,11 @@ def test_posterior_is_calibrated_by_brute_force():
 
 
 def test_bayes_accuracies_are_in_range():
-    """Persona above signals, both as the labels bear out."""
+    """The persona predicts labels better than the signals do, and both are as accurate as they claim."""
     examples = stylebook.load(_config(train_users=1, test_users=400, test_queries_per_user=4))["test"]
     truths = [exact.truth(example) for example in examples]
-    persona = np.concatenate([truth.given_persona_T for truth in truths])
-    signals = np.concatenate([truth.given_signals_T for truth in truths])
+    persona = np.concatenate([truth.given_persona_Tr for truth in truths])
+    signals = np.concatenate([truth.given_signals_Tr for truth in truths])
     assert 0.92 < np.mean(persona > 0.5) < 0.96
     assert 0.86 < np.mean(signals > 0.5) < 0.91
     assert np.mean(persona > 0.5) == pytest.approx(np.maximum(persona, 1 - persona).mean(), abs=0.02)
@@ -188,17 +188,17 @@ def test_bayes_accuracies_are_in_range():
 
 def test_label_given_signals_is_truth_on_a_common_set(data):
     queries = stylebook.common_queries(seed=0, n=4)
-    label_UxT = exact.label_given_signals(data["test"][:5], queries)
+    label_UxTr = exact.label_given_signals(data["test"][:5], queries)
     for u, example in enumerate(data["test"][:5]):
         for t, query in enumerate(queries):
             expected = 0.0
-            for p, persona in zip(exact.truth(example).posterior_P, exact.PERSONAS_Px6, strict=True):
+            for p, persona in zip(exact.truth(example).posterior_Pe, exact.PERSONAS_Pex6, strict=True):
                 gap = exact.UTILITY_GAP * sum(
                     persona[j] * (text.read_response(query.chosen)[j] - text.read_response(query.rejected)[j]) / 2
                     for j in range(6)
                 )
                 expected += p / (1 + math.exp(-gap))
-            assert label_UxT[u, t] == pytest.approx(expected)
+            assert label_UxTr[u, t] == pytest.approx(expected)
 
 
 def test_common_queries_belong_to_no_user(data):
@@ -208,18 +208,18 @@ def test_common_queries_belong_to_no_user(data):
     assert not known & {(q.chosen, q.rejected) for q in queries}
 
 
-def _brute_force(label_UxT, channel_UxZ, model_ZxT):
+def _brute_force(label_UxTr, channel_UxZ, model_ZxTr):
     """H(o|t), H(o|t,z), I, loss and KL from the full joint table p(i, z, o | t), by loops."""
-    U, T = label_UxT.shape
+    U, Tr = label_UxTr.shape
     Z = channel_UxZ.shape[1]
     totals = np.zeros(5)
-    for t in range(T):
+    for t in range(Tr):
         joint = np.zeros((Z, 2))
         loss = 0.0
         for i, z, o in itertools.product(range(U), range(Z), range(2)):
-            p = channel_UxZ[i, z] / U * (label_UxT[i, t] if o else 1 - label_UxT[i, t])
+            p = channel_UxZ[i, z] / U * (label_UxTr[i, t] if o else 1 - label_UxTr[i, t])
             joint[z, o] += p
-            loss -= p * math.log(model_ZxT[z, t] if o else 1 - model_ZxT[z, t])
+            loss -= p * math.log(model_ZxTr[z, t] if o else 1 - model_ZxTr[z, t])
         p_z, p_o = joint.sum(1), joint.sum(0)
         h_o = -sum(p * math.log(p) for p in p_o if p)
         h_o_z = -sum(joint[z, o] * math.log(joint[z, o] / p_z[z]) for z in range(Z) for o in range(2) if joint[z, o])
@@ -227,22 +227,22 @@ def _brute_force(label_UxT, channel_UxZ, model_ZxT):
             joint[z, o] * math.log(joint[z, o] / (p_z[z] * p_o[o])) for z in range(Z) for o in range(2) if joint[z, o]
         )
         kl = sum(
-            joint[z, o] * math.log(joint[z, o] / p_z[z] / (model_ZxT[z, t] if o else 1 - model_ZxT[z, t]))
+            joint[z, o] * math.log(joint[z, o] / p_z[z] / (model_ZxTr[z, t] if o else 1 - model_ZxTr[z, t]))
             for z in range(Z)
             for o in range(2)
             if joint[z, o]
         )
-        totals += np.array([loss, h_o, h_o_z, information, kl]) / T
+        totals += np.array([loss, h_o, h_o_z, information, kl]) / Tr
     return totals
 
 
 def test_decomposition_against_the_joint_table():
     rng = np.random.default_rng(5)
-    label_UxT, model_ZxT = rng.uniform(0.05, 0.95, (6, 3)), rng.uniform(0.05, 0.95, (4, 3))
+    label_UxTr, model_ZxTr = rng.uniform(0.05, 0.95, (6, 3)), rng.uniform(0.05, 0.95, (4, 3))
     channel_UxZ = rng.dirichlet(np.ones(4), size=6)
-    got = exact.decompose(label_UxT, channel_UxZ, np.log(model_ZxT / (1 - model_ZxT)))
+    got = exact.decompose(label_UxTr, channel_UxZ, np.log(model_ZxTr / (1 - model_ZxTr)))
     loss, label_entropy, conditional_entropy, information, approximation_error = _brute_force(
-        label_UxT, channel_UxZ, model_ZxT
+        label_UxTr, channel_UxZ, model_ZxTr
     )
     assert got.loss == pytest.approx(loss)
     assert got.label_entropy == pytest.approx(label_entropy)
@@ -253,13 +253,13 @@ def test_decomposition_against_the_joint_table():
 
 
 def test_information_by_hand():
-    """Two users with opposite certain labels: a summary that names the user tells log 2, one that does not tells 0."""
-    label_UxT = np.array([[1.0], [0.0]])
-    undecided_ZxT = np.zeros((2, 1))
-    told = exact.decompose(label_UxT, np.eye(2), undecided_ZxT)
+    """For two users with opposite certain labels, a summary that identifies the user has log 2 nats, another has 0."""
+    label_UxTr = np.array([[1.0], [0.0]])
+    undecided_ZxTr = np.zeros((2, 1))
+    told = exact.decompose(label_UxTr, np.eye(2), undecided_ZxTr)
     assert told.information == pytest.approx(math.log(2)) and told.conditional_entropy == pytest.approx(0.0)
     assert told.loss == pytest.approx(math.log(2)) and told.approximation_error == pytest.approx(math.log(2))
-    untold = exact.decompose(label_UxT, np.full((2, 2), 0.5), undecided_ZxT)
+    untold = exact.decompose(label_UxTr, np.full((2, 2), 0.5), undecided_ZxTr)
     assert untold.information == pytest.approx(0.0) and untold.approximation_error == pytest.approx(0.0)
 
 
@@ -268,14 +268,14 @@ def test_channel_of_sampled_ids():
     np.testing.assert_allclose(channel, [[0.5, 0.25, 0.25], [0, 0, 1]])
 
 
-def test_a_generator_that_is_sure_has_a_finite_loss():
-    label_UxT = np.array([[1.0], [0.25]])
-    sure = exact.decompose(label_UxT, np.eye(2), np.array([[800.0], [800.0]]))
+def test_a_very_confident_generator_has_a_finite_loss():
+    label_UxTr = np.array([[1.0], [0.25]])
+    sure = exact.decompose(label_UxTr, np.eye(2), np.array([[800.0], [800.0]]))
     assert sure.loss == pytest.approx(0.5 * 0.75 * 800)
     assert sure.loss == pytest.approx(sure.conditional_entropy + sure.approximation_error)
 
 
-def test_truth_refuses_a_persona_that_names_too_little(data):
+def test_truth_refuses_a_persona_that_does_not_name_all_tastes(data):
     example = types.SimpleNamespace(**vars(data["test"][0]) | {"persona": text.summary({0: 1})})
     with pytest.raises(ValueError, match="does not name all tastes"):
         exact.truth(example)
@@ -293,7 +293,7 @@ def base():
     return checkpoint, Tokenizer.load(checkpoint.tokenizer_path)
 
 
-def test_shipped_base_is_small_and_its_tokenizer_fits_the_world(base, data):
+def test_the_shipped_base_is_small_and_its_tokenizer_suits_the_world(base, data):
     checkpoint, tokenizer = base
     assert sum(path.stat().st_size for path in hub.STYLEBOOK.iterdir()) < 8e6
     ratios = []
@@ -305,8 +305,8 @@ def test_shipped_base_is_small_and_its_tokenizer_fits_the_world(base, data):
     assert tokenizer.vocab_size <= checkpoint.config.vocab_size
 
 
-def test_untrained_summaries_are_english_but_careless(base):
-    """Each sentence is one that the world could write; it names about half of the tastes, about 70% of them rightly."""
+def test_untrained_summaries_are_well_formed_but_often_wrong(base):
+    """Over 90% are sentences that the world can write. They name about half of the tastes, 60-80% correctly."""
     checkpoint, tokenizer = base
     examples = stylebook.load(_config(train_users=1, test_users=48))["test"]
     prompts = quickstart.get_config().prompts
@@ -339,7 +339,7 @@ def test_untrained_summaries_are_english_but_careless(base):
     assert 0.6 < np.mean(right) < 0.8
 
 
-def test_pretraining_sees_training_users_only(base, monkeypatch):
+def test_pretraining_uses_only_training_users(base, monkeypatch):
     splits = []
     draw = stylebook.draw_example
 

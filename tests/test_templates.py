@@ -1,4 +1,4 @@
-"""The text that the models read, held to exact strings: any change of it invalidates trained checkpoints."""
+"""The exact text that the models read: any change to it invalidates trained checkpoints."""
 
 import pytest
 
@@ -41,13 +41,13 @@ def test_inference_messages_end_with_the_instruction_in_one_user_turn() -> None:
         (("chosen",), "Air scatters blue."),
     ],
 )
-def test_inference_messages_show_the_pair_fields_that_are_asked_for(pair_fields: tuple[str, ...], shown: str) -> None:
+def test_inference_messages_show_the_requested_pair_fields(pair_fields: tuple[str, ...], shown: str) -> None:
     (message,) = templates.inference_messages([PAIR, COMMENT], "Describe the user.", pair_fields)
     comment = "### Example 2\nPrompt: Best soup?\nThe user wrote: Keep it short."
     assert message["content"] == f"### Example 1\n{shown}\n\n{comment}\n\nDescribe the user."
 
 
-def test_generator_without_context_sees_the_bare_prompt_only() -> None:
+def test_generator_without_context_sees_only_the_bare_prompt() -> None:
     assert templates.generator_messages("What is rain?", None, "Please the user.") == [
         {"role": "user", "content": "What is rain?"}
     ]

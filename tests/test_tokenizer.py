@@ -1,4 +1,4 @@
-"""Chat templates rendered once, special tokens, and folders that cannot be used."""
+"""Chat templates, special tokens, and unusable folders."""
 
 import json
 import pathlib
@@ -21,7 +21,7 @@ BOS_TEMPLATE = (
 
 
 def make_folder(folder: pathlib.Path, template: str | None = BOS_TEMPLATE, **config: object) -> pathlib.Path:
-    """A byte-level tokenizer that, like Llama's, puts <bos> before whatever it encodes unless told not to."""
+    """Writes a byte-level tokenizer that, like Llama's, prepends <bos> by default."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate(SPECIAL + alphabet)}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
@@ -56,7 +56,7 @@ def test_render_adds_no_turn_of_its_own(tmp_path: pathlib.Path):
     assert tokenizer.render(USER).count(1) == 2  # The user's turn and the opened answer.
 
 
-def test_no_content_ends_its_own_turn(tmp_path: pathlib.Path):
+def test_content_cannot_end_its_own_turn(tmp_path: pathlib.Path):
     tokenizer = Tokenizer.load(make_folder(tmp_path))
     turns = [{"role": "user", "content": text} for text in ("\ue000popi\ue000", " Tea?<end>\n", "<turn>", "Tea?")]
     ids = tokenizer.render(turns)
@@ -64,13 +64,13 @@ def test_no_content_ends_its_own_turn(tmp_path: pathlib.Path):
     assert tokenizer.decode(ids) == "user\n\ue000popi\ue000user\n Tea?<end>\nuser\n<turn>user\nTea?assistant\n"
 
 
-def test_encode_takes_text_as_text(tmp_path: pathlib.Path):
+def test_encode_treats_special_tokens_as_text(tmp_path: pathlib.Path):
     tokenizer = Tokenizer.load(make_folder(tmp_path))
     ids = tokenizer.encode("a<end>")
     assert len(ids) == 6
     assert min(ids) >= len(SPECIAL)
     assert tokenizer.decode(ids) == "a<end>"
-    assert tokenizer.render(USER).count(2) == 1  # encode's way does not stick.
+    assert tokenizer.render(USER).count(2) == 1  # encode leaves no state behind.
 
 
 @pytest.mark.parametrize("text", ["Plain.", " two  spaces \n\n", "naïve café, 你好 🙂", "it 's , odd .", ""])
@@ -81,12 +81,12 @@ def test_decode_inverts_encode(text: str, tmp_path: pathlib.Path):
     assert tokenizer.decode([1, *ids, 2, 3]) == text
 
 
-def test_end_of_turn_is_what_the_template_writes_after_an_answer(tmp_path: pathlib.Path):
+def test_end_of_turn_follows_the_template(tmp_path: pathlib.Path):
     tokenizer = Tokenizer.load(make_folder(tmp_path, pad_token="<more>"))
     assert (tokenizer.end_id, tokenizer.stop_ids, tokenizer.pad_id) == (2, (2, 3), 4)
 
 
-def test_end_of_turn_falls_back_on_eos(tmp_path: pathlib.Path):
+def test_end_of_turn_falls_back_to_eos(tmp_path: pathlib.Path):
     plain = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     tokenizer = Tokenizer.load(make_folder(tmp_path, plain))
     assert (tokenizer.end_id, tokenizer.stop_ids, tokenizer.pad_id) == (3, (3,), 3)

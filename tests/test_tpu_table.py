@@ -1,4 +1,4 @@
-"""The table of TPU slices: what README and its folder show is what the files of results hold."""
+"""The table of TPU slices: what the documentation and its folder show is what the files of results hold."""
 
 import json
 import pathlib
@@ -21,16 +21,16 @@ def reports():
 
 def joint(reports, case):
     (report,) = (report for report in reports if report["case"] == case)
-    (row,) = (row for row in report["programs"] if row["program"] == "joint step")
+    (row,) = (row for row in report["steps"] if row["name"] == "joint_step")
     return row
 
 
-def test_readme_shows_what_was_compiled(reports):
-    assert tpu_table.short(reports) in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_documentation_shows_what_was_compiled(reports):
+    assert tpu_table.short(reports) in (ROOT / "docs" / "howto" / "tpu-slice.md").read_text(encoding="utf-8")
     assert tpu_table.markdown(reports) in (RESULTS / "README.md").read_text(encoding="utf-8")
 
 
-def test_readme_names_the_smallest_slices(reports):
+def test_documentation_names_the_smallest_slices(reports):
     for case, fits in {
         "llama3_3b:lora@v5e:2x2": True,
         "llama3_3b:full@v5e:2x4": False,

@@ -1,4 +1,4 @@
-"""What compiled programs move, on a CPU here and in literal texts of a TPU, against numbers worked out by hand."""
+"""Traffic of programs compiled for this CPU and of literal TPU texts, against values computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from popi_jax.cost import executed, hlo, traffic
-from popi_jax.cost.traffic import Collective
 from popi_jax.model import sharding
+from popi_jax.modes.cost import executed, hlo, traffic
+from popi_jax.modes.cost.traffic import Collective
 
 X = jnp.zeros((8, 16))
 STACK_7 = jnp.zeros((7, 16, 16))
@@ -26,7 +26,7 @@ def compiled(f, *args, **kwargs):
 
 
 def loop_trips(text):
-    """By loop, how often its body runs each time that it is reached."""
+    """Returns, for each loop, how often its body runs each time that the loop is reached."""
     program = executed.walk(hlo.parse(text), (1000, 7), lambda *_: 0.0)
     return [
         next(e.times for e in program.executions if e.computation.name == i.computation("body")) // run.times
@@ -36,10 +36,10 @@ def loop_trips(text):
 
 
 @pytest.mark.parametrize("written_down", [True, False])
-def test_a_scan_runs_as_often_as_it_is_long(written_down):
+def test_trip_count_of_a_scan(written_down):
     text = compiled(layers, X, STACK_7)
     assert "known_trip_count" in text
-    if not written_down:  # As on a TPU: from the constant that the condition compares with.
+    if not written_down:  # As on a TPU: derived from the constant in the condition.
         text = text.replace("known_trip_count", "another_figure")
     assert loop_trips(text) == [7]
 
@@ -51,11 +51,11 @@ def test_a_scan_reads_its_weights_once():
 
     weights = 512 * 512 * 4
     a_turn = (moved(14) - moved(7)) / 7
-    # One layer is read, or copied and then read; the whole stack would be 7 or 14 of it.
+    # One layer is read, or copied and then read; the whole stack would be 7 or 14 times that.
     assert weights <= a_turn < 3.2 * weights
 
 
-def test_a_loop_that_ends_when_the_data_says_so_is_named():
+def test_data_dependent_loops_are_named():
     def decode(x):
         return jax.lax.while_loop(lambda s: (s[0] < 100) & (s[1] < 3.0), lambda s: (s[0] + 1, s[1] * 2), (0, x))
 
@@ -97,7 +97,7 @@ def test_bytes_that_a_device_sends(name, f, size):
     assert traffic.measure(compiled(f, x)).collectives == {name: Collective(1, size)}
 
 
-def test_collectives_in_a_scan_count_for_every_turn():
+def test_collectives_in_a_scan_count_for_every_iteration():
     mesh = sharding.make_mesh(1, 8, 1)
 
     def gathered(x, stack):
@@ -114,7 +114,7 @@ def test_collectives_in_a_scan_count_for_every_turn():
         assert traffic.measure(text).collectives == {"all-gather": expected}
 
 
-def test_a_callback_is_a_transfer_to_the_host():
+def test_a_callback_is_a_host_transfer():
     def f(x):
         return jax.pure_callback(np.sin, jax.ShapeDtypeStruct((4,), jnp.float32), x) + 1
 
@@ -127,7 +127,7 @@ def test_a_callback_is_a_transfer_to_the_host():
 
 
 def moved(body, before="", unknown_trips=(), devices=4):
-    """The traffic of an entry computation with this body."""
+    """Returns the traffic of an entry computation with this body."""
     text = f"HloModule m, num_partitions={devices}\n{before}\nENTRY %e () -> f32[] {{\n{body}\n}}\n"
     return traffic.measure(text, unknown_trips)
 
@@ -164,7 +164,7 @@ def test_hbm_bytes_of_an_instruction(body, expected):
     assert moved("\n".join(f"  {line}" for line in [*given, *body.split("\n")])).hbm_bytes == expected
 
 
-# A scan's weights are sliced and its results are put into their stack within fusions.
+# Fusions slice a scan's weights and write its results into their stack.
 FUSED = """
 %slice_inside (p0: bf16[7,16,16], p1: s32[], p2: bf16[8,16]) -> bf16[8,16] {
   %p0 = bf16[7,16,16]{2,1,0} parameter(0)
@@ -220,7 +220,7 @@ def test_hbm_bytes_of_a_fusion(line, expected):
 
 
 def loop(start, step, direction, limit, swapped=False, inner=""):
-    """A loop, and before it what it calls, whose state is (counter, limit, x); every turn moves 64 bytes for x."""
+    """Returns a loop over (counter, limit, x), whose iterations move 64 bytes for x, and the computations it calls."""
     compared = "%l, %c" if swapped else "%c, %l"
     before = f"""
 %body (s: (s32[], s32[], f32[8])) -> (s32[], s32[], f32[8]) {{
@@ -263,7 +263,7 @@ def loop(start, step, direction, limit, swapped=False, inner=""):
         (0, 1, "LT", 28, False, 28),
         (3, 1, "LT", 28, False, 25),
         (0, 1, "LE", 28, False, 29),
-        (0, 2, "LT", 8, False, 4),  # As a product over gathered pieces that is unrolled once.
+        (0, 2, "LT", 8, False, 4),  # Like a product over gathered pieces, unrolled once.
         (0, 2, "LT", 9, False, 5),
         (0, 1, "NE", 5, False, 5),
         (28, -1, "GT", 0, False, 28),
@@ -272,7 +272,7 @@ def loop(start, step, direction, limit, swapped=False, inner=""):
         (9, 1, "LT", 5, False, 0),
     ],
 )
-def test_turns_of_a_counted_loop(start, step, direction, limit, swapped, turns):
+def test_trip_count_of_a_counted_loop(start, step, direction, limit, swapped, turns):
     found = moved(*loop(f"constant({start})", step, direction, f"constant({limit})", swapped))
     assert (found.hbm_bytes, found.unknown_loops) == (64 * turns, [])
 
@@ -287,19 +287,19 @@ def test_turns_of_a_counted_loop(start, step, direction, limit, swapped, turns):
         ("constant(0)", 2, "NE", "constant(5)"),
     ],
 )
-def test_turns_that_are_not_known_are_the_callers(start, step, direction, limit):
+def test_unknown_trip_counts_come_from_the_caller(start, step, direction, limit):
     found = moved(*loop(start, step, direction, limit), unknown_trips=(11,))
     copied = 8 if "copy" in start + limit else 0
     assert (found.hbm_bytes, found.unknown_loops) == (64 * 11 + copied, ["loop"])
 
 
-def test_turns_that_the_text_writes_down_are_believed():
+def test_printed_trip_counts_are_used():
     body, before = loop("constant(0)", 1, "LT", "constant(5)")
     found = moved(body + ', backend_config={"known_trip_count":{"n":"13"},"known_init_step":{"init":"0"}}', before)
     assert (found.hbm_bytes, found.unknown_loops) == (64 * 13, [])
 
 
-def test_of_a_conditional_the_heaviest_branch_counts():
+def test_a_conditional_counts_as_its_heaviest_branch():
     before = """
 %light (p: f32[8]) -> f32[8] {
   %p = f32[8]{0} parameter(0)
@@ -318,7 +318,7 @@ def test_of_a_conditional_the_heaviest_branch_counts():
     assert (found.hbm_bytes, found.collectives) == (64, {"all-reduce": Collective(1, 48)})
 
 
-def test_of_a_collective_in_two_halves_the_first_counts():
+def test_an_asynchronous_collective_counts_where_it_starts():
     body = """  %x = f32[8]{0} parameter(0)
   %s = (f32[8]{0}, f32[32]{0}) all-gather-start(%x), replica_groups=[1,4]<=[4], dimensions={0}
   %g = f32[32]{0} all-gather-done(%s)
@@ -344,8 +344,8 @@ def test_of_a_collective_in_two_halves_the_first_counts():
     assert found.hbm_bytes == (32 + 128) + (32 + 32) + (128 + 128) + (128 + 32)
 
 
-def test_what_another_core_does_counts_where_it_is_started():
-    """A gather handed to a SparseCore: its scratch memory is no traffic, and its operands come with the update."""
+def test_work_of_another_core_counts_where_it_starts():
+    """A gather on a SparseCore: its scratch memory is not traffic, and the update passes its operands."""
     body = """  %x = f32[8]{0} parameter(0)
   %rows = s32[3]{0} parameter(1)
   %s = ((), (), (s32[99]{0}, s32[1]{0:S(2)})) custom-call-start(), called_computations={%elsewhere}
@@ -369,7 +369,7 @@ def test_what_another_core_does_counts_where_it_is_started():
     assert (found.hbm_bytes, found.collectives, found.unknown_loops) == (12 + 12 + 12, {}, [])
 
 
-def test_sends_to_the_host_are_told_from_sends_between_devices():
+def test_only_sends_to_the_host_are_host_transfers():
     body = """  %x = f32[8]{0} parameter(0)
   %k = token[] after-all()
   %s = (f32[8]{0}, u32[]{:S(2)}, token[]) send(%x, %k), channel_id=1, is_host_transfer=true
@@ -385,7 +385,7 @@ def test_sends_to_the_host_are_told_from_sends_between_devices():
 @pytest.mark.parametrize(
     ("part", "expected"), [(8, {"reduce-scatter": Collective(1, 96)}), (16, {"all-reduce": Collective(1, 192)})]
 )
-def test_an_all_reduce_of_which_a_device_keeps_its_part_is_a_reduce_scatter(part, expected):
+def test_an_all_reduce_that_keeps_one_part_is_a_reduce_scatter(part, expected):
     before = f"""
 %all-reduce-scatter (p: f32[32], i: s32[]) -> f32[{part}] {{
   %p = f32[32]{{0}} parameter(0)
@@ -402,7 +402,7 @@ def test_an_all_reduce_of_which_a_device_keeps_its_part_is_a_reduce_scatter(part
     assert found.hbm_bytes == 128 + 4 * part
 
 
-# The gradients of one layer of a decoder, as v5e:2x2 adds them up over its four devices: one instruction, nine arrays.
+# The gradients of one decoder layer, summed over the four devices of v5e:2x2: one instruction, nine arrays.
 ADDED_UP = """
   %all-reduce.156 = (f32[1,64]{1,0:T(1,128)S(1)}, f32[1,192,64]{1,2,0:T(8,128)S(1)}, f32[1,64,192]{2,1,0:T(8,128)S(1)}, f32[1,64,2,32]{1,3,2,0:T(8,128)S(1)}, f32[1,64]{1,0:T(1,128)S(1)}, /*index=5*/f32[1,2,32,64]{3,2,1,0:T(8,128)S(1)}, f32[1,64,2,32]{1,3,2,0:T(8,128)S(1)}, f32[1,64,192]{2,1,0:T(8,128)S(1)}, f32[1,64,2,32]{1,3,2,0:T(8,128)S(1)}) all-reduce(%n, %d, %u, %q, %n, /*index=5*/%o, %q, %u, %q), channel_id=28, replica_groups=mesh['axis_0'=4] {'axis_0'}, use_global_device_ids=true, to_apply=%region_127.135.clone
   ROOT %y = f32[1,64]{1,0:T(1,128)S(1)} get-tuple-element(%all-reduce.156), index=0"""  # noqa: E501
@@ -417,11 +417,11 @@ def test_an_all_reduce_of_many_arrays():
     found = moved(given + ADDED_UP, devices=4)
     weights = 3 * 192 * 64 + 4 * 64 * 64 + 2 * 64
     assert found.collectives == {"all-reduce": Collective(1, 2 * 4 * weights * 3 / 4)}
-    assert found.hbm_bytes == 4 * 64 * 64  # All but one of its operands, and its results, are in VMEM.
+    assert found.hbm_bytes == 4 * 64 * 64  # Its results and all but one of its operands are in VMEM.
 
 
-# As a TPU's compiler prints a gather that it overlaps with products, shortened: the same collective, of one channel, in
-# the fusion that starts it, in one within a loop that takes it further, and in the one that ends it.
+# Shortened TPU text of a gather that is overlapped with products: the same collective, with one channel, occurs in the
+# fusion that starts it, in one within a loop that continues it, and in the one that ends it.
 OVERLAPPED = """
 %fused_computation.429 (param_0.1641: bf16[192,3072]) -> (bf16[192,3072], bf16[3072,3072], s32[2], u32[]) {
   %param_0.1641 = bf16[192,3072]{1,0:T(8,128)(2,1)} parameter(0)
@@ -491,10 +491,10 @@ OVERLAPPED_ENTRY = """  %w = bf16[192,3072]{1,0:T(8,128)(2,1)} parameter(0)
   ROOT %async-collective-done = bf16[3072,3072]{1,0:T(8,128)(2,1)} fusion(%h.0, %h.1, %h.2, %h.3), kind=kCustom, output_to_operand_aliasing={{}: (1, {})}, calls=%fused_computation.432"""  # noqa: E501
 
 
-def test_a_collective_that_is_overlapped_with_products_counts_once():
+def test_an_overlapped_collective_counts_once():
     found = moved(OVERLAPPED_ENTRY, OVERLAPPED, devices=16)
     gathered, shard, turns = 3072 * 3072 * 2, 192 * 3072 * 2, 4
     assert found.collectives == {"all-gather": Collective(1, gathered * 15 / 16)}
     assert found.unknown_loops == []
-    # The gather reads and writes where it starts; a turn is left with what it converts and the step of its counter.
+    # The gather's traffic counts where it starts; an iteration adds its conversion and the step of its counter.
     assert found.hbm_bytes == shard + gathered + turns * (8 * 128 * 4 + 8 * 128 * 2 + 4)

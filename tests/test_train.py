@@ -1,4 +1,4 @@
-"""Runs as a user starts them: killed and resumed, misused, and what they leave. On the embedded world and model."""
+"""Whole runs on stylebook and its tiny model: their files, kill and resume, and mistakes in flags, config and data."""
 
 import html
 import json
@@ -33,7 +33,7 @@ ENV = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")} |
 
 
 def runlocal(**values):
-    """The quickstart's smallest settings with these keys changed."""
+    """Returns the quickstart's smallest settings with these keys changed."""
     return changed(parse(quickstart.get_config("runlocal")), values)
 
 
@@ -58,7 +58,7 @@ def metrics(workdir):
 
 
 def interrupt(workdir, how, flags):
-    """Starts a run and sends it a signal once its second step is written down."""
+    """Starts a run and sends it a signal when metrics.jsonl has three lines; returns exit code and output."""
     process = subprocess.Popen(
         command(workdir, *flags), cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -85,7 +85,7 @@ def finished(tmp_path_factory):
     return workdir
 
 
-def test_what_a_run_leaves(finished):
+def test_finished_run_has_all_files(finished):
     for name in ("config.json", "environment.json", "metrics.jsonl", "samples.jsonl", "results.json", "report.html"):
         assert (finished / name).stat().st_size > 0, name
     results = json.loads((finished / "results.json").read_text())
@@ -104,7 +104,7 @@ def test_what_a_run_leaves(finished):
     assert max(line["sampler_gap_max"] for line in lines if "sampler_gap_max" in line) < 1e-4
 
 
-def test_kill_resumes_bit_for_bit(finished, tmp_path):
+def test_killed_run_resumes_bitwise(finished, tmp_path):
     assert interrupt(tmp_path, signal.SIGKILL, FLAGS)[0] == -signal.SIGKILL
     again = run(tmp_path, *FLAGS)
     assert again.returncode == 0, again.stderr
@@ -113,7 +113,7 @@ def test_kill_resumes_bit_for_bit(finished, tmp_path):
     assert (tmp_path / "eval_records.jsonl").read_text() == (finished / "eval_records.jsonl").read_text()
 
 
-def test_sigterm_saves_and_says_so(finished, tmp_path):
+def test_sigterm_saves_a_checkpoint(finished, tmp_path):
     code, shown = interrupt(tmp_path, signal.SIGTERM, FLAGS)
     (step,) = map(int, re.findall(r"stopped after step (\d+); run the same command again", shown))
     assert code == 143 and max(checkpoint.steps(tmp_path / "checkpoints")) == step
@@ -133,8 +133,9 @@ def test_summarize_generate_export(finished, tmp_path):
     assert [entry["user"] for entry in summaries] == ["u0", "u1", "u2"]
     assert all(entry["signals_dropped"] == 0 for entry in summaries) and "no signals dropped" in out.stdout
     (tmp_path / "users.jsonl").write_text(json.dumps(users[0]) + "\n")
-    fewer = run(finished, *flags, mode="summarize")  # Nothing that is there is thrown away.
-    assert fewer.returncode == 2 and "holds 3 lines, the input 1; choose another --output" in fewer.stderr
+    fewer = run(finished, *flags, mode="summarize")  # Existing lines are not overwritten.
+    assert fewer.returncode == 2, fewer.stderr
+    assert re.search(r"summaries.jsonl: .*3 lines.*input 1; choose another --output", fewer.stderr), fewer.stderr
     prompts = [{"prompt": "How do I bake bread?", "user": "u1"}, {"prompt": "Why?", "summary": "Likes lists."}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     flags = (f"--input={tmp_path / 'prompts.jsonl'}", f"--output={tmp_path / 'responses.jsonl'}", *FLAGS)
@@ -147,7 +148,7 @@ def test_summarize_generate_export(finished, tmp_path):
     assert (tmp_path / "hub" / "generator" / "model.safetensors").exists()
 
 
-def test_an_unknown_key_is_one_line_and_exit_code_2(tmp_path):
+def test_unknown_key_is_one_line_and_exit_code_2(tmp_path):
     out = run(tmp_path, "--config.no_such_key=1")
     assert out.returncode == 2 and out.stderr.startswith("error:") and "no_such_key" in out.stderr, out.stderr
     assert len(out.stderr.splitlines()) == 1
@@ -182,14 +183,14 @@ BAD = [
 
 
 @pytest.mark.parametrize(("key", "value", "shown"), BAD, ids=[f"{key}={value}" for key, value, _ in BAD])
-def test_mistakes_in_the_config_are_named(key, value, shown, tmp_path):
+def test_error_names_the_invalid_key_and_value(key, value, shown, tmp_path):
     with pytest.raises(UserError) as error:
         train.train(runlocal(**{key: value}), tmp_path)
     assert shown in str(error.value) and "\n" not in str(error.value)
 
 
-def test_no_kind_of_step_has_fewer_rows_than_micro_batches():
-    """In its second phase two_phase shows the generator one summary a user; zero_shot_summary draws as many as popi."""
+def test_micro_batches_are_at_most_the_rows_of_any_step():
+    """The second phase of two_phase has one summary per user; zero_shot_summary draws the same number as popi."""
     config = runlocal(
         **{"train.users_per_step": 4, "data.queries_per_user": 2, "sampling.k": 2, "sampling.k_generator": 0},
         **{"train.accumulation_generator": 16, "mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1},
@@ -208,7 +209,7 @@ def test_no_kind_of_step_has_fewer_rows_than_micro_batches():
         ('{"user": "a", "signals"', "not JSON"),
     ],
 )
-def test_bad_users_name_file_and_line(line, shown, tmp_path):
+def test_error_in_users_file_names_file_and_line(line, shown, tmp_path):
     path = tmp_path / "users.jsonl"
     path.write_text(line + "\n")
     out = run(tmp_path / "run", "--config.data.dataset=users", f"--config.data.path={path}")
@@ -231,12 +232,12 @@ def test_mistakes_in_the_flags_are_one_line(tmp_path):
         assert len(out.stderr.splitlines()) == 1, out.stderr
 
 
-def test_checkpoint_of_another_model(finished, tmp_path):
+def test_checkpoint_of_another_model_is_refused(finished, tmp_path):
     out = run(finished, *FLAGS, "--config.lora.rank=4")
     assert out.returncode == 2 and "config.lora.rank" in out.stderr, out.stderr
 
 
-def test_an_evaluation_leaves_the_runs_own_results_alone(finished, tmp_path):
+def test_evaluation_does_not_change_the_files_of_the_run(finished, tmp_path):
     config = runlocal(**{"schedule.steps": 6, "eval.every": 4, "eval.users": 4})
     before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir() if path.is_file()}
     evaluate_checkpoint(config, finished, None, None)
@@ -255,12 +256,12 @@ def test_an_evaluation_leaves_the_runs_own_results_alone(finished, tmp_path):
     ("method", "limits", "shown"),
     [
         ("popi", {"signals": 30}, "limits.signals is 30"),
-        ("popi", {"prompt": 100}, "limits.prompt is 100"),  # Of the raw signals, which every evaluation reads.
+        ("popi", {"prompt": 100}, "limits.prompt is 100"),  # Every evaluation scores prompts with raw signals.
         ("popi", {"summary": 260}, "with a summary of limits.summary = 260 takes"),
         ("population", {"response": 2}, "limits.response is 2"),
     ],
 )
-def test_what_exceeds_a_limit_is_told_before_the_first_step(method, limits, shown, tmp_path):
+def test_exceeded_limit_is_reported_before_the_first_step(method, limits, shown, tmp_path):
     config = runlocal(method=method, **{f"limits.{name}": value for name, value in limits.items()})
     with pytest.raises(UserError) as error:
         train.train(config, tmp_path)
@@ -280,7 +281,7 @@ def test_oracle_needs_personas(tmp_path):
         train.train(changed(config, {"method": "oracle"}), tmp_path / "run")
 
 
-def test_a_run_goes_on_with_its_own_examples(tmp_path):
+def test_run_resumes_only_with_the_same_examples(tmp_path):
     config = changed(
         parse(users_config.get_config("runlocal")), {"eval.samples": 0, "data.path": str(tmp_path / "users.jsonl")}
     )
@@ -288,18 +289,18 @@ def test_a_run_goes_on_with_its_own_examples(tmp_path):
     (tmp_path / "users.jsonl").write_text(text)
     train.train(config, tmp_path / "run")
     (tmp_path / "users.jsonl").write_text(text.replace("the", "one", 1))
-    with pytest.raises(UserError, match="was trained on other examples than config.data gives now"):
+    with pytest.raises(UserError, match="other examples than config.data"):
         train.train(config, tmp_path / "run")
 
 
-def test_micro_batches_share_the_devices_alike(tmp_path):
+def test_users_divide_into_micro_batches_and_devices(tmp_path):
     config = runlocal(**{"train.accumulation_inference": 2, "mesh.data": 8, "mesh.tensor": 1})
     with pytest.raises(UserError, match="config.train.accumulation_inference is 2: 8 users .* mesh.fsdp = 8 devices"):
         train.train(config, tmp_path)
 
 
 @pytest.mark.parametrize(("start", "end", "calls"), [(0, 9, "+2-4"), (3, 9, "+3-4"), (0, 3, "+2-"), (5, 9, "")])
-def test_a_trace_is_ended_wherever_the_run_starts_and_ends(start, end, calls, monkeypatch, tmp_path):
+def test_profiler_stops_wherever_the_run_starts_and_ends(start, end, calls, monkeypatch, tmp_path):
     said = []
     monkeypatch.setattr("jax.profiler.start_trace", lambda folder: said.append("+"))
     monkeypatch.setattr("jax.profiler.stop_trace", lambda: said.append("-"))
@@ -324,10 +325,10 @@ def test_two_phases_with_adapters(tmp_path):
     ]
     assert kinds == [{"grad_norm_inference"}, {"grad_norm_generator"}, {"grad_norm_generator"}]
     cut = ["summaries_cut" in line for line in metrics(tmp_path)]
-    assert cut == [True, True, True]  # The generator's phase draws summaries, too.
+    assert cut == [True, True, True]  # The generator's phase draws summaries too.
     written = [json.loads(line) for line in (tmp_path / "written_summaries.jsonl").read_text().splitlines()]
     assert len({entry["user"] for entry in written}) == len(written) == 8  # Two steps of four users, each drawn once.
-    # A run that goes on finds them written, and logs the same of them.
+    # A resumed run reads them from the file and logs the same values.
     users = [types.SimpleNamespace(user=entry["user"]) for entry in written[:4]]
     found = batches.WrittenSummaries(tmp_path / "written_summaries.jsonl")
     contexts, counts = found.contexts(sampler=None, phi=None, examples=users, key=None, sampling=None)
@@ -335,7 +336,7 @@ def test_two_phases_with_adapters(tmp_path):
     assert counts == {"summaries_cut": metrics(tmp_path)[1]["summaries_cut"]}
 
 
-def test_popi_has_the_configs_schedule_unless_its_name_says_another():
+def test_popi_uses_the_schedule_of_its_name_or_of_the_config():
     config = parse(psoups_smollm2.get_config())
     own, joint, twice, turns = (
         results_table.method_config(config, method, 3)
@@ -348,7 +349,7 @@ def test_popi_has_the_configs_schedule_unless_its_name_says_another():
     assert {c.method for c in (own, joint, twice, turns)} == {"popi"}
 
 
-@pytest.mark.slow  # Of no use beside other work.
+@pytest.mark.slow  # The time limit needs an otherwise idle machine.
 @pytest.mark.parametrize("name", ["quickstart", "psoups_smollm2", "users", "llama3_3b", "llama3_8b"])
 def test_runlocal_takes_less_than_a_minute(name, tmp_path):
     started = time.monotonic()
@@ -357,9 +358,9 @@ def test_runlocal_takes_less_than_a_minute(name, tmp_path):
     assert time.monotonic() - started < 60
 
 
-def test_a_decision_between_equals_is_right_in_half_of_the_cases():
-    p_T = np.array([0.2, 0.5, 0.5 - 1e-16, np.nextafter(0.5, 1), 0.500001, 0.9])
-    np.testing.assert_array_equal(results_table.best_decision(p_T), [0, 0.5, 0.5, 0.5, 1, 1])
+def test_best_decision_counts_a_tie_as_half():
+    p_Tr = np.array([0.2, 0.5, 0.5 - 1e-16, np.nextafter(0.5, 1), 0.500001, 0.9])
+    np.testing.assert_array_equal(results_table.best_decision(p_Tr), [0, 0.5, 0.5, 0.5, 1, 1])
 
 
 def test_results_table_and_its_resumption(tmp_path, capsys):
@@ -374,7 +375,7 @@ def test_results_table_and_its_resumption(tmp_path, capsys):
     assert loss == pytest.approx(rows["popi"]["exact_loss_nats"], abs=1e-3)
     assert rows["bayes_signals"]["accuracy"] > 0.6
     assert (tmp_path / "report.html").exists() and "POPI" in capsys.readouterr().out.upper()
-    (tmp_path / "popi_seed0" / "results.json").unlink()  # As if it had been killed in its last evaluation.
+    (tmp_path / "popi_seed0" / "results.json").unlink()  # As after a kill during the final evaluation.
     before = (tmp_path / "population_seed0" / "results.json").stat().st_mtime_ns
     results_table.make_table(config, tmp_path, methods, [0])
     again = json.loads((tmp_path / "results.json").read_text())["rows"]
@@ -386,15 +387,14 @@ def test_results_table_and_its_resumption(tmp_path, capsys):
     assert [set(full) - set(own) for full, own in zip(shown, kept, strict=True)] == [
         set(results_table.DATA_TEXTS)
     ] * len(shown)
-    page = (tmp_path / "report.html").read_text()
-    page = html.unescape(page)
+    page = html.unescape((tmp_path / "report.html").read_text())
     assert shown[0]["summary"] in page and shown[0]["prompt"] not in page
-    _taken_up_without_texts(tmp_path, config)
-    _evaluated_with_fewer_signals(tmp_path, rows)
+    _check_without_texts(tmp_path, config)
+    _check_trained(tmp_path, rows)
 
 
-def _taken_up_without_texts(table, config):
-    """What may be passed on of the runs makes the same table elsewhere, and holds no text of the data set."""
+def _check_without_texts(table, config):
+    """Checks that without_texts/ gives the same table in another folder, and has no text of the data set."""
     methods = ["base", "population", "popi"]
     results_table.make_table(config, table, methods, [0], data_texts=False)
     elsewhere = table / "elsewhere"
@@ -417,8 +417,8 @@ def _taken_up_without_texts(table, config):
     assert {record.context for record in population} == {None}
 
 
-def _evaluated_with_fewer_signals(trained, rows):
-    """The same runs in a table of other test users: nothing is trained, what is finished is kept."""
+def _check_trained(trained, rows):
+    """Checks that --trained evaluates the same runs with fewer signals, trains nothing and keeps finished rows."""
     config, table = runlocal(**{"data.signals_per_user": 2}), trained / "two"
     methods = ["base", "population", "popi"]
     results_table.make_table(config, table, methods, [0], trained=trained)

@@ -86,7 +86,7 @@ class Steps:
 
 def flops(call: Call) -> float:
     """FLOPs of the model's products in one call, with padding and without recomputation."""
-    return compile_lib.products(call)["model_flops_all_devices"]
+    return compile_lib.products(call, devices=1)["model_flops_per_device"]
 
 
 def dpo_steps(job: Job) -> Steps:

@@ -1,13 +1,11 @@
-"""The one type that every train step reads, and the two layouts of token rows in it.
+"""The Batch that every train step reads, and its two layouts of token rows.
 
-A row is one prefix with N branches (y+ and y- under a prompt; K summaries under a user's signals). A PrefixBatch has a
-line [prefix | branch 1 | ... | branch N] per row, each part padded: the sampler's own layout, scored token by token. A
-PackedBatch has rows of all lengths one after another in bins of one length: made on the host, with little padding and
-nearly always of one shape, for responses, whose summed log-probability is wanted.
+A row is one prefix with N branches (y+ and y- after a prompt; K summaries after a user's signals). A PrefixBatch holds
+one padded line [prefix | branch 1 | ... | branch N] per row. This is the sampler's layout, and it is scored token by
+token. A PackedBatch holds rows of all lengths, back to back in bins of one length. It is built on the host, has little
+padding and nearly always the same shape. It holds responses, for which only summed log-probabilities are needed.
 
-Shapes: B lines, T prefix length, N branches, S branch length; R rows in C bins of L tokens, in G groups of W scored
-tokens at most; U users, K summaries per user. In a Batch every array has one more axis in front, A, which counts the
-micro-batches.
+Every array of a Batch has a leading axis A, the micro-batches. Shape letters: docs/architecture.md.
 """
 
 import dataclasses
@@ -22,7 +20,7 @@ Array = jax.Array | np.ndarray
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrefixBatch:
-    """Right-padded token ids, int32. A row of length 0 is padding."""
+    """Right-padded token ids and their lengths, int32. A row of length 0 is padding."""
 
     prefix_BxT: Array
     prefix_length_B: Array
@@ -31,49 +29,49 @@ class PrefixBatch:
 
     @property
     def valid_B(self) -> jax.Array:
-        """True at the rows that are not padding."""
+        """True for rows that are not padding."""
         return jnp.asarray(self.prefix_length_B) > 0
 
     @property
     def mask_BxNxS(self) -> jax.Array:
-        """True at the branches' real tokens."""
+        """True for the branches' real tokens."""
         return jnp.arange(self.branches_BxNxS.shape[-1])[None, None, :] < self.branch_length_BxN[:, :, None]
 
     @property
     def token_count(self) -> jax.Array:
-        """How many tokens are not padding."""
+        """The number of tokens that are not padding."""
         return jnp.sum(self.prefix_length_B) + jnp.sum(self.branch_length_BxN)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedBatch:
-    """Rows in bins, int32; `packing.pack_bins` makes it.
+    """Rows packed into bins by `packing.pack_bins`, int32.
 
     Attributes:
         tokens_CxL: token ids.
-        positions_CxL: rope positions: each row's start at 0, each branch's where its prefix ended.
+        positions_CxL: rope positions. A row starts at 0; each branch continues from the end of its prefix.
         segments_CxL: see attention.attend.
-        predictor_GxW: of each branch token, where the token lies whose hidden state predicts it: bin * L + place, the
-            bins counted from the group's first. A group is C / G bins that lie side by side on one device.
-        target_GxW: that branch token.
-        branch_GxW: which branch of which row it belongs to, row * N + branch; R * N where there is none.
-        length_RxN: tokens of each branch. A row of empty branches is padding, or in the bins of another micro-batch.
-        first_R: whose scores are this row's: its own, or of the equal row that was packed in its stead.
+        predictor_ShxW: for each branch token, the index of the token whose hidden state predicts it: bin * L + offset,
+            counting bins from the shard's first. A shard is C / Sh consecutive bins on one device.
+        target_ShxW: the branch token itself.
+        branch_ShxW: the branch that the token belongs to, row * N + branch; R * N marks an unused slot.
+        length_RxN: tokens in each branch. A row with empty branches is padding, or is in another micro-batch's bins.
+        first_R: the row that holds this row's scores: itself, or an equal row that was packed in its place.
     """
 
     tokens_CxL: Array
     positions_CxL: Array
     segments_CxL: Array
-    predictor_GxW: Array
-    target_GxW: Array
-    branch_GxW: Array
+    predictor_ShxW: Array
+    target_ShxW: Array
+    branch_ShxW: Array
     length_RxN: Array
     first_R: Array
 
     @property
     def token_count(self) -> jax.Array:
-        """How many tokens are not padding; those of equal rows count once."""
+        """The number of tokens that are not padding. Equal rows count once."""
         return jnp.sum(jnp.asarray(self.segments_CxL) >= 0)
 
 
@@ -83,8 +81,8 @@ class InferenceBatch:
     """Users' signals with K sampled summaries each.
 
     Attributes:
-        lines: one line per user; a user that is padding has prefix length 0.
-        sampler_logp_UxKxS: log-probability of each summary token as it was drawn, in nats.
+        lines: one line per user. A padding user has prefix length 0.
+        sampler_logp_UxKxS: log-probability of each summary token when it was drawn, in nats.
     """
 
     lines: PrefixBatch
@@ -94,13 +92,13 @@ class InferenceBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GeneratorBatch:
-    """Prompts with y+ and y-, in this order: rows (user, summary, query), user-major, R = U * K * M.
+    """Prompts with y+ and y-, in that order. Rows are (user, summary, query), user-major, R = U * K * M.
 
     Attributes:
-        bins: the rows, packed.
+        bins: the packed rows.
         ref_logp_Rx2: log pi_ref of both responses in nats, reduced as objective.logp_reduction says.
-        weight_R: M over the number of the user's queries in this batch; 0 at padding and at rows of other
-            micro-batches. A user with fewer than M queries counts as much as the others, for both models (the mean
+        weight_R: M divided by the number of the user's queries in this batch; 0 for padding and for rows of other
+            micro-batches. A user with fewer than M queries thus weighs as much as any other, for both models (the mean
             over m in POPI section 3).
     """
 
@@ -112,12 +110,12 @@ class GeneratorBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Everything one train step reads, as stacks of micro-batches; `shapes.Shapes.step` gives its shapes.
+    """Everything that one train step reads, as stacks of micro-batches. `shapes.Shapes.step` gives the shapes.
 
     Attributes:
-        generator: rows that give the losses, and with them the rewards.
+        generator: rows that give the losses, and so the rewards.
         inference: the sampled summaries; None in a generator step.
-        learned: rows that theta learns from in a joint step, where those are not all rows of `generator`; else None.
+        learned: in a joint step, the rows that theta learns from, if they are not all rows of `generator`; else None.
     """
 
     generator: GeneratorBatch
@@ -126,6 +124,6 @@ class Batch:
 
     @property
     def token_count(self) -> jax.Array:
-        """How many tokens are scored, each once; padding and `learned`, whose rows are in `generator`, left out."""
+        """The number of scored tokens, without padding and without `learned`, whose rows are also in `generator`."""
         count = self.generator.bins.token_count
         return count if self.inference is None else count + self.inference.lines.token_count

@@ -1,4 +1,4 @@
-"""Checks on records that a person wrote: each failure is one line that names the place, the field and the remedy."""
+"""Checks of user-written records. Every error is one line that names the place, the field and the remedy."""
 
 import json
 import pathlib
@@ -9,7 +9,7 @@ from popi_jax.errors import UserError, first_line
 
 
 def read_text(path: str | pathlib.Path, remedy: str) -> str:
-    """Returns a UTF-8 file's text without its byte order mark; UserError if it cannot be had."""
+    """Returns a UTF-8 file's text without its byte order mark; UserError if the file cannot be read."""
     try:
         return pathlib.Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -20,17 +20,17 @@ def read_text(path: str | pathlib.Path, remedy: str) -> str:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
 
 
-def parse_json(text: str, where: str, line: int | None = None, remedy: str = "mend this line") -> Any:
-    """Parses JSON, refusing repeated keys, of which `json` would silently keep the last.
+def parse_json(text: str, where: str, line: int | None = None, remedy: str = "fix this line") -> Any:
+    """Parses JSON and refuses repeated keys. The `json` module would silently keep the last one.
 
     Args:
         text: the JSON.
-        where: the file, for the error.
-        line: the line of the file that `text` is; None if it is the whole file.
-        remedy: what to do about text that is not JSON, for the error.
+        where: the file, for the error message.
+        line: the line number of `text` in the file; None if `text` is the whole file.
+        remedy: how to fix text that is not JSON, for the error message.
 
     Raises:
-        UserError: naming the line.
+        UserError: `text` is not valid JSON or repeats a key; the message names the line.
     """
     place = where if line is None else f"{where}:{line}"
 
@@ -38,7 +38,7 @@ def parse_json(text: str, where: str, line: int | None = None, remedy: str = "me
         record: dict[str, Any] = {}
         for key, value in pairs:
             if key in record:
-                raise UserError(f"{place}: field {key!r} occurs twice in one object; keep one")
+                raise UserError(f"{place}: field {key!r} occurs twice in one object; keep one of them")
             record[key] = value
         return record
 
@@ -47,39 +47,39 @@ def parse_json(text: str, where: str, line: int | None = None, remedy: str = "me
     except json.JSONDecodeError as error:
         place = f"{where}:{error.lineno}" if line is None else place
         raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno}); {remedy}") from None
-    except ValueError as error:  # An integer of thousands of digits.
+    except ValueError as error:  # An integer with thousands of digits.
         raise UserError(f"{place}: not JSON ({first_line(error)}); {remedy}") from None
     except RecursionError:
-        raise UserError(f"{place}: JSON nested too deep; flatten it") from None
+        raise UserError(f"{place}: JSON is nested too deeply; flatten it") from None
 
 
 def as_object(value: Any, where: str) -> dict[str, Any]:
-    """Returns `value` if it is a JSON object."""
+    """Returns `value` if it is a JSON object; UserError otherwise."""
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected an object in braces, found {_kind(value)}")
     return value
 
 
 def text_field(record: dict[str, Any], field: str, where: str) -> str:
-    """Returns record[field], a string with something in it."""
+    """Returns record[field], a non-blank string; UserError otherwise."""
     if field not in record:
-        raise UserError(f"{where}: field {field!r} is missing; add it as a non-empty string")
+        raise UserError(f"{where}: field {field!r} is missing; add a non-empty string")
     value = record[field]
     if not isinstance(value, str):
         raise UserError(f"{where}: field {field!r} must be a string, found {_kind(value)}")
     if not value.strip():
-        raise UserError(f"{where}: field {field!r} is empty; give it a text")
+        raise UserError(f"{where}: field {field!r} is empty; write some text")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where}: field {field!r} holds half a surrogate pair (\\ud800-\\udfff); remove it") from None
+        raise UserError(f"{where}: field {field!r} has half a surrogate pair (\\ud800-\\udfff); remove it") from None
     return value
 
 
 def list_field(record: dict[str, Any], field: str, where: str) -> list[Any]:
-    """Returns record[field], a list with something in it."""
+    """Returns record[field], a non-empty list; UserError otherwise."""
     if field not in record:
-        raise UserError(f"{where}: field {field!r} is missing; add it as a list with at least one entry")
+        raise UserError(f"{where}: field {field!r} is missing; add a list with at least one entry")
     value = record[field]
     if not isinstance(value, list):
         raise UserError(f"{where}: field {field!r} must be a list, found {_kind(value)}")
@@ -89,23 +89,23 @@ def list_field(record: dict[str, Any], field: str, where: str) -> list[Any]:
 
 
 def only_fields(record: dict[str, Any], known: Iterable[str], where: str) -> None:
-    """Refuses a field that nobody would read."""
+    """Raises UserError for a field that nothing reads."""
     known = tuple(known)
     for field in record:
         if field not in known:
-            raise UserError(f"{where}: unknown field {field!r}; the fields here are {', '.join(known)}")
+            raise UserError(f"{where}: unknown field {field!r}; known fields are {', '.join(known)}")
 
 
 def pair_fields(record: dict[str, Any], where: str) -> dict[str, str]:
-    """Returns prompt, chosen and rejected; the two responses must differ, else there is no preference in them."""
+    """Returns prompt, chosen and rejected. Equal responses state no preference and raise UserError."""
     pair = {field: text_field(record, field, where) for field in ("prompt", "chosen", "rejected")}
     if pair["chosen"] == pair["rejected"]:
-        raise UserError(f"{where}: fields 'chosen' and 'rejected' are the same text; a pair must differ, remove it")
+        raise UserError(f"{where}: fields 'chosen' and 'rejected' are the same text; change one or remove the pair")
     return pair
 
 
 def _kind(value: Any) -> str:
-    """Names a JSON value's type in JSON's words."""
+    """Names a JSON value's type in JSON terms."""
     if value is None:
         return "null"
     names = {

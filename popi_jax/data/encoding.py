@@ -1,7 +1,7 @@
-"""From users and queries to token ids, as a config's prompts and limits say.
+"""Turns users and queries into token ids, following a config's prompts and limits.
 
-What exceeds a limit is an error that names it, or, with on_overflow = "drop", costs whole signals, the oldest first; a
-prompt or a response is never cut. Drops are counted in an `OverflowLog` that the caller shows.
+Text that exceeds a limit raises an error that names the limit. With on_overflow = "drop", whole signals are dropped
+instead, oldest first. Prompts and responses are never cut. An `OverflowLog` counts the drops for the caller to report.
 """
 
 import bisect
@@ -18,21 +18,21 @@ Ids = list[int]
 
 
 class OverflowLog:
-    """Counts the signals dropped to fit a limit: once per user and limit, however often the user is encoded."""
+    """Counts signals dropped to fit a limit, once per user and limit, however often the user is encoded."""
 
     def __init__(self) -> None:
         self._dropped: dict[tuple[str, str], int] = {}
 
     def record(self, user: str, limit_name: str, dropped: int) -> None:
-        """Notes that `dropped` of this user's signals did not fit into the limit of this name."""
+        """Records that `dropped` of this user's signals did not fit the limit of this name."""
         self._dropped[user, limit_name] = dropped
 
     def of(self, user: str, limit_name: str) -> int:
-        """How many of this user's signals did not fit into the limit of this name."""
+        """The number of this user's signals that did not fit the limit of this name."""
         return self._dropped.get((user, limit_name), 0)
 
     def counts(self) -> dict[str, tuple[int, int]]:
-        """For each limit that was exceeded: the number of signals dropped, and of users who lost some."""
+        """For each exceeded limit, the number of dropped signals and the number of users who lost some."""
         totals: dict[str, tuple[int, int]] = {}
         for (_, limit_name), dropped in self._dropped.items():
             signals, users = totals.get(limit_name, (0, 0))
@@ -46,13 +46,13 @@ class OverflowLog:
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """What the two models read.
+    """Encodes the inputs of both models.
 
     Attributes:
-        tokenizer: of both.
+        tokenizer: shared by both models.
         prompts: config.prompts.
         limits: config.limits.
-        overflow: counts what on_overflow = "drop" costs.
+        overflow: counts the signals that on_overflow = "drop" drops.
     """
 
     tokenizer: Tokenizer
@@ -61,7 +61,7 @@ class Encoder:
     overflow: OverflowLog = dataclasses.field(default_factory=OverflowLog)
 
     def signals(self, example: Example) -> Ids:
-        """The prompt of q_phi for one user, as far as the start that every summary has: the model goes on from there.
+        """The prompt of q_phi for one user. It ends with the fixed start of the summary, which the model continues.
 
         Raises:
             UserError: no signals, or more than limits.signals tokens (see on_overflow).
@@ -77,7 +77,7 @@ class Encoder:
         return render(self._fitting(example, lambda signals: len(render(signals)), "signals"))
 
     def raw_signals(self, example: Example) -> str:
-        """The context of raw_signals: the signals with which every query's prompt stays within limits.prompt.
+        """The context of method raw_signals: the signals that keep every query's prompt within limits.prompt.
 
         Raises:
             UserError: no signals, or more than limits.prompt tokens (see on_overflow).
@@ -90,21 +90,21 @@ class Encoder:
         return templates.signals_text(self._fitting(example, length, "prompt"))
 
     def prompt(self, prompt: str, context: str | None) -> Ids:
-        """The generator's prompt x with what it is told of the user (see `templates.generator_messages`)."""
+        """The generator's prompt x with a context about the user (see `templates.generator_messages`)."""
         return self.tokenizer.render(templates.generator_messages(prompt, context, self.prompts.generator_instruction))
 
     def pair(self, query: Query, context: str | None) -> tuple[Ids, Ids, Ids]:
-        """The generator's prompt; y+ and y-, without special tokens but for the end token of each."""
+        """The generator's prompt, y+ and y-. The responses have no special tokens except the end token."""
         chosen, rejected = (
             [*self.tokenizer.encode(text), self.tokenizer.end_id] for text in (query.chosen, query.rejected)
         )
         return self.prompt(query.prompt, context), chosen, rejected
 
     def check(self, query: Query, context: str | None, more: int = 0) -> int:
-        """What a prompt with both responses takes, with `more` tokens to come; UserError where a limit is exceeded.
+        """The tokens of a prompt with both responses and `more` tokens still to come; UserError if a limit is exceeded.
 
-        Asked before a run, not while it goes on: a summary of the same length may take some tokens more when its text
-        is tokenised again, which is no reason to end a run.
+        Checked before a run, not during it. A summary may take a few more tokens when its text is tokenised again, and
+        that should not end a run.
         """
         where = f"query {query.provenance or repr(query.prompt[:40])}"
         prefix, chosen, rejected = self.pair(query, context)
@@ -118,43 +118,44 @@ class Encoder:
         return len(prefix) + more + len(chosen) + len(rejected)
 
     def check_prompt(self, prompt: str, context: str | None) -> None:
-        """Raises UserError where a prompt without known responses exceeds limits.prompt."""
+        """Raises UserError if a prompt without known responses exceeds limits.prompt."""
         self._check(f"prompt {prompt[:40]!r}", len(self.prompt(prompt, context)), "prompt")
 
     def _check(self, what: str, tokens: int, limit: str) -> None:
         most = getattr(self.limits, limit)
         if tokens > most:
-            raise UserError(f"{what} takes {tokens} tokens, limits.{limit} is {most}; raise it or shorten the text")
+            raise UserError(f"{what} takes {tokens} tokens, but limits.{limit} is {most}; raise it or shorten the text")
 
     def cost(self, context: str | None) -> int:
-        """What telling the generator `context` costs, in tokens of its text."""
+        """The tokens that `context` adds to the generator's prompt."""
         return len(self.tokenizer.encode(context)) if context else 0
 
     def summary_stop(self) -> tuple[int, ...]:
-        """The token that ends a summary beside those that always do; UserError where summary_stop is not one token."""
+        """The extra token that ends a summary, if any; UserError if prompts.summary_stop is more than one token."""
         ids = self.tokenizer.encode(self.prompts.summary_stop)
         if len(ids) > 1:
             raise UserError(
                 f"config.prompts.summary_stop is {self.prompts.summary_stop!r}, {len(ids)} tokens of this tokenizer;"
-                " give one token"
+                " use a single token"
             )
         return tuple(ids)
 
     def _fitting(self, example: Example, length: Callable[[Sequence[Signal]], int], limit: str) -> tuple[Signal, ...]:
-        """The newest signals with which the prompt stays within the limit; UserError if there are none such."""
+        """The most recent signals that keep the prompt within the limit; UserError if even one is too long."""
         if not example.signals:
             raise UserError(f"user {example.user!r} has no signals; give at least one")
         most, tokens, n_signals = getattr(self.limits, limit), length(example.signals), len(example.signals)
         if tokens <= most:
             return example.signals
         over = (
-            f"user {example.user!r}: a prompt with {n_signals} signals takes {tokens} tokens, limits.{limit} is {most}"
+            f"user {example.user!r}: a prompt with {n_signals} signals takes {tokens} tokens,"
+            f" but limits.{limit} is {most}"
         )
         if self.limits.on_overflow == "error":
             raise UserError(f"{over}; raise it or set limits.on_overflow to 'drop'")
-        # Fewer signals take fewer tokens, so the least number to drop is found by bisection.
+        # Fewer signals take fewer tokens, so bisection finds the smallest number to drop.
         dropped = bisect.bisect_left(range(n_signals), True, lo=1, key=lambda n: length(example.signals[n:]) <= most)
         if dropped == n_signals:
-            raise UserError(f"{over}, which the last signal alone exceeds; raise it")
+            raise UserError(f"{over}, which the last signal alone exceeds; raise it or shorten the signal")
         self.overflow.record(example.user, f"limits.{limit}", dropped)
         return example.signals[dropped:]

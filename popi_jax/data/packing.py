@@ -1,7 +1,6 @@
-"""From token ids to padded arrays of a few static shapes: lines of one prompt each, or bins of many rows.
+"""Turns token ids into padded arrays of a few static shapes: lines of one prompt each, or bins of many rows.
 
-Shapes: B lines, T their length; R rows with N branches in C bins of L tokens, in G groups with at most W scored tokens
-each.
+Shape letters: docs/architecture.md.
 """
 
 import dataclasses
@@ -18,32 +17,34 @@ Ids = list[int]
 
 
 def bucket(length: int, buckets: Sequence[int]) -> int:
-    """Returns the smallest bucket that holds `length` tokens, so that few shapes are ever compiled.
+    """Returns the smallest bucket that holds `length` tokens, so that few shapes are compiled.
 
-    Beyond the largest, in steps of an eighth of it: its next multiple could need twice the memory for a few tokens.
-    Without buckets, in steps of an eighth of the next power of two. Buckets are shapes; limits say what is too long.
+    Beyond the largest bucket, lengths round up in steps of an eighth of it; rounding to its next multiple could double
+    the memory for a few tokens. Without buckets, lengths round up in steps of an eighth of the next power of two.
+    Buckets do not limit lengths; config.limits does.
     """
     largest = max(buckets, default=1 << max(0, length - 1).bit_length())
     return min((size for size in buckets if size >= length), default=round_up(length, -(-largest // 8)))
 
 
 def choose_buckets(lengths: Sequence[int], most: int, step: int = 16) -> tuple[int, ...]:
-    """The buckets that hold items of these lengths with the least padding in all, each padded to its own bucket.
+    """Chooses the buckets that minimise total padding when each item is padded to the smallest bucket that holds it.
 
     Args:
-        lengths: in tokens, of what is to be padded.
-        most: how many buckets there are at most.
-        step: buckets are multiples of it.
+        lengths: of the items, in tokens.
+        most: the largest number of buckets.
+        step: every bucket is a multiple of it.
 
     Returns:
         The buckets, ascending; () without lengths.
     """
     sizes_n, counts_n = np.unique([round_up(length, step) for length in lengths], return_counts=True)
     count_n, taken_n = np.cumsum(counts_n), np.cumsum(counts_n * sizes_n)
-    # Of the items up to each size: what one bucket pads, and that bucket. Then what more of them pad, one by one.
+    # For the items up to each size: the least padding, and the buckets that give it. Start with one bucket, then add
+    # one at a time.
     best_n = count_n * sizes_n - taken_n
     chosen: list[tuple[int, ...]] = [(int(size),) for size in sizes_n]
-    # What a bucket of size j pads of the items above size i.
+    # Padding of the items above size i in a bucket of size j.
     pads_jxi = (count_n[:, None] - count_n) * sizes_n[:, None] - (taken_n[:, None] - taken_n)
     earlier_jxi = np.tri(len(sizes_n), k=-1, dtype=bool)
     for _ in range(min(most, len(sizes_n)) - 1):
@@ -58,14 +59,17 @@ def choose_buckets(lengths: Sequence[int], most: int, step: int = 16) -> tuple[i
 
 
 def round_up(count: int, step: int) -> int:
-    """The smallest multiple of step that is at least count, and at least step."""
+    """Rounds count up to a multiple of step, at least one step."""
     return max(1, -(-count // step)) * step
 
 
 def pad_rows(prompts: Sequence[Ids], shape: tuple[int, int], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-pads prompts: ids [B, T], lengths [B], int32, with B and T from `shape`.
+    """Right-pads prompts to `shape` (B, T) and returns ids [B, T] and lengths [B], int32.
 
-    Rows beyond the prompts have length 0. Any `pad_id` does: lengths tell which tokens are real.
+    Rows beyond the prompts have length 0. Any `pad_id` works, since the lengths tell which tokens are real.
+
+    Raises:
+        ValueError: more prompts than rows.
     """
     if len(prompts) > shape[0]:
         raise ValueError(f"{len(prompts)} prompts do not fit into {shape[0]} rows")
@@ -78,9 +82,9 @@ def pad_rows(prompts: Sequence[Ids], shape: tuple[int, int], pad_id: int) -> tup
 
 
 def coarse(count: int) -> int:
-    """Rounds up to a number of three significant bits: 1, 2, ... 8, 10, 12, 14, 16, 20, ...
+    """Rounds up to a number with three significant bits: 1, 2, ... 8, 10, 12, 14, 16, 20, ...
 
-    A step of another shape is compiled anew, which takes as long as many steps: better some empty bins.
+    Compiling a step for a new shape takes as long as many steps, so a few empty bins are cheaper.
     """
     unit = 1 << max(0, (count - 1).bit_length() - 3)
     return round_up(count, unit)
@@ -88,19 +92,19 @@ def coarse(count: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row to pack: a prefix and its branches, as token ids. Without tokens it is padding that keeps its place."""
+    """One row to pack: a prefix and its branches, as token ids. A row without tokens is padding and keeps its index."""
 
     prefix: Ids
     branches: list[Ids]
 
     @property
     def tokens(self) -> int:
-        """The length that the row takes in a bin by itself."""
+        """The number of tokens that the row takes in a bin by itself."""
         return len(self.prefix) + sum(map(len, self.branches))
 
 
 class Branch(NamedTuple):
-    """Of a tree: tokens that are read, then those that are scored, which are branch `n` of row `r`."""
+    """A branch of a tree: tokens that are only read, then the scored tokens, which are branch `n` of row `r`."""
 
     read: Ids
     scored: Ids
@@ -110,41 +114,41 @@ class Branch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """What lies together in a bin: tokens that are read once, and all that follows them. One row, or several."""
+    """One or several rows that share a start: the tokens that are read once, and the branches that follow them."""
 
     start: Ids
     branches: list[Branch]
 
     @property
     def tokens(self) -> int:
-        """The length that it takes in a bin."""
+        """The number of tokens that the tree takes in a bin."""
         return len(self.start) + sum(len(branch.read) for branch in self.branches) + self.scored_tokens
 
     @property
     def scored_tokens(self) -> int:
-        """How many of its tokens are scored."""
+        """The number of scored tokens."""
         return sum(len(branch.scored) for branch in self.branches)
 
     @property
     def members(self) -> list[int]:
-        """The rows that are in it, each once."""
+        """The indices of the tree's rows, each once."""
         return list(dict.fromkeys(branch.r for branch in self.branches))
 
     def renumbered(self, place: Mapping[int, int]) -> "Tree":
-        """The same with other numbers for its rows."""
+        """The same tree with its rows renumbered by `place`."""
         return Tree(self.start, [branch._replace(r=place[branch.r]) for branch in self.branches])
 
 
 def plant(rows: Sequence[Row], groups: Iterable[Sequence[int]], capacity: int) -> list[Tree]:
-    """Makes trees of rows: those of a group share the start that they have in common, where fewer tokens are then read.
+    """Builds trees from rows. Rows of a group share their common start, if that leaves fewer tokens to read.
 
-    What a row's prefix has beyond that start is read once per branch of it: a user's M queries after a long context
-    share it, while one question under many summaries is left as it is. Nothing changes in what any token attends to.
+    The rest of a row's prefix is then read once per branch. A user's M queries after a long context therefore share the
+    context, while one question after many summaries is not shared. Each token attends to the same tokens either way.
 
     Args:
-        rows: all; those of no group are in no tree.
-        groups: rows that may have a start in common, by index; each row in one group.
-        capacity: tokens of a tree at most; a row that is longer is a tree by itself.
+        rows: all rows; a row in no group is in no tree.
+        groups: indices of rows that may have a start in common; each row is in at most one group.
+        capacity: the largest tree, in tokens; a longer row is a tree by itself.
     """
 
     def tree(members: Sequence[int], common: int | None = None) -> Tree:
@@ -175,14 +179,14 @@ def plant(rows: Sequence[Row], groups: Iterable[Sequence[int]], capacity: int) -
 
 
 def fill_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Puts items into bins, first-fit decreasing: each, the longest first, into the first bin with room for it.
+    """Packs items into bins by first-fit decreasing.
 
     Args:
-        lengths: of the items; those of length 0 are in no bin.
+        lengths: of the items; items of length 0 go in no bin.
         capacity: of a bin; no item is longer.
 
     Returns:
-        The items of each bin, by index.
+        The indices of each bin's items.
     """
     bins: list[list[int]] = []
     room: list[int] = []
@@ -198,24 +202,8 @@ def fill_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-@dataclasses.dataclass(frozen=True)
-class PairShape:
-    """Packed rows: R rows in C = n_bins bins of L = length tokens, in G = groups, each with W = scored positions."""
-
-    rows: int
-    n_bins: int
-    length: int
-    groups: int
-    scored: int
-
-    @property
-    def group_bins(self) -> int:
-        """How many bins are in a group."""
-        return self.n_bins // self.groups
-
-
 def first_equals(keys: Sequence[Hashable]) -> list[int]:
-    """For each of them the index of the first that is equal to it: its own where there is none before."""
+    """For each key, the index of the first equal key, which may be its own."""
     first: dict[Hashable, int] = {}
     return [first.setdefault(key, i) for i, key in enumerate(keys)]
 
@@ -223,7 +211,7 @@ def first_equals(keys: Sequence[Hashable]) -> list[int]:
 def pack_bins(
     rows: Sequence[Row],
     bins: Sequence[Sequence[Tree]],
-    shape: PairShape,
+    like: PackedBatch,
     *,
     pad_id: int,
     first_R: Sequence[int] | None = None,
@@ -233,20 +221,21 @@ def pack_bins(
     Args:
         rows: R rows of N branches each.
         bins: the trees of each bin; see `plant` and `fill_bins`.
-        shape: at least as many bins, the added ones empty, no shorter than the tokens of any, with room for the scored
-            tokens of every group.
-        pad_id: fills what is left; any id does.
-        first_R: for each row the one that is packed for it, see `first_equals`; None: each for itself.
+        like: the result's shapes; leading axes are ignored. It has room for these bins (the rest stay empty) and for
+            every shard's scored tokens.
+        pad_id: fills unused tokens; any id works.
+        first_R: for each row, the equal row that is packed in its place (see `first_equals`); None: each row itself.
     """
     (N,) = {len(row.branches) for row in rows}
-    n_bins, length, groups, size, scored = shape.n_bins, shape.length, shape.groups, shape.group_bins, shape.scored
+    (n_bins, length), (shards, scored) = like.tokens_CxL.shape[-2:], like.target_ShxW.shape[-2:]
+    size = n_bins // shards
     tokens_CxL = np.full((n_bins, length), pad_id, np.int32)
     positions_CxL, segments_CxL = np.zeros((n_bins, length), np.int32), np.full((n_bins, length), -1, np.int32)
-    predictor_GxW, target_GxW = np.zeros((groups, scored), np.int32), np.full((groups, scored), pad_id, np.int32)
-    branch_GxW = np.full((groups, scored), len(rows) * N, np.int32)
+    predictor_ShxW, target_ShxW = np.zeros((shards, scored), np.int32), np.full((shards, scored), pad_id, np.int32)
+    branch_ShxW = np.full((shards, scored), len(rows) * N, np.int32)
     for c, members in enumerate(bins):
-        g, start = c // size, 0
-        if c % size == 0:  # A group begins: so do its scored positions.
+        shard, start = c // size, 0
+        if c % size == 0:  # The first bin of a shard.
             first = 0
         for place, tree in enumerate(members):
             own = slice(start, start + len(tree.start))
@@ -258,10 +247,11 @@ def pack_bins(
                 tokens_CxL[c, own], segments_CxL[c, own] = [*read, *ids], place * ROW + number
                 positions_CxL[c, own] = len(tree.start) + np.arange(own.stop - start)
                 asked = slice(first, first + len(ids))
-                # A branch's first token is predicted by the last of the start, any other by the one before it.
+                # The last token of the start predicts a branch's first token; each other token is predicted by the one
+                # before it.
                 predictors = [last, *range(start, own.stop - 1)][len(read) : len(read) + len(ids)]
-                predictor_GxW[g, asked] = np.array(predictors, np.int32) + c % size * length
-                target_GxW[g, asked], branch_GxW[g, asked] = ids, r * N + n
+                predictor_ShxW[shard, asked] = np.array(predictors, np.int32) + c % size * length
+                target_ShxW[shard, asked], branch_ShxW[shard, asked] = ids, r * N + n
                 start, first = own.stop, asked.stop
     own_R = np.asarray(range(len(rows)) if first_R is None else first_R, np.int32)
     here = {r for members in bins for tree in members for r in tree.members}
@@ -270,5 +260,5 @@ def pack_bins(
         np.int32,
     )
     return PackedBatch(
-        tokens_CxL, positions_CxL, segments_CxL, predictor_GxW, target_GxW, branch_GxW, length_RxN, own_R
+        tokens_CxL, positions_CxL, segments_CxL, predictor_ShxW, target_ShxW, branch_ShxW, length_RxN, own_R
     )

@@ -1,4 +1,4 @@
-"""Data sets by name, prepared as array_record through TFDS (no TensorFlow), read by grain with a resumable state."""
+"""Loads data sets by name, prepares them as array_record with TFDS (without TensorFlow), reads them with grain."""
 
 import collections
 import contextlib
@@ -24,18 +24,18 @@ from popi_jax.errors import UserError
 
 @dataclasses.dataclass
 class PreparedConfig(tfds.core.BuilderConfig):
-    """A data set's examples by split; `name` must identify them, since TFDS finds prepared data by name."""
+    """A data set's examples by split. `name` must identify them, because TFDS finds prepared data by name."""
 
-    # TFDS logs a config's repr.
+    # Not in the repr, which TFDS logs.
     examples: dict[str, list[Example]] = dataclasses.field(default_factory=dict, repr=False)
 
 
 class PreferenceExamples(tfds.core.GeneratorBasedBuilder):
-    """Stores examples in their order. The nested part is JSON text: TFDS needs TensorFlow to write ragged features."""
+    """Stores examples in order. Nested fields are JSON text, because TFDS needs TensorFlow to write ragged features."""
 
     VERSION = tfds.core.Version("1.0.0")
-    # Nothing is downloaded, so no checksums lie beside this file; to look for them, TFDS would import a package that it
-    # does not install (importlib_resources).
+    # Nothing is downloaded, so there are no checksums. To look for them beside this file, TFDS would import a package
+    # that it does not install (importlib_resources).
     code_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -52,7 +52,7 @@ class PreferenceExamples(tfds.core.GeneratorBasedBuilder):
 
 
 class ExampleSource:
-    """Random access to prepared examples, as grain reads them; `fingerprint` changes with any of them."""
+    """Random access to prepared examples, for grain. `fingerprint` changes whenever an example does."""
 
     def __init__(self, records: Sequence[dict[str, bytes]], fingerprint: str):
         self._records, self.fingerprint = records, fingerprint
@@ -68,12 +68,12 @@ class ExampleSource:
 
 
 def to_json(example: Example) -> str:
-    """One line that `from_json` turns back into an equal example."""
+    """Serialises an example as one line of JSON."""
     return json.dumps(dataclasses.asdict(example), ensure_ascii=False)
 
 
 def from_json(text: str | bytes) -> Example:
-    """The inverse of `to_json`."""
+    """Inverse of `to_json`."""
     fields = json.loads(text)
     signals = tuple(Signal(**signal) for signal in fields.pop("signals"))
     queries = tuple(Query(**query) for query in fields.pop("queries"))
@@ -81,7 +81,7 @@ def from_json(text: str | bytes) -> Example:
 
 
 def content_hash(examples: dict[str, list[Example]]) -> str:
-    """Changes with any text, order or split of the examples."""
+    """Hashes the examples' texts, order and splits."""
     digest = hashlib.sha256()
     for split, split_examples in examples.items():
         for line in (split, *map(to_json, split_examples)):
@@ -92,17 +92,21 @@ def content_hash(examples: dict[str, list[Example]]) -> str:
 def prepare(
     source_name: str, examples: dict[str, list[Example]], key: str, data_dir: str | pathlib.Path
 ) -> dict[str, ExampleSource]:
-    """Writes the examples as array_record unless the very same ones are there already; returns them for reading.
+    """Writes the examples as array_record, unless the same ones are already there, and returns readers for them.
 
     Args:
         source_name: e.g. "psoups"; letters and underscores.
         examples: the examples of each split, at least one in each.
-        key: whatever else tells this data set from another: its settings, say. It goes into the name with the content.
-        data_dir: the folder; several processes each write their own one in it.
+        key: anything else that identifies the data set, such as its settings. It is hashed into the name with the
+            content.
+        data_dir: the folder to write to. In a multi-process run, each process has its own subfolder.
+
+    Raises:
+        UserError: a split is empty.
     """
     for split, split_examples in examples.items():
         if not split_examples:
-            raise UserError(f"data set {source_name!r}: the split {split!r} is empty; give it more data")
+            raise UserError(f"data set {source_name!r}: the split {split!r} is empty; add more data")
     digest = hashlib.sha256(f"{key}\n{content_hash(examples)}".encode()).hexdigest()[:16]
     folder = pathlib.Path(data_dir)
     if jax.process_count() > 1:
@@ -122,7 +126,7 @@ def prepare(
 
 @contextlib.contextmanager
 def _quiet_tfds() -> Iterator[None]:
-    """TFDS prints that it downloads, which it does not, and warns of a config that is not listed in the builder."""
+    """Silences TFDS, which reports downloads that do not happen and warns of configs that the builder does not list."""
     tfds.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
@@ -138,12 +142,12 @@ def training_iterator(
     users_per_step: int,
     seed: int,
 ) -> grain.DatasetIterator:
-    """Endless lists of examples: every epoch is another permutation of the source, a function of `seed`.
+    """Yields lists of examples forever. Every epoch is a new permutation of the source, determined by `seed`.
 
-    Every process reads the same users: the arrays made of them are global, and each device takes its rows.
+    Every process reads the same users. Their arrays are global, and each device takes its own rows.
 
     Returns:
-        An iterator whose get_state() is a small dict that JSON holds, and whose set_state() resumes exactly.
+        An iterator whose get_state() is a small JSON-serialisable dict and whose set_state() resumes exactly.
     """
     order = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     steps = order.batch(users_per_step, drop_remainder=True, batch_fn=list)
@@ -151,7 +155,7 @@ def training_iterator(
 
 
 def from_config(data: Data, workdir: str | pathlib.Path) -> dict[str, ExampleSource]:
-    """Loads and prepares config.data, in data.prepared_dir or else <workdir>/data; logs what was dropped."""
+    """Loads config.data and prepares it in data.prepared_dir, or else <workdir>/data. Logs what was dropped."""
     counts: collections.Counter[str] = collections.Counter()
     examples = load_examples(data, counts)
     for reason, count in counts.items():
@@ -166,10 +170,10 @@ def load_examples(data: Data, counts: collections.Counter[str] | None = None) ->
 
     Args:
         data: config.data.
-        counts: gains the number of what was dropped, by reason.
+        counts: updated with the number of dropped rows and signals, by reason.
 
     Raises:
-        UserError: bad data, or fewer examples than config.data asks for.
+        UserError: bad data, or fewer examples than config.data requests.
     """
     if data.dataset == "stylebook":
         return stylebook.load(data)
@@ -196,12 +200,12 @@ def load_examples(data: Data, counts: collections.Counter[str] | None = None) ->
 
 def _path(data: Data) -> str:
     if not data.path:
-        raise UserError(f"config: data.path is empty; data.dataset = {data.dataset!r} reads a file, so give its path")
+        raise UserError(f"config: data.path is empty, but data.dataset = {data.dataset!r} reads a file; set its path")
     return data.path
 
 
 def _load_users(data: Data) -> dict[str, list[Example]]:
-    """Reads users.jsonl; test users come from another file, or are held out. Both splits in random order."""
+    """Reads users.jsonl. Test users come from data.test_path or are held out. Both splits are in random order."""
     rng = np.random.default_rng(data.seed)
     path = _path(data)
     read = users.read_users(path)
@@ -210,20 +214,20 @@ def _load_users(data: Data) -> dict[str, list[Example]]:
         test = users.read_users(data.test_path, split="test")
         both = sorted({example.user for example in test} & {example.user for example in everyone})
         if both:
-            raise UserError(f"{data.test_path}: field 'user': {both[0]!r} is also in {path}; test on other users")
+            raise UserError(f"{data.test_path}: field 'user': {both[0]!r} is also in {path}; use other test users")
         return {"train": everyone, "test": [test[i] for i in rng.permutation(len(test))]}
     n_test = round(data.test_fraction * len(everyone))
     if not 0 < n_test < len(everyone):
         raise UserError(
             f"{path}: {len(everyone)} users cannot be split at data.test_fraction = {data.test_fraction};"
-            " give more users, another share or data.test_path"
+            " add users, change the fraction or set data.test_path"
         )
     test = [dataclasses.replace(example, split="test") for example in everyone[:n_test]]
     return {"train": everyone[n_test:], "test": test}
 
 
 def _first(examples: list[Example], count: int, name: str) -> list[Example]:
-    """The first `count` examples; 0: all."""
+    """Returns the first `count` examples, or all if it is 0."""
     if count < 0 or count > len(examples):
         raise UserError(f"config: data.{name} = {count}, but there are {len(examples)} examples; 0 takes all")
     return examples[:count] if count else examples

@@ -1,4 +1,4 @@
-"""Reads prompts.jsonl: the prompts that --mode=generate answers, each with what is known of its user."""
+"""Reads prompts.jsonl: the prompts that --mode=generate answers, each with its user's summary."""
 
 import pathlib
 from typing import Any
@@ -10,10 +10,10 @@ FIELDS = ("prompt", "summary", "user")
 
 
 def read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads prompts, and for those that name a user the user's summary from summaries.jsonl beside the file.
+    """Reads prompts. If a line has no summary, its user's summary comes from summaries.jsonl in the same folder.
 
     Returns:
-        For each: {"row", "prompt", "summary"}, row the line's number, and "user" where it was given.
+        A dict with "row" (the line number), "prompt", "summary", and "user" if given, for each prompt.
 
     Raises:
         UserError: one line that names the file, the line, the field and the remedy.
@@ -29,23 +29,24 @@ def read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
             user = record.get("user")
             if not isinstance(user, str) or user not in summaries:
                 raise UserError(
-                    f"{where}: needs the field 'summary', or 'user' with a user of {beside}, which --mode=summarize"
-                    " writes"
+                    f"{where}: neither the field 'summary' nor a 'user' that is in {beside}; add one"
+                    " (--mode=summarize writes that file)"
                 )
             record["summary"] = summaries[user]
         else:
             checks.text_field(record, "summary", where)
         entries.append({"row": number, **record})
     if not entries:
-        raise UserError(f"{path}: holds no prompts; write one JSON object a line")
+        raise UserError(f"{path}: no prompts; write one JSON object per line")
     return entries
 
 
 def _read_summaries(path: pathlib.Path) -> dict[str, str]:
     summaries = {}
-    for number, record in files.numbered_objects(path, "run --mode=summarize again"):
+    remedy = "run --mode=summarize again"
+    for number, record in files.numbered_objects(path, remedy, remedy):
         where = f"{path}:{number}"
-        if not isinstance(record.get("summary"), str):  # May be empty: a model can write nothing.
-            raise UserError(f"{where}: field 'summary' is missing or no text; run --mode=summarize again")
+        if not isinstance(record.get("summary"), str):  # May be empty, since a model can write nothing.
+            raise UserError(f"{where}: field 'summary' is missing or not a string; {remedy}")
         summaries[checks.text_field(record, "user", where)] = record["summary"]
     return summaries

@@ -1,7 +1,7 @@
-"""P-Soups by path: a JSON list of preference rows, each with its persona and pairs that show what the user prefers.
+"""Reads a P-Soups file: a JSON list of preference rows, each with a persona and pairs that show its preferences.
 
-Source: Jang et al. 2023 (arXiv 2310.11564), in the shape that AlignX (arXiv 2503.15463) evaluates on. Both protocols
-split by query prompt: a prompt seldom occurs under more than one persona, so it can give its persona away.
+Source: Jang et al. 2023 (arXiv 2310.11564), in the format that AlignX (arXiv 2503.15463) evaluates on. Both protocols
+split by query prompt. A prompt rarely occurs under more than one persona, so it can give the persona away.
 """
 
 import collections
@@ -22,7 +22,7 @@ _SPLIT_STREAM, _TRAIN_STREAM, _TEST_STREAM = range(3)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of the file: the triple that it asks about, and the signals that it ships with."""
+    """One row of the file: its query triple, its persona and the signals that ship with it."""
 
     index: int
     query: Query
@@ -32,13 +32,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """How one split's rows become examples.
+    """How the rows of one split become examples.
 
     Attributes:
         protocol: "disjoint" or "shipped".
-        signals_per_user: disjoint only.
-        draws: how many times the rows are used, each time with new signals and new partners; shipped has one.
-        queries_per_user: the most queries that one example holds.
+        signals_per_user: number of signals to draw; disjoint only.
+        draws: number of passes over the rows, each with new signals and new groups of queries; "shipped" makes one.
+        queries_per_user: the largest number of queries in an example.
     """
 
     protocol: str
@@ -47,12 +47,12 @@ class Draws:
     queries_per_user: int
 
     def __post_init__(self) -> None:
-        """Refuses what no data could satisfy."""
+        """Raises UserError for settings that no data can satisfy."""
         if self.protocol not in ("disjoint", "shipped"):
             raise UserError(f"data.signals = {self.protocol!r} is unknown; use 'disjoint' or 'shipped'")
         for name in ("signals_per_user", "draws", "queries_per_user"):
             if getattr(self, name) < 1:
-                raise UserError(f"data: {name} = {getattr(self, name)} of the psoups data; use 1 or more")
+                raise UserError(f"data: {name} = {getattr(self, name)} is too small for psoups; use 1 or more")
 
 
 def read_psoups(
@@ -68,30 +68,29 @@ def read_psoups(
     test_queries_per_user: int = 1,
     counts: collections.Counter[str] | None = None,
 ) -> dict[str, list[Example]]:
-    """Reads a file of P-Soups' shape into examples whose train and test share no query prompt.
+    """Reads a P-Soups file into training and test examples that share no query prompt.
 
-    The split depends on the file, `seed` and `test_fraction` alone, so that both protocols, and any number of draws or
-    of queries per user, are tested on the same rows. Within a draw each row is a query of one example. Examples come in
-    random order, draw after draw, so that the first n are a fair sample.
+    The split depends only on the file, `seed` and `test_fraction`. Both protocols, with any number of draws or queries
+    per user, are therefore tested on the same rows. Within a draw, each row is a query of one example. Examples are in
+    random order within each draw, so the first n are a fair sample.
 
     Args:
         path: the file.
-        signals: "disjoint": a user's signals are drawn from query rows of the same persona in the same split, with
-            prompts that differ from each other and from the example's queries. "shipped": the feedback pairs of the
-            example's first row, less those that show one of its own queries (the answer would be in the signals).
-        seed: draws the split and the signals.
-        test_fraction: the share of rows to test on, in (0, 1). Prompts that are in nobody's shipped signals come first;
-            where they do not suffice, "shipped" drops the training rows whose signals show a test prompt.
+        signals: "disjoint" draws a user's signals from query rows of the same persona in the same split, with prompts
+            that differ from each other and from the example's queries. "shipped" uses the feedback pairs of the
+            example's first row, except pairs that show one of its own queries, since they would reveal the answer.
+        seed: for drawing the split and the signals.
+        test_fraction: the share of rows to test on, in (0, 1). Prompts that no shipped signal shows are taken first. If
+            there are too few of them, "shipped" drops the training rows whose signals show a test prompt.
         signals_per_user: see `Draws`.
         train_draws: see `Draws`.
         test_draws: see `Draws`.
-        queries_per_user: of a training example: all of one persona, no prompt twice. See `Draws`.
-        test_queries_per_user: of a test example.
-        counts: gains the number of dropped rows and signals, by reason.
+        queries_per_user: queries of a training example, all from one persona and with distinct prompts. See `Draws`.
+        test_queries_per_user: the same for test examples.
+        counts: updated with the number of dropped rows and signals, by reason.
 
     Returns:
-        {"train": [...], "test": [...]}. A query's group is its prompt, also
-        where an example has several.
+        {"train": [...], "test": [...]}. A query's group is its prompt, even if an example has several queries.
 
     Raises:
         UserError: a bad file or setting, or too few rows.
@@ -106,7 +105,9 @@ def read_psoups(
     if signals == "shipped":
         rows["train"] = _unseen_by_test(rows["train"], rows["test"], counts)
         if not rows["train"]:
-            raise UserError(f"{path}: every training row's signals show a test prompt; use data.signals = 'disjoint'")
+            raise UserError(
+                f"{path}: every training row shows a test prompt in its signals; use data.signals = 'disjoint'"
+            )
     streams = {"train": _TRAIN_STREAM, "test": _TEST_STREAM}
     return {
         split: _examples(rows[split], split, plans[split], np.random.default_rng((seed, streams[split])), path, counts)
@@ -115,8 +116,8 @@ def read_psoups(
 
 
 def read_rows(path: pathlib.Path) -> list[Row]:
-    """Reads and checks the file; provenance is "FILE#ROW", and "FILE#ROW/feedback/I" for a shipped signal."""
-    text = checks.read_text(path, "set data.path to the P-Soups json file, which does not come with this package")
+    """Reads and checks the file. Provenance is "FILE#ROW", or "FILE#ROW/feedback/I" for a shipped signal."""
+    text = checks.read_text(path, "set data.path to the P-Soups JSON file, which is not part of this package")
     records = checks.parse_json(text, str(path))
     if not isinstance(records, list) or not records:
         raise UserError(f"{path}: expected a JSON list of rows with prompt, chosen, rejected, {PERSONA}, {FEEDBACK}")
@@ -136,9 +137,9 @@ def read_rows(path: pathlib.Path) -> list[Row]:
 
 
 def split_rows(rows: Sequence[Row], test_fraction: float, seed: int, path: pathlib.Path) -> dict[str, list[Row]]:
-    """Splits by query prompt: whole prompts go to test, in random order, while they fit into `test_fraction`."""
+    """Splits by query prompt. Whole prompts go to test, in random order, as long as they fit in `test_fraction`."""
     if not 0 < test_fraction < 1:
-        raise UserError(f"data.test_fraction = {test_fraction}; use a share between 0 and 1, such as 0.3")
+        raise UserError(f"data.test_fraction = {test_fraction}; use a fraction between 0 and 1, such as 0.3")
     sizes = collections.Counter(row.query.prompt for row in rows)
     shown = {signal.prompt for row in rows for signal in row.shipped}
     rng = np.random.default_rng((seed, _SPLIT_STREAM))
@@ -158,7 +159,7 @@ def split_rows(rows: Sequence[Row], test_fraction: float, seed: int, path: pathl
     if not test or not train:
         raise UserError(
             f"{path}: {len(rows)} rows of {len(sizes)} prompts cannot be split at data.test_fraction = {test_fraction};"
-            " give more rows or another share"
+            " add rows or change the fraction"
         )
     return {"train": train, "test": test}
 
@@ -180,7 +181,7 @@ def _examples(
     path: pathlib.Path,
     counts: collections.Counter[str],
 ) -> list[Example]:
-    """Makes one split's examples, draw after draw, each draw in random order."""
+    """Makes the examples of one split, draw by draw, each draw in random order."""
     by_persona: dict[str, list[Row]] = {}
     for row in rows:
         by_persona.setdefault(row.persona, []).append(row)
@@ -205,10 +206,10 @@ def _examples(
 
 
 def _groups(rows: Sequence[Row], size: int, rng: np.random.Generator) -> list[list[Row]]:
-    """Deals rows into random groups of at most `size`, of nearly equal size, none with a prompt twice.
+    """Deals rows into random groups of nearly equal size, at most `size`, without repeating a prompt in a group.
 
-    Rows of one prompt lie side by side and are dealt out in turn, so with at least as many groups as the most frequent
-    prompt has rows, no two of them meet.
+    Rows of one prompt are adjacent and dealt round-robin. There are at least as many groups as the most frequent prompt
+    has rows, so two rows of a prompt never share a group.
     """
     by_prompt: dict[str, list[Row]] = {}
     for row in rows:
@@ -225,7 +226,7 @@ def _groups(rows: Sequence[Row], size: int, rng: np.random.Generator) -> list[li
 def _drawn_signals(
     rows: Sequence[Row], query_prompts: set[str], count: int, rng: np.random.Generator, where: str
 ) -> tuple[Signal, ...]:
-    """Draws `count` prompts other than the queries', and one of each prompt's rows."""
+    """Draws `count` prompts other than the queries' prompts, and one row for each of them."""
     by_prompt: dict[str, list[Row]] = {}
     for row in rows:
         if row.query.prompt not in query_prompts:
@@ -233,7 +234,7 @@ def _drawn_signals(
     if len(by_prompt) < count:
         raise UserError(
             f"{where} of persona {rows[0].persona!r} have {len(by_prompt)} other prompts, too few for"
-            f" data.signals_per_user = {count}; lower it or give more rows"
+            f" data.signals_per_user = {count}; lower it or add rows"
         )
     prompts = list(by_prompt)
     signals = []
@@ -245,7 +246,7 @@ def _drawn_signals(
 
 
 def _shipped_signals(row: Row, query_prompts: set[str], counts: collections.Counter[str]) -> tuple[Signal, ...]:
-    """Returns the row's own signals, less those that show one of the queries."""
+    """Returns the row's shipped signals, except those that show one of the queries."""
     signals = tuple(signal for signal in row.shipped if signal.prompt not in query_prompts)
     if len(signals) < len(row.shipped):
         counts["shipped signals that show their own query"] += len(row.shipped) - len(signals)

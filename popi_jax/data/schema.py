@@ -1,4 +1,4 @@
-"""The one shape of an example: a user's heterogeneous signals, the queries to answer for them, and their provenance."""
+"""The types of an example: a user's signals of several kinds, the queries to answer for them, and their provenance."""
 
 import dataclasses
 from typing import Literal
@@ -8,15 +8,15 @@ SignalKind = Literal["pair", "comment", "profile"]
 
 @dataclasses.dataclass(frozen=True)
 class Signal:
-    """One thing that a user left behind, s in POPI.
+    """One trace that a user left behind, s in POPI.
 
     Attributes:
         kind: "pair" (prompt, chosen, rejected), "comment" (prompt, text) or "profile" (text).
-        prompt: what was asked; empty for a profile.
+        prompt: the question; empty for a profile.
         chosen: the response that the user preferred; pairs only.
         rejected: the response that the user did not prefer; pairs only.
-        text: what the user wrote (comment) or what is said of them (profile).
-        provenance: where the signal came from (e.g. "student_phd.json#17"), so that a leak can be tested for.
+        text: the user's own words (comment) or a description of the user (profile).
+        provenance: source of the signal (e.g. "student_phd.json#17"), so that tests can detect leaks.
     """
 
     kind: SignalKind
@@ -29,10 +29,10 @@ class Signal:
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """A preference triple (x, y+, y-): `chosen` is the response that this user prefers to `rejected`.
+    """A preference triple (x, y+, y-): this user prefers `chosen` to `rejected`.
 
-    Rows of one `group` are resampled together: those of one prompt, say, where prompts are what makes a test hard.
-    Empty: the user's rows are.
+    Bootstraps resample the rows of one `group` together, for example all rows of one prompt if prompts differ in
+    difficulty. If it is empty, the user's rows form a group.
     """
 
     prompt: str
@@ -44,14 +44,14 @@ class Query:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A user's signals with the queries that are scored for them.
+    """A user's signals, and the queries that are scored for the user.
 
     Attributes:
         user: identifies the user; never shown to a model.
         split: "train" or "test".
-        signals: what the inference model reads.
-        queries: what the generator is trained or tested on.
-        persona: the true description of the user where the data has one, else ""; only the oracle reads it.
+        signals: read by the inference model.
+        queries: the generator is trained or tested on them.
+        persona: the true description of the user if the data has one, else ""; only the oracle reads it.
     """
 
     user: str

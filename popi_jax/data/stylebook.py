@@ -1,9 +1,9 @@
 """stylebook: a synthetic personalization world that ships with the package and whose p* is known exactly.
 
-A user is six binary tastes; a response expresses every taste one way or the other; preferences follow Bradley-Terry
-with a utility that counts the tastes that are met. Signals are noisy: pairs by Bradley-Terry, statements in comments
-and profiles by a known error rate. 16 of the 64 combinations are held out for the test users: an orthogonal fraction,
-so that every taste, and every two tastes together, are as frequent in training as in test.
+A user has six binary tastes, and a response expresses each taste one way or the other. Preferences follow Bradley-Terry
+with a utility that counts the satisfied tastes. Signals are noisy: pairs through Bradley-Terry, statements in comments
+and profiles through a known error rate. 16 of the 64 combinations are held out for the test users. They form an
+orthogonal fraction, so every taste, and every pair of tastes, is equally frequent in training and test.
 """
 
 from typing import Protocol
@@ -12,13 +12,13 @@ import numpy as np
 
 from popi_jax.data import stylebook_text as text
 from popi_jax.data.schema import Example, Query, Signal
-from popi_jax.data.stylebook_exact import STATEMENT_ERROR, PERSONAS_Px6, preference
+from popi_jax.data.stylebook_exact import STATEMENT_ERROR, PERSONAS_Pex6, preference
 from popi_jax.errors import UserError
 
-# Signal i of a user is of kind SIGNAL_KINDS[i % 6] before their order is shuffled.
+# Before the order is shuffled, signal i of a user has kind SIGNAL_KINDS[i % 6].
 SIGNAL_KINDS = ("comment", "profile", "pair", "comment", "comment", "pair")
 STATEMENTS = {"comment": 2, "profile": 3}
-DIFFERING = (1, 3)  # In how many tastes two responses differ: odd, so that no utility is tied.
+DIFFERING = (1, 3)  # The number of tastes in which two responses differ; odd, so that utilities never tie.
 _SPLIT_STREAM = {"train": 0, "test": 1, "common": 2}
 
 
@@ -33,14 +33,14 @@ class StylebookConfig(Protocol):
     test_queries_per_user: int
 
 
-def _held_out(personas_Px6: np.ndarray) -> np.ndarray:
-    """The 2^(6-2) fraction of resolution IV with ABCE = BCDF = I: which personas are for test users, bool [P]."""
-    a, b, c, d, e, f = personas_Px6.T
+def _held_out(personas_Pex6: np.ndarray) -> np.ndarray:
+    """True for the personas of test users, [Pe]: the 2^(6-2) fraction of resolution IV with ABCE = BCDF = I."""
+    a, b, c, d, e, f = personas_Pex6.T
     return (a * b * c * e == 1) & (b * c * d * f == 1)
 
 
-TEST_PERSONAS_16x6 = PERSONAS_Px6[_held_out(PERSONAS_Px6)]
-TRAIN_PERSONAS_48x6 = PERSONAS_Px6[~_held_out(PERSONAS_Px6)]
+TEST_PERSONAS_16x6 = PERSONAS_Pex6[_held_out(PERSONAS_Pex6)]
+TRAIN_PERSONAS_48x6 = PERSONAS_Pex6[~_held_out(PERSONAS_Pex6)]
 
 
 def two_responses(rng: np.random.Generator, topic: str) -> tuple[tuple[str, str], np.ndarray]:
@@ -52,7 +52,7 @@ def two_responses(rng: np.random.Generator, topic: str) -> tuple[tuple[str, str]
 
 
 def labelled_query(rng: np.random.Generator, taste_6: np.ndarray, provenance: str = "") -> Query:
-    """Draws a triple and which of its two responses this user says to prefer, by Bradley-Terry."""
+    """Draws a triple and labels it with the response that this user states to prefer, by Bradley-Terry."""
     topic, prompt = text.question(rng)
     (a, b), difference_6 = two_responses(rng, topic)
     if rng.random() >= preference(taste_6[None], difference_6[None])[0, 0]:
@@ -61,7 +61,7 @@ def labelled_query(rng: np.random.Generator, taste_6: np.ndarray, provenance: st
 
 
 class _Deck:
-    """Deals tastes to speak of, all six before any comes again; what is dealt does not depend on the user's tastes."""
+    """Deals tastes to state, all six before any repeats. The deal does not depend on the user's tastes."""
 
     def __init__(self, rng: np.random.Generator):
         self._rng = rng
@@ -80,7 +80,7 @@ class _Deck:
 
 
 def signals_of(rng: np.random.Generator, taste_6: np.ndarray, n: int, source: str) -> tuple[Signal, ...]:
-    """Draws a user's n signals: noisy pairs, comments and profiles in random order."""
+    """Draws n signals of a user: noisy pairs, comments and profiles in random order."""
     deck = _Deck(rng)
     signals = []
     for i in range(n):
@@ -103,10 +103,10 @@ def signals_of(rng: np.random.Generator, taste_6: np.ndarray, n: int, source: st
 
 
 def draw_example(seed: int, split: str, index: int, signals: int, queries: int) -> Example:
-    """Draws user number `index` of a split, a function of (seed, split, index) alone."""
+    """Draws user number `index` of a split. The user depends only on (seed, split, index)."""
     rng = np.random.default_rng((seed, _SPLIT_STREAM[split], index))
     personas = TRAIN_PERSONAS_48x6 if split == "train" else TEST_PERSONAS_16x6
-    # Every 48 (16) users in a row hold every combination of the split once.
+    # Every block of 48 (test: 16) consecutive users has every combination of the split once.
     block_rng = np.random.default_rng((seed, 3 + _SPLIT_STREAM[split], index // len(personas)))
     taste_6 = personas[block_rng.permutation(len(personas))[index % len(personas)]]
     user = f"stylebook-{split}-{index}"
@@ -120,10 +120,10 @@ def draw_example(seed: int, split: str, index: int, signals: int, queries: int) 
 
 
 def load(data: StylebookConfig) -> dict[str, list[Example]]:
-    """Draws data.train_users and data.test_users users; the combinations of the test users are in no training user."""
+    """Draws data.train_users and data.test_users users. No training user has a test user's combination of tastes."""
     for field in ("signals_per_user", "train_users", "test_users", "queries_per_user", "test_queries_per_user"):
         if getattr(data, field) < 1:
-            raise UserError(f"config: data.{field} = {getattr(data, field)}: stylebook needs at least 1")
+            raise UserError(f"config: data.{field} = {getattr(data, field)} is too small for stylebook; use 1 or more")
     sizes = {"train": (data.train_users, data.queries_per_user), "test": (data.test_users, data.test_queries_per_user)}
     return {
         split: [draw_example(data.seed, split, i, data.signals_per_user, queries) for i in range(users)]
@@ -132,7 +132,7 @@ def load(data: StylebookConfig) -> dict[str, list[Example]]:
 
 
 def common_queries(seed: int, n: int) -> list[Query]:
-    """Draws n triples that belong to no user, `chosen` being either response at random: the t of exact quantities."""
+    """Draws the n triples t for exact quantities. They belong to no user, and `chosen` is either response at random."""
     queries = []
     for i in range(n):
         rng = np.random.default_rng((seed, _SPLIT_STREAM["common"], i))

@@ -1,14 +1,14 @@
-"""The words of stylebook: six binary tastes, how text expresses them, and how text is read back exactly.
+"""The text of stylebook: six binary tastes, how text expresses them, and how text is read back exactly.
 
-Every phrase below belongs to one taste and is no part of another phrase, so that whatever the world writes can be read
-back without doubt: p* (stylebook_exact.py) is a function of an example's text alone.
+Each phrase below belongs to one taste and is not part of another phrase. All text of the world can therefore be read
+back unambiguously, and p* (stylebook_exact.py) is a function of an example's text alone.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-# Each taste has two values, called +1 and -1 and named here in that order.
+# Each taste has two values, +1 and -1, named here in that order.
 TASTES: tuple[tuple[str, str, str], ...] = (
     ("length", "short", "long"),
     ("tone", "playful", "formal"),
@@ -33,7 +33,7 @@ QUESTIONS = (
     "Where do I start with {topic}?",
 )
 
-# (taste, value) -> the ways in which a response expresses it.
+# (taste, value) -> phrases with which a response expresses it.
 STYLES: Mapping[tuple[int, int], tuple[str, ...]] = {
     (0, 1): ("That is all.", "Enough said.", "Done."),
     (0, -1): ("There is far more here.", "This is only the start.", "Many more pages follow."),
@@ -49,7 +49,7 @@ STYLES: Mapping[tuple[int, int], tuple[str, ...]] = {
     (5, -1): ("Perhaps", "Maybe", "Possibly"),
 }
 
-# (taste, value) -> what a user who has this taste says of a response.
+# (taste, value) -> what a user with this taste says about a response.
 COMMENTS: Mapping[tuple[int, int], tuple[str, ...]] = {
     (0, 1): ("keep it brief", "this was too much text for me", "fewer words would do"),
     (0, -1): ("I wanted to read more", "this ended too soon", "please tell the whole thing"),
@@ -65,7 +65,7 @@ COMMENTS: Mapping[tuple[int, int], tuple[str, ...]] = {
     (5, -1): ("admit what you do not know", "nobody can be that sure", "leave room for doubt"),
 }
 
-# (taste, value) -> what others say of a user who has this taste.
+# (taste, value) -> what others say about a user with this taste.
 PROFILES: Mapping[tuple[int, int], tuple[str, ...]] = {
     (0, 1): ("has little time to read", "skips long answers"),
     (0, -1): ("reads for hours", "wants every detail"),
@@ -94,18 +94,18 @@ def _capital(text: str) -> str:
 
 
 def _join(parts: Sequence[str]) -> str:
-    """Joins as English does: a, b and c."""
+    """Joins parts as in English: a, b and c."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def question(rng: np.random.Generator) -> tuple[str, str]:
-    """Draws (topic, question about it)."""
+    """Draws a topic and a question about it."""
     topic = _choose(rng, TOPICS)
     return topic, _choose(rng, QUESTIONS).format(topic=topic)
 
 
 def response(rng: np.random.Generator, topic: str, style_6: Iterable[int]) -> str:
-    """Writes a response about `topic` that expresses each value of `style_6` (+1 or -1) by one phrase."""
+    """Writes a response about `topic` with one phrase for each value of `style_6` (+1 or -1)."""
     length, tone, layout, support, image, certainty = (
         _choose(rng, STYLES[taste, int(value)]) for taste, value in enumerate(style_6)
     )
@@ -114,18 +114,18 @@ def response(rng: np.random.Generator, topic: str, style_6: Iterable[int]) -> st
 
 
 def comment(rng: np.random.Generator, statements: Mapping[int, int]) -> str:
-    """Writes what a user says of a response: one phrase for each stated taste -> value."""
+    """Writes a user's comment on a response, with one phrase for each taste -> value in `statements`."""
     return " ".join(_capital(_choose(rng, COMMENTS[item])) + "." for item in statements.items())
 
 
 def profile(rng: np.random.Generator, statements: Mapping[int, int]) -> str:
-    """Writes what is said of a user: one phrase for each stated taste -> value."""
+    """Writes a description of a user, with one phrase for each taste -> value in `statements`."""
     phrases = [_choose(rng, PROFILES[item]) for item in statements.items()]
     return f"{_choose(rng, PROFILE_OPENINGS)} {_join(phrases)}."
 
 
 def summary(statements: Mapping[int, int]) -> str:
-    """Writes a summary naming these tastes: "This reader likes short answers in prose, with examples."."""
+    """Writes a summary of these tastes, such as "This reader likes short answers in prose, with examples."."""
     names = {taste: TASTES[taste][1 if value > 0 else 2] for taste, value in statements.items()}
     adjectives = [names[taste] for taste in (0, 1) if taste in names]
     rest = [f"{word} {names[taste]}" for taste, word in SUMMARY_WORDS.items() if taste in names]
@@ -139,12 +139,12 @@ def _read(text: str, phrases: Mapping[tuple[int, int], Sequence[str]]) -> dict[i
     ]
     statements = dict(found)
     if len(statements) < len(found):
-        raise ValueError(f"stylebook: a taste and its opposite in one text: {text!r}")
+        raise ValueError(f"stylebook: a text states a taste and its opposite: {text!r}")
     return statements
 
 
 def read_response(text: str) -> np.ndarray:
-    """Returns the style_6 (+1 or -1) that a response expresses; ValueError where it is no response of this world."""
+    """Returns the style_6 (+1 or -1) that a response expresses; ValueError if it is not a response of this world."""
     statements = _read(text, STYLES)
     if len(statements) < N_TASTES:
         raise ValueError(f"stylebook: not a response of this world: {text!r}")
@@ -152,7 +152,7 @@ def read_response(text: str) -> np.ndarray:
 
 
 def read_statements(text: str) -> dict[int, int]:
-    """Returns the taste -> value that a comment or a profile states; ValueError where it states none."""
+    """Returns the taste -> value that a comment or a profile states; ValueError if it states none."""
     statements = _read(text, COMMENTS) | _read(text, PROFILES)
     if not statements:
         raise ValueError(f"stylebook: neither a comment nor a profile of this world: {text!r}")
@@ -160,7 +160,7 @@ def read_statements(text: str) -> dict[int, int]:
 
 
 def read_summary(text: str) -> dict[int, int]:
-    """Returns the taste -> value that a summary names; a taste named both ways counts as not named."""
+    """Returns the taste -> value that a summary names. A taste that is named both ways does not count."""
     lower = text.lower()
     named = {}
     for taste, (_, plus, minus) in enumerate(TASTES):

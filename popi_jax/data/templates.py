@@ -1,7 +1,7 @@
-"""What the two models are shown: signals and queries as chat messages, before a tokenizer's chat template.
+"""Lays signals and queries out as chat messages, before a tokenizer's chat template is applied.
 
-Each conversation is a single user turn, so that every chat template renders it and no system turn of ours displaces a
-checkpoint's own. The part that a user's queries share comes first, the query's prompt last.
+Each conversation is a single user turn, so every chat template can render it, and no system turn replaces the
+checkpoint's own. The part that a user's queries share comes first and the query's prompt last.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from popi_jax.data.schema import Signal
 
 Messages = list[dict[str, str]]
 
-# The fields of a pair that can be shown, in the order of the text.
+# The fields of a pair that can be shown, in text order.
 PAIR_LABELS = {"prompt": "Prompt: ", "chosen": "Preferred: ", "rejected": "Rejected: "}
 
 
@@ -20,7 +20,7 @@ def _user_turn(content: str) -> Messages:
 
 def _signal_text(signal: Signal, pair_fields: Sequence[str]) -> str:
     if signal.kind == "pair":
-        if tuple(pair_fields) == ("chosen",):  # Nothing to tell it from.
+        if tuple(pair_fields) == ("chosen",):  # A lone field needs no label.
             return signal.chosen
         return "\n".join(
             f"{label}{getattr(signal, name)}" for name, label in PAIR_LABELS.items() if name in pair_fields
@@ -31,11 +31,11 @@ def _signal_text(signal: Signal, pair_fields: Sequence[str]) -> str:
 
 
 def signals_text(signals: Sequence[Signal], pair_fields: Sequence[str] = tuple(PAIR_LABELS)) -> str:
-    """Lays signals out as numbered blocks, in their order: what q_phi reads, and the context of raw_signals.
+    """Lays signals out as numbered blocks, in order. q_phi reads this text, and method raw_signals uses it as context.
 
     Args:
         signals: of one user.
-        pair_fields: what is shown of a pair, of prompt, chosen and rejected.
+        pair_fields: which of a pair's prompt, chosen and rejected are shown.
     """
     return "\n\n".join(
         f"### Example {i}\n{_signal_text(signal, pair_fields)}" for i, signal in enumerate(signals, start=1)
@@ -45,18 +45,17 @@ def signals_text(signals: Sequence[Signal], pair_fields: Sequence[str] = tuple(P
 def inference_messages(
     signals: Sequence[Signal], instruction: str, pair_fields: Sequence[str] = tuple(PAIR_LABELS)
 ) -> Messages:
-    """Asks q_phi for a summary z of the signals s (POPI section 1): `signals_text`, then `instruction`."""
+    """The request to q_phi for a summary z of the signals s (POPI section 1): `signals_text`, then `instruction`."""
     return _user_turn(f"{signals_text(signals, pair_fields)}\n\n{instruction}")
 
 
 def generator_messages(prompt: str, context: str | None, instruction: str) -> Messages:
-    """Asks pi_theta for a response to `prompt`.
+    """The request to pi_theta for a response to `prompt`.
 
     Args:
         prompt: the query's x.
-        context: what the generator is told of the user: a summary, a persona text or `signals_text(signals)`. None
-            gives the bare prompt without `instruction`: what the reference pi_ref sees (POPI section 2), and what
-            base and population are given.
+        context: text about the user: a summary, a persona or `signals_text(signals)`. None gives the bare prompt
+            without `instruction`, which the reference pi_ref (POPI section 2) and methods base and population read.
         instruction: how to use the context.
     """
     if context is None:

@@ -1,4 +1,4 @@
-"""users.jsonl: anyone's own data, one user a line.
+"""Reads and writes users.jsonl, the format for your own data: one user per line.
 
 {"user": "u1",
  "signals": [{"kind": "pair", "prompt": "...", "chosen": "...", "rejected": "..."},
@@ -24,12 +24,12 @@ QUERY_FIELDS = ("prompt", "chosen", "rejected")
 
 
 def read_users(path: str | pathlib.Path, split: str = "train", require_queries: bool = True) -> list[Example]:
-    """Reads users.jsonl; every signal and query gets "FILE:LINE/signals/INDEX" as its provenance.
+    """Reads users.jsonl. The provenance of a signal is "FILE:LINE/signals/INDEX", and that of a query is similar.
 
     Args:
         path: the file. Blank lines are skipped.
         split: the split that its users belong to.
-        require_queries: False where queries are not read (summaries): then the field may be absent or an empty list.
+        require_queries: False if nothing reads the queries (summaries); the field may then be absent or empty.
 
     Raises:
         UserError: one line that names the file, the line, the field and the remedy.
@@ -42,17 +42,17 @@ def read_users(path: str | pathlib.Path, split: str = "train", require_queries: 
         if example.user in line_of:
             first = line_of[example.user]
             raise UserError(
-                f"{path}:{number}: field 'user': {example.user!r} is also on line {first}; merge or rename one"
+                f"{path}:{number}: field 'user': {example.user!r} is also on line {first}; merge the two or rename one"
             )
         line_of[example.user] = number
         examples.append(example)
     if not examples:
-        raise UserError(f"{path}: holds no users; write one JSON object a line")
+        raise UserError(f"{path}: no users; write one JSON object per line")
     return examples
 
 
 def write_users(path: str | pathlib.Path, examples: Iterable[Example]) -> None:
-    """Writes users.jsonl; `read_users` gives the examples back, but for their provenance, split and group."""
+    """Writes users.jsonl. `read_users` returns the same examples except for provenance, split and group."""
     lines = [json.dumps(_user_record(example), ensure_ascii=False) for example in examples]
     pathlib.Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
@@ -79,7 +79,7 @@ def _parse_signal(value: Any, where: str, provenance: str) -> Signal:
     record = checks.as_object(value, where)
     kind = checks.text_field(record, "kind", where)
     if kind not in SIGNAL_FIELDS:
-        raise UserError(f"{where}: field 'kind': unknown kind {kind!r}; the kinds are {', '.join(SIGNAL_FIELDS)}")
+        raise UserError(f"{where}: field 'kind': unknown kind {kind!r}; known kinds are {', '.join(SIGNAL_FIELDS)}")
     checks.only_fields(record, ("kind", *SIGNAL_FIELDS[kind]), where)
     if kind == "pair":
         return Signal("pair", provenance=provenance, **checks.pair_fields(record, where))

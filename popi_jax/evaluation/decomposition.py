@@ -1,21 +1,20 @@
-"""What the loss is made of where p* is known (stylebook): approximation error + conditional entropy (POPI section 2).
+"""Splits the loss into approximation error + conditional entropy (POPI section 2) where p* is known (stylebook).
 
-The population is finite: the first USERS test users, alike probable; each user's z one of their sampled contexts, alike
-probable; and a set of triples t common to all users. On it, every term is exact.
-Summaries that name the same tastes count as one z, the first of them. Else the wording would tell the users of a small
-population apart: a serial number per user would be as informative as the signals themselves.
-Shapes: U users, K contexts per user, Z distinct contexts, T triples. o = 1: a triple's `chosen` is preferred.
+The population is finite: the first USERS test users, equally likely; each user's z is one of their sampled contexts,
+equally likely; and all users share a set of triples t. On this population every term is exact.
+Summaries that name the same tastes count as one z, the first of them. Otherwise the wording would tell the users of a
+small population apart: a serial number per user would be as informative as the signals themselves.
+o = 1 means that a triple's `chosen` is preferred. Shape letters: docs/architecture.md.
 """
 
 import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from popi_jax.config import SUMMARIZED
-from popi_jax.data import stylebook, stylebook_exact, stylebook_text
+from popi_jax.data import files, stylebook, stylebook_exact, stylebook_text
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError
 from popi_jax.evaluation import stats
@@ -29,30 +28,30 @@ USERS, TRIPLES = 64, 32
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What one method's generator believes of the common triples.
+    """One method's predictions on the common triples, and the true probabilities.
 
     Attributes:
-        context_UxK: index of each user's contexts among the Z.
-        log_odds_ZxT: beta h, the log-odds of p_theta(o=1 | t, z).
-        label_UxT: p*(o=1 | t, s) given each user's signals; the oracle's: p*(o=1 | t, persona), for a persona is no
-            function of the signals.
+        context_UxK: index of each user's contexts among the Z distinct ones.
+        log_odds_ZxTr: beta h, the log-odds of p_theta(o=1 | t, z).
+        label_UxTr: p*(o=1 | t, s) given each user's signals. For the oracle p*(o=1 | t, persona), because a persona is
+            not a function of the signals.
     """
 
     context_UxK: np.ndarray
-    log_odds_ZxT: np.ndarray
-    label_UxT: np.ndarray
+    log_odds_ZxTr: np.ndarray
+    label_UxTr: np.ndarray
 
     def terms(self) -> dict[str, float]:
-        """The exact decomposition, in nats, under the names that results.json has."""
+        """Returns the exact decomposition, in nats, under its names in results.json."""
         channel_UxZ = stylebook_exact.channel_from_ids(self.context_UxK)
-        exact = stylebook_exact.decompose(self.label_UxT, channel_UxZ, self.log_odds_ZxT)
+        exact = stylebook_exact.decompose(self.label_UxTr, channel_UxZ, self.log_odds_ZxTr)
         return {f"exact_{name}_nats": value for name, value in dataclasses.asdict(exact).items()}
 
 
 def measure(
     evaluator: Evaluator, phi: Tree | None, theta: Tree | None, examples: Sequence[Example], step: int
 ) -> Measured:
-    """Scores every distinct context of the users with every common triple."""
+    """Scores every common triple under every distinct context of the users."""
     config, references = evaluator.config, evaluator.references
     users = list(examples)[:USERS]
     contexts = evaluator.contexts(phi, users, stream_key(config.seed, "evaluate", step))
@@ -63,22 +62,22 @@ def measure(
     place = {text: i for i, text in enumerate(distinct)}
     queries = stylebook.common_queries(config.data.seed, TRIPLES)
     items = [Item(query, text) for text in distinct for query in queries]
-    logps_Px2 = evaluator.scorer.logps(theta, items)
+    logps_ZxTrx2 = evaluator.scorer.logps(theta, items).reshape(len(distinct), len(queries), 2)
     asked = [Item(query, None) for query in queries]
     references.remember(asked)
-    ref_Tx2 = references.lookup(asked)
-    ratio_ZxTx2 = logps_Px2.reshape(len(distinct), len(queries), 2) - ref_Tx2[None]
-    h_ZxT = (ratio_ZxTx2[..., 0] - ratio_ZxTx2[..., 1]).astype(np.float64)
+    ref_Trx2 = references.lookup(asked)
+    ratio_ZxTrx2 = logps_ZxTrx2 - ref_Trx2[None]
+    h_ZxTr = (ratio_ZxTrx2[..., 0] - ratio_ZxTrx2[..., 1]).astype(np.float64)
     label_of = stylebook_exact.label_given_persona if config.method == "oracle" else stylebook_exact.label_given_signals
     return Measured(
         context_UxK=np.array([[place[text] for text in texts] for texts in own]),
-        log_odds_ZxT=config.objective.beta * h_ZxT,
-        label_UxT=label_of(users, queries),
+        log_odds_ZxTr=config.objective.beta * h_ZxTr,
+        label_UxTr=label_of(users, queries),
     )
 
 
 def one_wording(texts_UxK: Sequence[Sequence[str | None]]) -> list[list[str | None]]:
-    """Puts for each summary the first of those that name the same tastes."""
+    """Replaces each summary by the first one that names the same tastes."""
     first: dict[tuple[tuple[int, int], ...], str | None] = {}
     return [
         [first.setdefault(tuple(stylebook_text.read_summary(text or "").items()), text) for text in texts]
@@ -87,32 +86,31 @@ def one_wording(texts_UxK: Sequence[Sequence[str | None]]) -> list[list[str | No
 
 
 def estimate_information(population: Measured, informed: Measured, resamples: int) -> stats.Interval:
-    """I(o; z | t) as it is estimated where p* is not known: from labels alone, one drawn per user and triple.
+    """Estimates I(o; z | t) as one would without knowing p*: from labels alone, one drawn per user and triple.
 
-    The population generator's loss minus the loss with z, in nats, with its interval over users. It equals I(o; z | t)
-    plus the population generator's approximation error minus the informed one's.
+    The estimate is the population generator's loss minus the loss with z, in nats, with its interval over users. Its
+    expectation is I(o; z | t) plus the population generator's approximation error minus the informed generator's.
     """
-    label_UxT = np.random.default_rng(0).random(informed.label_UxT.shape) < informed.label_UxT
+    label_UxTr = np.random.default_rng(0).random(informed.label_UxTr.shape) < informed.label_UxTr
 
-    def nats(log_odds_UxT: np.ndarray) -> np.ndarray:
-        return stylebook_exact.cross_entropy(label_UxT, log_odds_UxT)
+    def nats(log_odds_UxTr: np.ndarray) -> np.ndarray:
+        return stylebook_exact.cross_entropy(label_UxTr, log_odds_UxTr)
 
-    without_UxT = nats(np.broadcast_to(population.log_odds_ZxT[0], label_UxT.shape))
-    with_UxT = np.mean([nats(informed.log_odds_ZxT[z_U]) for z_U in informed.context_UxK.T], axis=0)
-    users = [user for user, row in enumerate(label_UxT) for _ in row]
-    return stats.paired_bootstrap_difference(without_UxT.ravel(), with_UxT.ravel(), users, resamples, seed=0)
+    without_UxTr = nats(np.broadcast_to(population.log_odds_ZxTr[0], label_UxTr.shape))
+    with_UxTr = np.mean([nats(informed.log_odds_ZxTr[z_U]) for z_U in informed.context_UxK.T], axis=0)
+    users = [user for user, row in enumerate(label_UxTr) for _ in row]
+    return stats.paired_bootstrap_difference(without_UxTr.ravel(), with_UxTr.ravel(), users, resamples, seed=0)
 
 
 def write(path: pathlib.Path, measured: Measured) -> None:
-    """Keeps what was measured beside the run's other files."""
-    if jax.process_index() == 0:
-        np.savez(path, **vars(measured))
+    """Writes the measurements to `path`; only process 0 does."""
+    files.write_npz(path, **vars(measured))
 
 
 def read(path: pathlib.Path) -> Measured:
-    """Reads what `write` wrote; UserError where another version of this code did."""
+    """Reads a file of `write`; UserError if another version of this code wrote it."""
     with np.load(path, allow_pickle=False) as stored:
         try:
             return Measured(**{name: stored[name] for name in stored.files})
         except TypeError as error:
-            raise UserError(f"{path}: of another version ({error}); choose another --workdir") from error
+            raise UserError(f"{path}: written by another version ({error}); choose another --workdir") from error

@@ -1,6 +1,6 @@
-"""Preference accuracy on test users, with several summaries per user, intervals, and what personalization costs.
+"""Preference accuracy on test users with its interval, over several summaries per user, and the cost in context.
 
-Shapes: R test triples (a value averages over the triple's summaries).
+A row is a test triple. Its values are means over its user's summaries.
 """
 
 import collections
@@ -32,10 +32,10 @@ class Record:
     """One test triple scored under one context.
 
     Attributes:
-        row: which triple of the evaluation: records of the same row differ in their summary alone.
+        row: the index of the triple in the evaluation. Records of the same row differ only in their summary.
         finished: see Context.
-        h: h_theta(x, z), in nats, the reference shown what objective.reference_context says (POPI section 2).
-        h_signals_ref: h with the reference shown the raw signals (AlignX's convention).
+        h: h_theta(x, z), in nats. objective.reference_context says what the reference reads (POPI section 2).
+        h_signals_ref: h with a reference that reads the raw signals (AlignX's convention).
         context_tokens: tokens of the context's text.
     """
 
@@ -57,10 +57,10 @@ class Evaluator:
     """Evaluates a generator and an inference model on users.
 
     Attributes:
-        config: method, seed, objective and eval are read.
+        config: the run's settings.
         sampler: draws summaries and responses.
         scorer: scores pairs.
-        references: knows log pi_ref.
+        references: holds log pi_ref.
     """
 
     config: Config
@@ -69,14 +69,14 @@ class Evaluator:
     references: References
 
     def contexts(self, phi: Tree | None, examples: Sequence[Example], key: jax.Array) -> list[list[Context]]:
-        """What the generator is told of each user, see `rollout.contexts.of_users`."""
+        """Returns the generator's contexts of each user, see `rollout.contexts.of_users`."""
         return contexts.of_users(self.config, self.sampler, phi, examples, key)
 
     def records(self, phi: Tree | None, theta: Tree | None, examples: Sequence[Example], step: int) -> list[Record]:
         """Scores every query of every example under every context of its user.
 
-        The base method has no implicit reward (its policy is the reference): its h is log pi_ref(y+|x) -
-        log pi_ref(y-|x), so that it prefers the response which it finds likelier.
+        The base method has no implicit reward, because its policy is the reference. Its h is log pi_ref(y+|x) -
+        log pi_ref(y-|x): it prefers the likelier response.
         """
         config, encoder = self.config, self.sampler.encoder
         user_contexts = self.contexts(phi, examples, stream_key(config.seed, "evaluate", step))
@@ -95,7 +95,7 @@ class Evaluator:
             for (_, example, *_), item in zip(found, items, strict=True)
         ]
         shown_signals = [Item(query, signals[example.user]) for _, example, query, _ in found]
-        # References on sampled summaries are of no use to a later evaluation.
+        # A later evaluation samples other summaries, so references on these are not worth caching.
         self.references.remember(shown_signals + (asked if which != "summary" else []))
         ref_logps, signal_ref_logps = self.references.lookup(asked), self.references.lookup(shown_signals)
         if config.method == "base":
@@ -119,7 +119,7 @@ class Evaluator:
         ]
 
     def periodic(self, phi: Tree | None, theta: Tree | None, test: ExampleSource, step: int) -> dict[str, float]:
-        """Metrics of a periodic evaluation, on eval.users of the test users (0: all)."""
+        """Returns the metrics of a periodic evaluation on the first eval.users test users (0: all)."""
         users = self.config.eval.users
         examples = [test[i] for i in range(min(users, len(test)) if users else len(test))]
         row = result_row(self.records(phi, theta, examples, step), self.config, self.config.method)
@@ -129,7 +129,7 @@ class Evaluator:
     def respond(
         self, phi: Tree | None, theta: Tree | None, examples: Sequence[Example], step: int
     ) -> list[dict[str, object]]:
-        """The lines of samples.jsonl: users with their summary, and the generator's own response beside y+ and y-."""
+        """Returns the lines of samples.jsonl: users, their summaries, and sampled responses beside y+ and y-."""
         config, encoder = self.config, self.sampler.encoder
         examples = [e for e in examples if e.queries][: config.eval.samples]
         if not examples:
@@ -168,7 +168,7 @@ class Evaluator:
 
 
 def row_values(records: Sequence[Record], values: Sequence[float]) -> tuple[np.ndarray, list[str]]:
-    """Averages values over the records (summaries) of each row; also returns the rows' groups."""
+    """Averages values over the records (summaries) of each row, [R]; also returns the rows' groups."""
     by_row: dict[int, list[float]] = collections.defaultdict(list)
     groups: dict[int, str] = {}
     for record, value in zip(records, values, strict=True):
@@ -179,17 +179,17 @@ def row_values(records: Sequence[Record], values: Sequence[float]) -> tuple[np.n
 
 
 def correct(records: Sequence[Record]) -> tuple[np.ndarray, list[str]]:
-    """The accuracy of every row (mean over its summaries; strict, a tie is wrong), and the rows' groups."""
+    """Returns the accuracy of every row (mean over its summaries; a tie is wrong), [R], and the rows' groups."""
     return row_values(records, [float(record.h > 0) for record in records])
 
 
 def nats(records: Sequence[Record], beta: float) -> tuple[np.ndarray, list[str]]:
-    """-log sigmoid(beta h) of every row, mean over its summaries, in nats; and the rows' groups."""
+    """Returns -log sigmoid(beta h) of every row (mean over its summaries), [R], in nats, and the rows' groups."""
     return row_values(records, [float(np.logaddexp(0.0, -beta * record.h)) for record in records])
 
 
 def result_row(records: Sequence[Record], config: Config, method: str) -> dict[str, object]:
-    """One row of results.json."""
+    """Returns one row of results.json."""
     accuracy_R, groups_R = correct(records)
     interval = stats.bootstrap_mean_ci(accuracy_R, groups_R, config.eval.bootstrap, seed=0)
     signals_ref_R, _ = row_values(records, [float(record.h_signals_ref > 0) for record in records])
@@ -225,22 +225,25 @@ def result_row(records: Sequence[Record], config: Config, method: str) -> dict[s
 
 
 def write_records(path: pathlib.Path, records: Sequence[Record]) -> None:
-    """Writes records as JSON lines: what paired comparisons between runs read."""
+    """Writes records as JSON lines. Paired comparisons between runs read them."""
     files.write_jsonl(path, [dataclasses.asdict(record) for record in records])
 
 
 def read_records(path: pathlib.Path) -> list[Record]:
-    """Reads what `write_records` wrote; UserError where another version of this code did."""
+    """Reads a file of `write_records`; UserError if another version of this code wrote it."""
     try:
         return [Record(**record) for record in files.read_jsonl(path)]
     except TypeError as error:
-        raise UserError(f"{path}: of another version ({error}); choose another --workdir") from error
+        raise UserError(f"{path}: written by another version ({error}); choose another --workdir") from error
 
 
 def informativeness(
     population: Sequence[Record], informed: Sequence[Record], beta: float, resamples: int
 ) -> stats.Interval:
-    """I(o; z|t) in nats: the population generator's loss minus the loss with z, paired by row (POPI section 2)."""
+    """Estimates I(o; z|t), in nats: the population generator's loss minus the loss with z (POPI section 2).
+
+    The difference is paired by row. Its interval is NaN if the two evaluations have different numbers of rows.
+    """
     without_R, groups_R = nats(population, beta)
     with_R, _ = nats(informed, beta)
     if len(without_R) != len(with_R):

@@ -1,4 +1,4 @@
-"""A run's final evaluation, and the files that it leaves."""
+"""The final evaluation of a run, and the files that it writes."""
 
 import pathlib
 import time
@@ -18,7 +18,7 @@ from popi_jax.training.steps import TrainState
 def finish(
     evaluator: Evaluator, workdir: pathlib.Path, state: TrainState, test: Sequence[Example], step: int
 ) -> dict[str, object]:
-    """Evaluates on all test users and writes eval_records.jsonl, samples.jsonl, results.json and the report.
+    """Evaluates on the test users and writes eval_records.jsonl, samples.jsonl, results.json and the report.
 
     Returns:
         The row of results.json.

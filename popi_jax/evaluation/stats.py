@@ -1,7 +1,4 @@
-"""Intervals for what evaluation reports: percentile bootstraps that resample whole groups of rows.
-
-Legend: N rows, G groups, B bootstrap draws.
-"""
+"""Confidence intervals: percentile bootstraps that resample whole groups of rows. Letters: docs/architecture.md."""
 
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -13,7 +10,7 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean over rows and the ends of its 95% interval: NaN where there is one group and so no spread to see."""
+    """A mean over rows and the bounds of its 95% interval, which are NaN with fewer than two groups."""
 
     mean: float
     low: float
@@ -23,49 +20,50 @@ class Interval(NamedTuple):
 def bootstrap_mean_ci(values: ArrayLike, groups: Sequence[Hashable], resamples: int, seed: int) -> Interval:
     """Returns the mean of `values` and its 95% percentile interval (Efron and Tibshirani 1993, chapter 13).
 
-    Rows of one group (a prompt, a user) depend on each other: the groups are drawn with replacement, each with all of
-    its rows, and every draw has as many groups as the data. The same arguments give the same interval.
+    Rows of one group (a prompt, a user) depend on each other. Groups are therefore drawn with replacement, each with
+    all of its rows; every draw has the same number of groups as the data. The same arguments give the same interval.
 
     Args:
-        values: N finite numbers, one a row; booleans count as 0 and 1.
-        groups: N hashables, the group of each row.
-        resamples: how many draws stand behind the interval.
-        seed: of the draws.
+        values: R finite numbers, one per row; booleans count as 0 and 1.
+        groups: R hashables, the group of each row.
+        resamples: the number of draws.
+        seed: the seed of the draws.
 
     Raises:
-        ValueError: no rows, rows and groups of different number, a value that is not finite, or no resamples.
+        ValueError: no rows, different numbers of rows and groups, a value that is not finite, or no resamples.
     """
-    values_N = np.asarray(values, dtype=np.float64)
-    if values_N.ndim != 1 or len(values_N) == 0 or len(values_N) != len(groups):
+    values_R = np.asarray(values, dtype=np.float64)
+    if values_R.ndim != 1 or len(values_R) == 0 or len(values_R) != len(groups):
         raise ValueError(
-            f"values need one group each and one row at least: {values_N.shape} values, {len(groups)} groups"
+            f"{values_R.shape} values and {len(groups)} groups: give at least one row, and one group for each value"
         )
-    if not np.isfinite(values_N).all():
-        raise ValueError(f"row {int(np.flatnonzero(~np.isfinite(values_N))[0])} is not a finite number")
+    if not np.isfinite(values_R).all():
+        raise ValueError(f"row {int(np.flatnonzero(~np.isfinite(values_R))[0])} is not a finite number")
     if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; an interval needs one at least")
+        raise ValueError(f"resamples is {resamples}; it must be at least 1")
     group_ids = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    group_N = np.array([group_ids[group] for group in groups])
-    sum_G = np.bincount(group_N, weights=values_N)
-    count_G = np.bincount(group_N)
-    mean = float(values_N.mean())
-    if len(sum_G) == 1:
+    group_R = np.array([group_ids[group] for group in groups])
+    sum_Cl = np.bincount(group_R, weights=values_R)
+    count_Cl = np.bincount(group_R)
+    mean = float(values_R.mean())
+    if len(sum_Cl) == 1:
         return Interval(mean, float("nan"), float("nan"))
-    draw_BxG = np.random.default_rng(seed).integers(len(sum_G), size=(resamples, len(sum_G)))
-    mean_B = sum_G[draw_BxG].sum(axis=1) / count_G[draw_BxG].sum(axis=1)
-    low, high = np.quantile(mean_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    draw_BtxCl = np.random.default_rng(seed).integers(len(sum_Cl), size=(resamples, len(sum_Cl)))
+    mean_Bt = sum_Cl[draw_BtxCl].sum(axis=1) / count_Cl[draw_BtxCl].sum(axis=1)
+    low, high = np.quantile(mean_Bt, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(mean, float(low), float(high))
 
 
 def paired_bootstrap_difference(
     a: ArrayLike, b: ArrayLike, groups: Sequence[Hashable], resamples: int, seed: int
 ) -> Interval:
-    """Returns the mean of a - b and its 95% interval: two methods on the same rows, the same groups drawn for both.
+    """Returns the mean of a - b and its 95% interval, for two methods on the same rows.
 
-    Pairing takes out what the two share (a hard prompt is hard for both), so the interval is often far narrower than
-    the two single ones suggest. Arguments and errors as `bootstrap_mean_ci`; row i of `a` and `b` is one test example.
+    Every draw has the same groups for both. Pairing removes what the two share (a hard prompt is hard for both), so the
+    interval is often far narrower than the two single ones suggest. Arguments and errors are those of
+    `bootstrap_mean_ci`; row i of `a` and of `b` is the same test example.
     """
-    a_N, b_N = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if a_N.shape != b_N.shape:
-        raise ValueError(f"a and b are paired by row and need one shape: {a_N.shape} and {b_N.shape}")
-    return bootstrap_mean_ci(a_N - b_N, groups, resamples, seed)
+    a_R, b_R = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a_R.shape != b_R.shape:
+        raise ValueError(f"a and b are paired by row and need the same shape: {a_R.shape} and {b_R.shape}")
+    return bootstrap_mean_ci(a_R - b_R, groups, resamples, seed)

@@ -1,11 +1,11 @@
 """Attention over packed sequences and, in decoding, over a prefix that all branches of a row share.
 
-Both functions know nothing of the model, so that a kernel with the same signature can stand in for either. Scores and
-softmax are in float32. Query head h reads kv head h // G (G = H / Kv); kv heads are grouped in the products, never
-repeated in memory. No scores outlive their block of queries: the backward pass computes them again from each query's
-log-sum of exponentials (Dao et al. 2022, FlashAttention, algorithm 4).
-Shapes: B lines of L tokens, H query heads, Kv kv heads, G = H / Kv, Dh head width; Q queries of a block, which see the
-first E keys; in decoding T prefix length, N branches, S slots of a branch, L = T + S.
+Neither function knows about the model, so a kernel with the same signature can replace either. Scores and softmax are
+computed in float32. Query head h reads kv head h // G; kv heads are grouped in the products, never repeated in memory.
+Scores exist for one block of queries at a time: the backward pass recomputes them from each query's log-sum-exp (Dao et
+al. 2022, FlashAttention, algorithm 4).
+
+Shape letters: docs/architecture.md.
 """
 
 from collections.abc import Iterator
@@ -16,15 +16,15 @@ import jax.numpy as jnp
 from popi_jax.model import remat
 from popi_jax.model.product import product
 
-# Finite, so that a query with nothing to attend to gives no NaN.
+# Finite, so that a query with no visible key does not produce NaN.
 _MASKED = -1e30
 
-# Segments count up by this from one row of a bin to the next: a row has fewer branches.
+# Segment ids of consecutive rows of a bin are this far apart; a row has fewer branches.
 ROW = 1024
 
-# Queries go in blocks, each against the keys up to its end: what lies after is neither computed nor stored. Forward of
-# 2 x 512 tokens, 9 heads, in ms of CPU time: 12 in blocks of 128, 37 in one. The number of blocks is bounded for the
-# compiler's sake.
+# Queries are processed in blocks, each against the keys up to its end; later scores are neither computed nor stored.
+# Forward pass of 2 x 512 tokens with 9 heads on CPU: 12 ms in blocks of 128, 37 ms in one block. The number of blocks
+# is bounded to limit compile time.
 _BLOCK = 128
 _MAX_BLOCKS = 16
 
@@ -32,22 +32,22 @@ _MAX_BLOCKS = 16
 def attend(q_BxLxHxDh: jax.Array, k_BxLxKvxDh: jax.Array, v_BxLxKvxDh: jax.Array, segments_BxL: jax.Array) -> jax.Array:
     """Causal attention within segments.
 
-    A query attends to the keys at its own or an earlier index that are not padding and belong to its row's prefix or to
-    its own branch.
+    A query attends to every key that is at its own or an earlier index, is not padding, and belongs to its row's prefix
+    or its own branch.
 
     Args:
         q_BxLxHxDh: queries, rope applied.
         k_BxLxKvxDh: keys, rope applied.
         v_BxLxKvxDh: values.
-        segments_BxL: -1 padding; row r's shared prefix r * ROW, its branch n >= 1 r * ROW + n. A line of one row has
-            row 0 alone.
+        segments_BxL: -1 at padding, r * ROW in row r's shared prefix, r * ROW + n in its branch n >= 1. A line with a
+            single row uses row 0.
 
     Returns:
-        out_BxLxHxDh in the type of v; 0 at padding.
+        out_BxLxHxDh in v's dtype; 0 at padding.
     """
     B, L, H, Dh = q_BxLxHxDh.shape
     Kv = k_BxLxKvxDh.shape[2]
-    # In the order of the products: the compiler would transpose the scores instead, which costs more.
+    # Laid out as the products read them: otherwise the compiler transposes the scores, which costs more.
     q_BxKvxGxLxDh = (q_BxLxHxDh * Dh**-0.5).reshape(B, L, Kv, H // Kv, Dh).transpose(0, 2, 3, 1, 4)
     k_BxKvxLxDh = k_BxLxKvxDh.transpose(0, 2, 1, 3)
     v_BxKvxLxDh = v_BxLxKvxDh.transpose(0, 2, 1, 3)
@@ -56,7 +56,7 @@ def attend(q_BxLxHxDh: jax.Array, k_BxLxKvxDh: jax.Array, v_BxLxKvxDh: jax.Array
 
 
 def _blocks(L: int) -> Iterator[tuple[int, int]]:
-    """Start and end of each block of queries."""
+    """Yields the start and end of each block of queries."""
     size = max(_BLOCK, -(-L // _MAX_BLOCKS))
     for start in range(0, L, size):
         yield start, min(start + size, L)
@@ -66,7 +66,7 @@ def _scores(
     q_BxKvxGxLxDh: jax.Array, k_BxKvxLxDh: jax.Array, segments_BxL: jax.Array, start: int, end: int
 ) -> jax.Array:
     s_BxKvxGxQxE = product("bkgqd,bked->bkgqe", q_BxKvxGxLxDh[:, :, :, start:end], k_BxKvxLxDh[:, :, :end])
-    # Added rather than selected: the scores' gradient then needs no mask of its own.
+    # Added, not selected, so that the gradient of the scores needs no mask.
     bias_BxQxE = jnp.where(visible(segments_BxL, start, end), 0.0, _MASKED)
     return s_BxKvxGxQxE + bias_BxQxE[:, None, None]
 
@@ -74,11 +74,11 @@ def _scores(
 def _softmax_average_and_log_sum(
     q_BxKvxGxLxDh: jax.Array, k_BxKvxLxDh: jax.Array, v_BxKvxLxDh: jax.Array, segments_BxL: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The average of the values in v's type, and log(sum(exp(scores))) of each query, float32; queries are scaled."""
+    """Returns the average of the values in v's dtype and each query's log-sum-exp in float32; queries come scaled."""
     out_blocks, log_sum_blocks = [], []
     for start, end in _blocks(q_BxKvxGxLxDh.shape[3]):
         s_BxKvxGxQxE = _scores(q_BxKvxGxLxDh, k_BxKvxLxDh, segments_BxL, start, end)
-        # Above what is masked, so that a query without a key has no weights, forward and backward, not equal ones.
+        # Kept above the mask value: a query with no visible key then has zero weights in both passes, not equal ones.
         max_BxKvxGxQx1 = jnp.maximum(jnp.max(s_BxKvxGxQxE, axis=-1, keepdims=True), _MASKED / 2)
         w_BxKvxGxQxE = jnp.exp(s_BxKvxGxQxE - jax.lax.stop_gradient(max_BxKvxGxQx1))
         sum_BxKvxGxQx1 = jnp.maximum(jnp.sum(w_BxKvxGxQxE, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
@@ -98,8 +98,8 @@ def _forward(*args: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.A
 
 def _backward(kept: tuple[jax.Array, ...], gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array | None, ...]:
     q_BxKvxGxLxDh, k_BxKvxLxDh, v_BxKvxLxDh, segments_BxL, out_BxKvxGxLxDh, log_sum_BxKvxGxLx1 = kept
-    dout_BxKvxGxLxDh, _ = gradients  # Nothing reads the log-sums.
-    # What the softmax's normalisation takes from each weight's gradient: its average under the weights.
+    dout_BxKvxGxLxDh, _ = gradients  # The caller discards the log-sums.
+    # The softmax gradient subtracts the average of dp under p, which equals sum(dout * out).
     common_BxKvxGxLx1 = jnp.sum(
         dout_BxKvxGxLxDh.astype(jnp.float32) * out_BxKvxGxLxDh.astype(jnp.float32), axis=-1, keepdims=True
     )
@@ -116,7 +116,7 @@ def _backward(kept: tuple[jax.Array, ...], gradients: tuple[jax.Array, jax.Array
         dp_BxKvxGxQxE = product("bkgqd,bked->bkgqe", dout_BxKvxGxQxDh, v_BxKvxLxDh[:, :, :end])
         ds_BxKvxGxQxE = (p_BxKvxGxQxE * (dp_BxKvxGxQxE - common_BxKvxGxQx1)).astype(q_BxKvxGxLxDh.dtype)
         dq_blocks.append(product("bkgqe,bked->bkgqd", ds_BxKvxGxQxE, k_BxKvxLxDh[:, :, :end]))
-        # The scores as the second operand: as the first they would be transposed, and they are the largest of all.
+        # The scores are the second operand: as the first they would be transposed, and they are the largest array.
         dk_BxKvxDhxE = product("bkgqd,bkgqe->bkde", q_BxKvxGxQxDh, ds_BxKvxGxQxE)
         dv_BxKvxDhxE = product("bkgqd,bkgqe->bkde", dout_BxKvxGxQxDh, p_BxKvxGxQxE.astype(v_BxKvxLxDh.dtype))
         dk_BxKvxDhxL = dk_BxKvxDhxL.at[..., :end].add(dk_BxKvxDhxE)
@@ -130,11 +130,11 @@ _softmax_average.defvjp(_forward, _backward)
 
 
 def visible(segments_BxL: jax.Array, start: int, end: int) -> jax.Array:
-    """Which of the keys [0, end) each of the queries [start, end) attends to, [B, Q, E] booleans."""
+    """Returns booleans [B, Q, E]: whether each query in [start, end) attends to each key in [0, end)."""
     query_BxQx1 = segments_BxL[:, start:end, None]
     key_Bx1xE = segments_BxL[:, None, :end]
     causal_1xQxE = jnp.arange(end)[None, None, :] <= jnp.arange(start, end)[None, :, None]
-    own_prefix_BxQx1 = query_BxQx1 // ROW * ROW  # -ROW at padding: no key's segment.
+    own_prefix_BxQx1 = query_BxQx1 // ROW * ROW  # -ROW at padding, which matches no key.
     return ((key_Bx1xE == own_prefix_BxQx1) | ((key_Bx1xE == query_BxQx1) & (key_Bx1xE >= 0))) & causal_1xQxE
 
 
@@ -147,21 +147,22 @@ def attend_decode(
     own_v_BxKvxNxSxDh: jax.Array,
     index: jax.Array,
 ) -> jax.Array:
-    """One query of each of N branches per row: one softmax over the row's prefix and the branch's own earlier tokens.
+    """Attends from one query per branch to the row's prefix and the branch's own earlier tokens, in one softmax.
 
-    Keys and values come as the products read them, so that nothing that grows with the prefix is transposed per token.
+    Keys and values are laid out as the products read them, so that no array that grows with the prefix is transposed
+    for every token.
 
     Args:
         q_BxNxHxDh: queries, rope applied.
         prefix_k_BxKvxDhxT: keys of the prefix, one copy for all branches, each a column.
-        prefix_v_BxKvxTxDh: its values.
-        prefix_valid_BxT: which slots of the prefix hold a token.
-        own_k_BxKvxNxSxDh: keys of each branch; the slots 0..index are filled.
-        own_v_BxKvxNxSxDh: its values.
-        index: scalar, the slot of the query's own token.
+        prefix_v_BxKvxTxDh: values of the prefix.
+        prefix_valid_BxT: whether each slot of the prefix holds a token.
+        own_k_BxKvxNxSxDh: keys of each branch; slots 0..index are filled.
+        own_v_BxKvxNxSxDh: values of each branch.
+        index: scalar, the slot of the query's token.
 
     Returns:
-        out_BxNxHxDh in the type of the values.
+        out_BxNxHxDh in the dtype of the values.
     """
     B, N, H, Dh = q_BxNxHxDh.shape
     Kv, T = prefix_v_BxKvxTxDh.shape[1:3]

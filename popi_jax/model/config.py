@@ -1,4 +1,4 @@
-"""Shapes and features of the one decoder, and their two-way translation to a hub folder's config.json.
+"""Shapes and features of the decoder, and their conversion from and to a hub folder's config.json.
 
 One config covers SmolLM2 and Llama 2-3.x (grouped queries, tied or untied head, Llama 3 rope scaling), Qwen 2.5 (bias
 on q, k and v) and Qwen 3 (norm on each query and key head).
@@ -10,7 +10,7 @@ from typing import Any
 from popi_jax.errors import UserError
 from popi_jax.model import remat
 
-# What an absent field means, as the hub's own readers of these three families take it.
+# Defaults of absent fields, the same as in the hub's own readers of these three families.
 _HUB_DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": None,
     "head_dim": None,
@@ -40,7 +40,7 @@ _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwe
 
 @dataclasses.dataclass(frozen=True)
 class Llama3RopeScaling:
-    """Llama 3.1's stretch of the slow rope frequencies; lengths are in tokens."""
+    """Llama 3.1's scaling of the low rope frequencies; lengths are in tokens."""
 
     factor: float
     low_freq_factor: float
@@ -54,8 +54,8 @@ class LoraConfig:
 
     Attributes:
         rank: r, the adapter's inner width.
-        alpha: the scale's numerator.
-        targets: which of q, k, v, o, gate, up, down carry an adapter.
+        alpha: numerator of the scale.
+        targets: the layers with an adapter, from q, k, v, o, gate, up, down.
     """
 
     rank: int
@@ -63,9 +63,9 @@ class LoraConfig:
     targets: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))  # A list from a config file would not hash.
+        object.__setattr__(self, "targets", tuple(self.targets))  # A list from a config file is not hashable.
         if self.rank < 1:
-            raise UserError(f"lora.rank={self.rank}: an adapter needs a rank of at least 1")
+            raise UserError(f"lora.rank={self.rank}: the rank must be at least 1")
         if not self.targets:
             raise UserError("lora.targets is empty: name at least one of q, k, v, o, gate, up, down")
         for target in self.targets:
@@ -82,16 +82,16 @@ LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Everything that fixes the decoder's program; hashable, so it may be a static argument of jit.
+    """Everything that determines the decoder's program. Hashable, so it can be a static argument of jit.
 
     Attributes:
         head_dim: width of one head; n_heads * head_dim need not equal d_model (Qwen 3).
-        max_length: the longest context, in tokens, that the weights were made for.
-        compute_dtype: "float32" or "bfloat16", the type of activations; weights keep the type that they come in.
-        remat: what of each layer the backward pass computes again instead of keeping it: a name of remat.CHOICES.
-        attention: "xla", "splash" or "cudnn", see kernels.bind; the devices decide, not the checkpoint.
-        frozen_dtype: "float32" or "bfloat16", the type that the base model's weights are kept in.
-        trained_dtype: the same of what is trained, an adapter or a whole copy.
+        max_length: the longest context that the weights were trained for, in tokens.
+        compute_dtype: dtype of activations, "float32" or "bfloat16"; weights keep their own.
+        remat: what the backward pass recomputes in each layer instead of storing it: a name in remat.CHOICES.
+        attention: "xla", "splash" or "cudnn" (see kernels.bind); chosen for the devices, not part of a checkpoint.
+        frozen_dtype: dtype in which the base weights are stored, "float32" or "bfloat16".
+        trained_dtype: dtype in which the trained weights (an adapter or a full copy) are stored, likewise.
     """
 
     vocab_size: int
@@ -118,7 +118,7 @@ class ModelConfig:
         if self.n_heads % self.n_kv_heads:
             raise UserError(f"model: {self.n_heads} heads cannot share {self.n_kv_heads} kv heads evenly")
         if self.head_dim % 2:
-            raise UserError(f"model: head_dim={self.head_dim} must be even, rope turns pairs of features")
+            raise UserError(f"model: head_dim={self.head_dim} must be even, since rope rotates pairs of features")
         for name in ("compute_dtype", "frozen_dtype", "trained_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16"):
                 raise UserError(f"model.{name}={getattr(self, name)!r}: choose float32 or bfloat16")
@@ -134,10 +134,10 @@ class ModelConfig:
         Args:
             hub: the file's object.
             source: the file's name, for messages.
-            options: what is no property of a checkpoint: compute_dtype, remat, attention, frozen_dtype, trained_dtype.
+            options: fields that no checkpoint has: compute_dtype, remat, attention, frozen_dtype, trained_dtype.
 
         Raises:
-            UserError: a field is missing, or the checkpoint needs something that this decoder does not do.
+            UserError: a field is missing, or the checkpoint needs a feature that this decoder lacks.
         """
         if "model_type" not in hub or hub["model_type"] not in _ARCHITECTURES:
             found = repr(hub["model_type"]) if "model_type" in hub else "missing"
@@ -173,13 +173,15 @@ class ModelConfig:
         )
 
     def to_hub(self) -> dict[str, Any]:
-        """Returns the fields of a config.json that hub readers (transformers 4 and 5, vLLM) rebuild this model from.
+        """Returns the config.json fields that hub readers (transformers 4 and 5, vLLM) need to rebuild this model.
 
         Raises:
-            UserError: no hub family has both a bias on q, k, v and a norm on query and key heads.
+            UserError: the model has both qkv_bias and qk_norm, which no hub family combines.
         """
         if self.qkv_bias and self.qk_norm:
-            raise UserError("model: qkv_bias together with qk_norm has no hub architecture to be exported as")
+            raise UserError(
+                "model: no hub architecture combines qkv_bias with qk_norm, so this model cannot be exported"
+            )
         model_type = "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias else "llama"
         scaling = None
         if self.rope_scaling is not None:
@@ -230,7 +232,7 @@ def _rope_from_hub(hub: dict[str, Any], source: str) -> tuple[float, Llama3RopeS
     """Returns theta and scaling; transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters."""
     rope = {"rope_theta": hub["rope_theta"], **(hub["rope_scaling"] or {}), **(hub["rope_parameters"] or {})}
     kind = "default"
-    for name in ("type", "rope_type"):  # The older name first: where both are there, rope_type decides.
+    for name in ("type", "rope_type"):  # Newer name last: rope_type wins if both are present.
         if name in rope:
             kind = rope[name]
     if kind == "default":

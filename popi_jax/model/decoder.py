@@ -1,8 +1,6 @@
-"""The one decoder: a pre-norm transformer with rope, grouped queries and a gated MLP, its layers stacked and scanned.
+"""The decoder: a pre-norm transformer with rope, grouped queries and a gated MLP, its layers stacked and scanned.
 
-Shapes: n layers, B lines, T prefix length, L tokens of a line, N branches per prefix, S branch length, D model width,
-H heads, Kv kv heads, G = H / Kv, Dh head width, I = Dh / 2, F MLP width, V vocabulary; of a linear layer R rows, E
-input and O output width, r its adapter's rank.
+Shape letters: docs/architecture.md.
 """
 
 import dataclasses
@@ -25,10 +23,10 @@ from popi_jax.model.weights import Tree, Weight, fan_in, init_tree, merge_trees
 
 
 def declare(config: ModelConfig) -> Tree:
-    """Declares every weight of the base model; all of a layer's weights are stacked along a leading layer axis."""
+    """Declares every weight of the base model; layer weights are stacked along a leading layer axis."""
     n, D, F, V = config.n_layers, config.d_model, config.d_ff, config.vocab_size
     H, Kv, Dh = config.n_heads, config.n_kv_heads, config.head_dim
-    # Two residual branches per layer: scaled so that the stream's variance at the end does not grow with depth.
+    # Two residual branches per layer, scaled so that the final variance of the stream does not grow with depth.
     residual = 1.0 / math.sqrt(2 * n)
 
     def scale(width: int, axis: str) -> dict[str, Weight]:
@@ -67,7 +65,7 @@ def declare(config: ModelConfig) -> Tree:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys (rope applied) and values of a row's prefix, held once, and of its N branches; see attend_decode."""
+    """Keys (rope applied) and values of each row's prefix, stored once, and of its N branches; see attend_decode."""
 
     prefix_k_nxBxKvxDhxT: jax.Array
     prefix_v_nxBxKvxTxDh: jax.Array
@@ -92,12 +90,12 @@ class _Rope:
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Angle per position of each of the Dh/2 feature pairs, with Llama 3.1's scaling where the config has it."""
+    """Returns the angle per position of each of the Dh/2 feature pairs, after Llama 3.1's scaling if configured."""
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
     frequency = config.rope_theta**-exponent
     if config.rope_scaling is not None:
         s = config.rope_scaling
-        # Turns within the original context: with many the frequency stays, with few it is slowed; blended between.
+        # Turns within the original context: many keep the frequency, few divide it by the factor; blended in between.
         turns = s.original_max_length * frequency / (2 * np.pi)
         kept = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
         frequency = kept * frequency + (1 - kept) * frequency / s.factor
@@ -123,12 +121,12 @@ class Norm(nnx.Module):
         return (normed * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
 
 
-def _matmul(x_RxE: jax.Array, kernel_ExO: jax.Array) -> jax.Array:
-    return remat.keepable(product("re,eo->ro", x_RxE, kernel_ExO.astype(x_RxE.dtype)).astype(x_RxE.dtype))
+def _matmul(x_RxIn: jax.Array, kernel_InxOut: jax.Array) -> jax.Array:
+    return remat.keepable(product("ri,io->ro", x_RxIn, kernel_InxOut.astype(x_RxIn.dtype)).astype(x_RxIn.dtype))
 
 
 class Linear(nnx.Module):
-    """A product over the last `input_dims` axes, with a bias and an adapter where the values have them.
+    """A product over the last `input_dims` axes, with a bias and an adapter if the values contain them.
 
     `axes` are the logical axes of one layer's kernel.
     """
@@ -152,34 +150,34 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         rows = x.shape[: x.ndim - self.input_dims]
-        # As a matrix: with two row dimensions the compiler transposes the whole gradient for the weight's product.
-        x_RxE = x.reshape(math.prod(rows), -1)
-        # In the compute type before it is gathered: half the bytes to send.
+        # Flattened: with two row dimensions the compiler transposes the whole gradient to compute the weight's.
+        x_RxIn = x.reshape(math.prod(rows), -1)
+        # Cast before it is gathered: bfloat16 halves the bytes to send.
         kernel = self.kernel[...].astype(x.dtype)
-        R, into = x_RxE.shape
+        R, into = x_RxIn.shape
         stays = sharding.weight_stays(R, into, kernel.size // into, mesh=self.mesh)
         if not stays:
             kernel = sharding.gather(kernel, self.axes, self.mesh)
 
-        def times(x_RxE: jax.Array, kernel_ExO: jax.Array, into: str, out: str) -> jax.Array:
-            return (sharding.send_rows(_matmul, into, out, self.mesh) if stays else _matmul)(x_RxE, kernel_ExO)
+        def times(x_RxIn: jax.Array, kernel_InxOut: jax.Array, into: str, out: str) -> jax.Array:
+            return (sharding.send_rows(_matmul, into, out, self.mesh) if stays else _matmul)(x_RxIn, kernel_InxOut)
 
         from_axis, to_axis = self.axes[0], self.axes[self.input_dims]
-        y_RxO = times(x_RxE, kernel.reshape(into, -1), from_axis, to_axis)
+        y_RxOut = times(x_RxIn, kernel.reshape(into, -1), from_axis, to_axis)
         if self.bias is not None:
-            y_RxO += self.bias[...].reshape(1, -1).astype(x.dtype)
+            y_RxOut += self.bias[...].reshape(1, -1).astype(x.dtype)
         if self.a is not None and self.b is not None:
-            a_Exr = self.a[...].reshape(into, -1)
-            b_rxO = self.b[...].reshape(a_Exr.shape[1], -1)
-            low_Rxr = times(x_RxE, a_Exr, from_axis, "lora_rank")
-            y_RxO += self.lora_scale * times(low_Rxr, b_rxO, "lora_rank", to_axis)
-        return y_RxO.reshape(*rows, *kernel.shape[self.input_dims :])
+            a_Inxr = self.a[...].reshape(into, -1)
+            b_rxOut = self.b[...].reshape(a_Inxr.shape[1], -1)
+            low_Rxr = times(x_RxIn, a_Inxr, from_axis, "lora_rank")
+            y_RxOut += self.lora_scale * times(low_Rxr, b_rxOut, "lora_rank", to_axis)
+        return y_RxOut.reshape(*rows, *kernel.shape[self.input_dims :])
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each on the normed stream and added to it.
+    """Attention and MLP, each applied to the normed residual stream and added to it.
 
-    Built with the weights of all layers, stacked; a scan slices them, so that its methods see one layer's.
+    Built with the stacked weights of all layers; a scan slices them, so that the methods see those of one layer.
     """
 
     def __init__(self, values: Tree, config: ModelConfig, lora: LoraConfig | None, mesh: Mesh | None):
@@ -210,7 +208,7 @@ class Layer(nnx.Module):
             return rope(q_BxLxHxDh), rope(k_BxLxKvxDh), self.v(normed_BxLxD)
 
     def finish(self, x_BxLxD: jax.Array, attended_BxLxHxDh: jax.Array) -> jax.Array:
-        """Returns the stream after this layer."""
+        """Returns the residual stream after this layer."""
         with jax.named_scope("o"):
             x_BxLxD = x_BxLxD + self.o(attended_BxLxHxDh)
         with jax.named_scope("mlp"):
@@ -219,11 +217,11 @@ class Layer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Tokens to hidden states to logits.
+    """Maps tokens to hidden states, and hidden states to logits.
 
-    Segments say which row and branch a token belongs to (see attention.attend). A token attends to tokens at its own or
-    an earlier index of its row's prefix or its own branch, never to padding. Positions are rope positions; every branch
-    restarts where the prefix ended.
+    Segments give the row and branch of each token (see attention.attend). A token attends to tokens at its own or an
+    earlier index in its row's prefix or its own branch, never to padding. Positions are rope positions; every branch
+    starts at the position where the prefix ends.
     """
 
     def __init__(self, config: ModelConfig, lora: LoraConfig | None, mesh: Mesh | None, *, rngs: nnx.Rngs):
@@ -250,10 +248,10 @@ class Decoder(nnx.Module):
         branches: int,
         branch_length: int,
     ) -> tuple[jax.Array, Cache]:
-        """Reads the prefixes (segment 0; -1 where padded) and makes room for branches of `branch_length` each.
+        """Reads the prefixes (segment 0; -1 at padding) and allocates space for branches of `branch_length` tokens.
 
         Returns:
-            hidden_BxTxD after the final norm, and the cache that decode goes on from.
+            hidden_BxTxD after the final norm, and the cache that decode starts from.
         """
         hidden_BxTxD, (k_nxBxKvxDhxT, v_nxBxKvxTxDh) = self._forward(tokens_BxT, positions_BxT, segments_BxT, keep=True)
         n, B, Kv, Dh, _ = k_nxBxKvxDhxT.shape
@@ -270,11 +268,11 @@ class Decoder(nnx.Module):
         """Reads one token of each branch.
 
         Args:
-            tokens_BxN: branch n's token.
+            tokens_BxN: the token of each branch.
             positions_BxN: its rope position.
-            cache: from prefill or the last call.
-            index: scalar, how many tokens of each branch are in the cache already: the slot that these take.
-            known: static, how many slots of a branch are read, more than index; None: all of them.
+            cache: from prefill or the previous call.
+            index: scalar, the number of tokens of each branch already in the cache: the slot that these take.
+            known: static, the number of slots of a branch to read, greater than index; None reads all.
 
         Returns:
             hidden_BxNxD after the final norm, and the cache with slot `index` filled.
@@ -305,7 +303,7 @@ class Decoder(nnx.Module):
                 )
             return (layer.finish(x_BxNxD, attended_BxNxHxDh), own_k, own_v), None
 
-        # The branches' cache rides in the carry and each layer writes one slot of it, so that XLA updates it in place.
+        # The carry holds the branches' cache and each layer writes one slot of it, so that XLA updates it in place.
         carry = (self._embed(tokens_BxN), cache.own_k_nxBxKvxNxSxDh, cache.own_v_nxBxKvxNxSxDh)
         layer_ids = jnp.arange(self.config.n_layers)
         xs = (self.layers, layer_ids, cache.prefix_k_nxBxKvxDhxT, cache.prefix_v_nxBxKvxTxDh)
@@ -324,8 +322,8 @@ class Decoder(nnx.Module):
             return multiply(hidden_RxD, kernel_DxV.astype(hidden.dtype)).reshape(*hidden.shape[:-1], -1)
 
     def _embed(self, tokens_BxL: jax.Array) -> jax.Array:
-        # Every device looks up its part of the model width for the tokens of all that share the table, then each gets
-        # its own rows. Left to itself the compiler makes the stream's gradient whole on every device.
+        # Each device looks up its slice of the model width for the tokens of all devices that share the table, then
+        # takes its own rows. Without the constraints the compiler materialises the stream's whole gradient everywhere.
         with jax.named_scope("embed"):
             constrain = functools.partial(sharding.constrain, mesh=self.mesh)
             tokens_BxL = constrain(constrain(tokens_BxL, ("batch", "length")), ("few", "length"))
@@ -336,7 +334,7 @@ class Decoder(nnx.Module):
     def _forward(
         self, tokens_BxL: jax.Array, positions_BxL: jax.Array, segments_BxL: jax.Array, keep: bool
     ) -> tuple[jax.Array, Any]:
-        """Returns hidden_BxLxD and, if kept, the keys and values of all layers, as the cache has them."""
+        """Returns hidden_BxLxD and, if `keep`, the keys and values of all layers in the cache's layout."""
         rope = _rope(self.config, positions_BxL)
         attend = kernels.bind(self.config.attention, self.mesh)
 

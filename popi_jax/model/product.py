@@ -1,4 +1,4 @@
-"""The decoder's one matrix product: operands in the compute type, sums in float32, forward and backward."""
+"""The decoder's matrix product: operands in the compute dtype, sums in float32, forward and backward."""
 
 import functools
 
@@ -8,16 +8,17 @@ import jax.numpy as jnp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns einsum(spec, x, y) with float32 sums, in float32.
+    """Returns einsum(spec, x, y) in float32, with float32 sums.
 
-    Its gradient's products take the cotangent in the operands' type. Left to autodiff, a bfloat16 product summed in
-    float32 has a float32 cotangent, and both products of the backward pass run in float32, without the hardware's
-    bfloat16 instructions. With float32 operands it is einsum, and so is its gradient.
+    The products of its gradient take the cotangent in the operands' dtype. Under plain autodiff, a bfloat16 product
+    with float32 sums has a float32 cotangent, so both products of the backward pass run in float32 and cannot use the
+    hardware's bfloat16 instructions. With float32 operands, this function and its gradient are those of einsum.
 
     Args:
-        spec: as einsum's, with two operands; each index occurs in at least two of operands and result, once in each.
-        x: first operand, in the compute type.
-        y: second operand, of x's type.
+        spec: an einsum spec of two operands; each index occurs in at least two of the operands and the result, and at
+            most once in each.
+        x: first operand, in the compute dtype.
+        y: second operand, in x's dtype.
     """
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 

@@ -1,4 +1,4 @@
-"""The mesh (data, fsdp, tensor) and the one table that says which logical axis lies on which of its axes."""
+"""The mesh (data, fsdp, tensor) and the table that maps logical axes to its axes."""
 
 import functools
 import math
@@ -14,12 +14,12 @@ from popi_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. Rows are split over data and fsdp; weights over tensor, and fsdp (gather, weight_stays).
+# Logical axis -> mesh axes. Rows are split over data and fsdp; weights over tensor and fsdp (gather, weight_stays).
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "few": ("data",),  # Rows that every device of a replica has, for its own piece of a weight.
+    "few": ("data",),  # Rows that all devices of a replica hold, each for its own piece of a weight.
     "length": (),
-    "activation": (),  # An activation's model width: whole on every device, unlike a weight's.
+    "activation": (),  # An activation's model width: not split, unlike a weight's.
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -32,55 +32,53 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-# More rows than this are not sent to a weight's pieces: a device would hold the product of all of them, and of logits
-# no more are wanted at a time (scoring.score).
+# The most rows that are sent to a weight's pieces, since a device then holds the product of all of them; logits are not
+# computed for more rows at a time either (scoring.score).
 _MOST_FEW = 1024
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Builds the mesh; a size of -1 takes the devices that the others leave.
+    """Builds the mesh; a size of -1 takes the remaining devices.
 
-    Without a -1, a single process may use fewer devices than there are: the first ones.
+    Without a -1, a single process may use only the first of its devices.
 
     Args:
-        data: replicas, each with its own rows.
-        fsdp: rows and weights split.
-        tensor: heads, MLP and vocabulary split.
-        devices: all devices unless given.
+        data: number of replicas, each with its own rows.
+        fsdp: number of devices that rows and weights are split over.
+        tensor: number of devices that heads, MLP and vocabulary are split over.
+        devices: all devices if None.
 
     Raises:
-        UserError: a size that is neither -1 nor positive, more than one -1, or sizes that the devices do not fit.
+        UserError: a size is neither -1 nor positive, several are -1, or the sizes do not fit the devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     shown = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     open_axes = [name for name, size in sizes.items() if size == -1]
     if any(size < 1 and size != -1 for size in sizes.values()) or len(open_axes) > 1:
-        raise UserError(f"{shown}: every size must be at least 1, but for one -1, which takes what is left")
+        raise UserError(f"{shown}: every size must be at least 1; one may be -1, which takes the remaining devices")
     taken = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % taken:
-        raise UserError(f"{shown}: {taken} does not divide the {len(devices)} devices")
+        raise UserError(f"{shown}: {len(devices)} devices cannot be divided evenly by {taken}")
     if open_axes:
         sizes[open_axes[0]] = len(devices) // taken
     elif taken < len(devices) and jax.process_count() > 1:
-        raise UserError(
-            f"{shown}: uses {taken} of {len(devices)} devices; set one size to -1 to use those of every host"
-        )
+        raise UserError(f"{shown}: uses {taken} of {len(devices)} devices; set one size to -1 to use all hosts")
     # Auto: with Explicit axes (jax's default) a product over an fsdp-sharded dimension is an error, not a gather.
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh, name: str) -> PartitionSpec:
-    """The partition of an array with these logical axes.
+    """Returns the partition of an array with these logical axes.
 
     Args:
         axes: one logical axis per dimension.
         shape: the array's shape.
-        mesh: whose sizes count.
+        mesh: the mesh to divide over.
         name: the array's name, for messages.
 
     Raises:
-        UserError: two dimensions want the same mesh axis, or a dimension is not divisible.
+        UserError: two dimensions use the same mesh axis, or a dimension is not divisible.
     """
     taken: dict[str, str] = {}
     parts: list[tuple[str, ...] | None] = []
@@ -99,11 +97,11 @@ def spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh, n
 
 
 def param_shardings(logical_axes: Any, abstract: Any, mesh: Mesh) -> Any:
-    """The sharding of every weight.
+    """Returns the sharding of every weight.
 
     Args:
-        logical_axes: tree whose leaves are tuples of logical axis names.
-        abstract: the same tree with leaves that have a shape.
+        logical_axes: a tree whose leaves are tuples of logical axis names.
+        abstract: the same tree, whose leaves have a shape.
         mesh: from make_mesh.
 
     Raises:
@@ -118,9 +116,9 @@ def param_shardings(logical_axes: Any, abstract: Any, mesh: Mesh) -> Any:
 
 
 def optimizer_shardings(tx: optax.GradientTransformation, abstract: Any, shardings: Any, mesh: Mesh) -> Any:
-    """The sharding of an optimizer's state: moments as their weights, counters on every device.
+    """Returns the sharding of an optimizer's state: moments like their weights, counters replicated.
 
-    jit(tx.init) alone would put every moment on one device: zeros do not depend on the weights' data.
+    jit(tx.init) alone would put every moment on one device, because zeros do not depend on the weights' data.
 
     Args:
         tx: the optimizer.
@@ -138,45 +136,45 @@ def optimizer_shardings(tx: optax.GradientTransformation, abstract: Any, shardin
 
 
 def row_shards(mesh: Mesh | AbstractMesh | None) -> int:
-    """Over how many devices the rows of a batch are split; 1 without a mesh."""
+    """Returns the number of devices that the rows of a batch are split over; 1 without a mesh."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows (the leading dimension) split over data and fsdp; for arrays of any rank."""
+    """Returns the sharding of arrays of any rank whose leading dimension, the rows, is split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 def stack_sharding(mesh: Mesh) -> NamedSharding:
-    """For a stack of micro-batches, whose leading dimension counts them: the second is that of the rows."""
+    """Returns the sharding of a stack of micro-batches, whose second dimension is that of the rows."""
     return NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Returns the sharding of an array that is whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def compiler_options(mesh: Mesh | None) -> dict[str, str]:
-    """For jax.jit of every program that runs on this mesh."""
+    """Returns the options of jax.jit for programs that run on this mesh."""
     if mesh is None or mesh.devices.flat[0].platform != "tpu":
         return {}
-    # Else a weight that `gather` makes whole is taken apart again, piece by piece, with sums written after each: ten
-    # times the memory traffic of a 3B model's forward pass, and twice its temporaries.
+    # By default the compiler splits a weight that `gather` made whole into pieces again and writes partial sums after
+    # each: ten times the memory traffic of a 3B model's forward pass, and twice its temporaries.
     return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 def to_host(tree: Any) -> Any:
-    """The whole of every array as numpy, on every process."""
+    """Returns every array, whole, as numpy on every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def constrain(x: jax.Array, axes: Sequence[str], mesh: Mesh | None) -> jax.Array:
-    """Holds an activation to its logical axes on this mesh; does nothing without one.
+    """Constrains an activation to its logical axes on this mesh; does nothing without one.
 
-    Otherwise the compiler may split activations like the weights, along the model width, instead of by rows.
+    Otherwise the compiler may split activations along the model width, like weights, instead of by rows.
     """
     if mesh is None:
         return x
@@ -184,11 +182,11 @@ def constrain(x: jax.Array, axes: Sequence[str], mesh: Mesh | None) -> jax.Array
 
 
 def weight_stays(rows: int, into: int, out: int, *, mesh: Mesh | None) -> bool:
-    """Whether `rows` rows are sent to the pieces of a weight [into, out] for their product, and not the pieces to them.
+    """Returns whether to send `rows` rows to the pieces of a weight [into, out] instead of gathering the weight.
 
-    What fsdp splits is gathered where there are many rows, as in training. The rows of one decoded token are far fewer
-    numbers than the weight: every device of a replica then multiplies all of them with its own piece, which is read
-    once and sent nowhere.
+    With many rows, as in training, weights that fsdp splits are gathered. The rows of one decoded token hold far fewer
+    numbers than the weight: every device of a replica then multiplies all of them by its own piece, which is read once
+    and not sent.
     """
     if mesh is None or mesh.shape["fsdp"] == 1:
         return False
@@ -197,44 +195,44 @@ def weight_stays(rows: int, into: int, out: int, *, mesh: Mesh | None) -> bool:
 
 
 def send_rows(multiply: Callable, into: str, out: str, mesh: Mesh | None) -> Callable:
-    """`multiply`, for rows [R, E] and a weight [E, O] that stays on its devices.
+    """Returns `multiply` for rows [R, In] and a weight [In, Out] that stays on its devices.
 
     Args:
         multiply: the product of two such matrices.
-        into: the weight's logical axis E.
-        out: its logical axis O.
-        mesh: the mesh that both lie on.
+        into: the weight's logical axis In.
+        out: its logical axis Out.
+        mesh: the mesh of both.
 
     Returns:
-        The same function of whole arrays; its result lies by rows.
+        The same function of whole arrays; its result is split by rows.
     """
     if "fsdp" in RULES[into]:
-        # By hand: the compiler would give every device all of the sum, of which it needs its own rows. The parts are
-        # added in the type that `multiply` returns: bfloat16 ones send half as much, each rounded once more.
-        def add_up(x_RxE: jax.Array, kernel_ExO: jax.Array) -> jax.Array:
-            return jax.lax.psum_scatter(multiply(x_RxE, kernel_ExO), "fsdp", scatter_dimension=0, tiled=True)
+        # Explicit, because the compiler would send every device the whole sum, not just its own rows. Partial sums are
+        # added in the dtype that `multiply` returns: bfloat16 halves the bytes sent and rounds each once more.
+        def add_up(x_RxIn: jax.Array, kernel_InxOut: jax.Array) -> jax.Array:
+            return jax.lax.psum_scatter(multiply(x_RxIn, kernel_InxOut), "fsdp", scatter_dimension=0, tiled=True)
 
         few, batch, fsdp = RULES["few"], RULES["batch"], RULES[into]
         in_specs = (PartitionSpec(few, fsdp), PartitionSpec(fsdp, RULES[out]))
-        # Unchecked: `multiply` may have a derivative of its own, which does not say over which axes it varies.
+        # Unchecked: `multiply` may have a custom derivative, which does not declare over which axes it varies.
         out_specs = PartitionSpec(batch, RULES[out])
         return jax.shard_map(add_up, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     if "fsdp" not in RULES[out]:
         return multiply
 
-    def place(x_RxE: jax.Array, kernel_ExO: jax.Array) -> jax.Array:
-        y_RxO = constrain(multiply(constrain(x_RxE, ("few", into), mesh), kernel_ExO), ("few", out), mesh)
-        # In two moves: else the weight is made whole to have the rows in their place at once.
-        return constrain(y_RxO, ("batch", "activation"), mesh)
+    def place(x_RxIn: jax.Array, kernel_InxOut: jax.Array) -> jax.Array:
+        y_RxOut = constrain(multiply(constrain(x_RxIn, ("few", into), mesh), kernel_InxOut), ("few", out), mesh)
+        # In two steps: in one, the compiler gathers the weight so that the rows are in place at once.
+        return constrain(y_RxOut, ("batch", "activation"), mesh)
 
     return place
 
 
 def gather(weight: jax.Array, axes: Sequence[str], mesh: Mesh | None) -> jax.Array:
-    """A weight for its use: whole along fsdp. Its gradient goes back to the pieces.
+    """Returns a weight for use in a product: whole along fsdp. Its gradient is split like the weight again.
 
-    Left to itself the compiler goes through the pieces one by one wherever a product uses them, and writes its sums to
-    memory after each.
+    Otherwise the compiler processes the pieces one by one in every product and writes partial sums to memory after
+    each.
     """
     return weight if mesh is None else _gathered(tuple(axes), mesh, weight)
 

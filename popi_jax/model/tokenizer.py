@@ -1,9 +1,8 @@
 """Text to token ids and back, with the checkpoint's own chat template; transformers' fast tokenizer, never torch.
 
-The template is the checkpoint's, unchanged. Some (SmolLM2, Qwen 2.5) put a default system turn before messages that
-have none; every prompt of this package is made of user turns only, so reference and policy both read that turn.
-Templates that ask for the date or for a thinking mode get fixed answers, so that a prompt is the same, token for token,
-on every day and after every restart.
+The template is used unchanged. Some (SmolLM2, Qwen 2.5) put a default system turn before messages that have none; all
+prompts of this package consist of user turns only, so reference and policy both read that turn. Templates that use the
+date or a thinking mode get fixed values, so that a prompt has the same tokens every day and after every restart.
 """
 
 import functools
@@ -14,7 +13,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-# transformers tells every process without torch that models are missing; ours are not.
+# Without torch, transformers warns every process that no models are available; its models are not used here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import jinja2  # noqa: E402
@@ -22,8 +21,8 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from popi_jax.errors import UserError, first_line  # noqa: E402
 
-# date_string: Llama 3.2 writes today's date into the system turn; this is the date that its template falls back to.
-# enable_thinking: a summary of a few dozen tokens leaves Qwen 3 no room to think; without it the turn starts at once.
+# date_string: Llama 3.2 writes today's date into the system turn; this is its template's fallback date.
+# enable_thinking: a summary of a few dozen tokens leaves Qwen 3 no room to think; if off, the answer starts at once.
 _TEMPLATE_ARGUMENTS: dict[str, Any] = {"date_string": "26 Jul 2024", "enable_thinking": False}
 FILES = (
     "tokenizer.json",
@@ -32,18 +31,18 @@ FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-_REMEMBERED = 1 << 15  # Texts whose ids are kept, of each kind.
-_MARK = "\ue000popi\ue000"  # Stands for a content where what the template writes around it is asked for.
+_REMEMBERED = 1 << 15  # Number of texts whose ids are cached, in each of the two caches.
+_MARK = "\ue000popi\ue000"  # Placeholder for a message's content, to find the template's text around it.
 
 
 class Tokenizer:
     """A checkpoint's tokenizer and chat template.
 
     Attributes:
-        vocab_size: ids are below this.
-        pad_id: fills up rows; never read, since lengths and masks say where a row ends.
-        end_id: ends every response in training: what the chat template puts after an assistant's answer.
-        stop_ids: end decoding: end_id and the end-of-sequence ids of the tokenizer and of generation_config.json.
+        vocab_size: all ids are below this.
+        pad_id: fills rows; never read, since lengths and masks mark the end of a row.
+        end_id: ends every response in training: the token that the chat template puts after an assistant's answer.
+        stop_ids: ids that end decoding: end_id and the end-of-sequence ids of tokenizer and generation_config.json.
         fingerprint: sha256 of the tokenizer's files.
     """
 
@@ -51,7 +50,7 @@ class Tokenizer:
         """Use load()."""
         self._backend = backend
         self._folder = folder
-        # The same users, prompts and responses come back step after step, and a template is slow to fill in.
+        # The same users, prompts and responses recur at every step, and rendering a template is slow.
         self._render_once = functools.lru_cache(_REMEMBERED)(self._render_ids)
         self._encode_once = functools.lru_cache(_REMEMBERED)(self._encode_ids)
         self._special = {index: str(t) for index, t in backend.added_tokens_decoder.items() if t.special}
@@ -72,7 +71,7 @@ class Tokenizer:
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"{folder}/tokenizer.json: no such file; a fast tokenizer is needed (tokenizer.json)")
         try:
-            # Not AutoTokenizer: a model's own class may rebuild the tokenizer and drop what tokenizer.json says.
+            # Not AutoTokenizer: a model's own class may rebuild the tokenizer and ignore tokenizer.json.
             backend = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # The Rust parser raises bare Exception.
             raise UserError(f"{folder}/tokenizer.json: not a readable tokenizer ({first_line(error)})") from error
@@ -81,30 +80,30 @@ class Tokenizer:
         return cls(backend, folder)
 
     def render(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Renders chat messages ({"role", "content"}), generation prompt included, and tokenises the whole once.
+        """Renders chat messages ({"role", "content"}) with the generation prompt and tokenises the result once.
 
-        What looks like a special token in a content is taken as its characters: no user can end their own turn.
-        A begin-of-sequence token is in the ids only where the template writes it, so it is never doubled.
+        Content that looks like a special token is encoded as characters, so that no user can end their own turn. A
+        begin-of-sequence token appears only where the template writes it, so it is never doubled.
 
         Raises:
-            UserError: the template refuses the messages (e.g. a role that it does not know).
+            UserError: the template rejects the messages (e.g. an unknown role).
         """
         turns = tuple((message["role"], message["content"]) for message in messages)
         return list(self._render_once(turns))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: nothing is added, and what looks like a special token is taken as its characters."""
+        """Returns the ids of plain text: nothing is added, and special tokens in it are encoded as characters."""
         return list(self._encode_once(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens left out."""
+        """Returns the text of ids, without special tokens."""
         ids = [int(token) for token in ids]
         return str(self._backend.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _render_ids(self, turns: tuple[tuple[str, str], ...]) -> tuple[int, ...]:
         texts = [content for _, content in turns]
         unsafe = [text for text in texts if any(token in text for token in self._special.values())]
-        # Unlike any content, so that the rendered text splits where the unsafe contents belong.
+        # Occurs in no content, so that the rendered text can be split where the unsafe contents belong.
         mark = _MARK
         while any(mark in text for text in texts):
             mark += _MARK

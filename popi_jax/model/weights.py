@@ -1,4 +1,4 @@
-"""One declaration per weight: shape, logical axes and initial value; every other tree is derived from these."""
+"""One declaration per weight: shape, logical axes and initial value. All other trees are derived from these."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Tree = Any  # A nested dict; the leaves differ: Weight, Array, ShapeDtypeStruct or a tuple of axis names.
+Tree = Any  # A nested dict; its leaves are Weights, Arrays, ShapeDtypeStructs or tuples of axis names.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +17,9 @@ class Weight:
     """The declaration of one array of the parameter tree.
 
     Attributes:
-        shape: its shape.
+        shape: the array's shape.
         axes: one logical axis name per dimension; sharding.RULES maps them to mesh axes.
-        init: "zeros", "ones", or the standard deviation of a centred normal.
+        init: "zeros", "ones", or the standard deviation of a normal distribution with mean 0.
     """
 
     shape: tuple[int, ...]
@@ -39,12 +39,12 @@ class Weight:
 
 
 def fan_in(*sizes: int) -> float:
-    """Standard deviation that keeps the variance of a product summed over dimensions of these sizes."""
+    """Returns the standard deviation that preserves variance in a product summed over dimensions of these sizes."""
     return 1.0 / math.sqrt(math.prod(sizes))
 
 
 def init_tree(declared: Tree, key: jax.Array) -> Tree:
-    """Draws every weight in float32. A weight's key hangs on its path alone, so that adding one changes no other."""
+    """Draws every weight in float32. A weight's key depends only on its path, so adding one changes no other."""
 
     def make(path: tuple[Any, ...], weight: Weight) -> jax.Array:
         return weight.make(jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode())))
@@ -53,17 +53,21 @@ def init_tree(declared: Tree, key: jax.Array) -> Tree:
 
 
 def abstract_tree(declared: Tree, dtype: str = "float32") -> Tree:
-    """The tree of shapes and types."""
+    """Returns the tree of shapes and dtypes."""
     return _map(lambda weight: jax.ShapeDtypeStruct(weight.shape, jnp.dtype(dtype)), declared)
 
 
 def axes_tree(declared: Tree) -> Tree:
-    """The tree of logical axis names; its leaves are tuples."""
+    """Returns the tree of logical axis names; its leaves are tuples."""
     return _map(lambda weight: weight.axes, declared)
 
 
 def merge_trees(first: Tree, second: Tree) -> Tree:
-    """Joins two nested dicts that share inner nodes but no leaf."""
+    """Merges two nested dicts that share inner nodes but no leaf.
+
+    Raises:
+        ValueError: they share a leaf.
+    """
     merged = dict(first)
     for name, value in second.items():
         if name not in merged:

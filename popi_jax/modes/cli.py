@@ -1,4 +1,4 @@
-"""How every command of the project starts and fails."""
+"""The start of every command: flags, logging, and the exit codes of errors."""
 
 import sys
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from popi_jax.modes.runfiles import Stopped
 
 
 def run(entry: Callable[[list[str]], None]) -> None:
-    """Parses the flags and runs `entry`. A user's mistake is one line on stderr and exit code 2.
+    """Parses the flags and runs `entry`. A user's mistake prints one line on stderr and exits with code 2.
 
-    A run that SIGTERM ended has saved itself and exits with 143, which is what a scheduler expects of it.
+    A run that SIGTERM stopped has saved a checkpoint; it exits with code 143, as schedulers expect.
     """
 
     def quietly(argv: list[str]) -> None:
-        # At absl's default, info, Orbax and TFDS fill the screen with their own affairs; --verbosity=0 shows them.
+        # At absl's default level, info, Orbax and TFDS log too much. --verbosity=0 shows it.
         if not any(argument.startswith(("--verbosity", "-v")) for argument in sys.argv):
             logging.set_verbosity(logging.WARNING)
         entry(argv)
@@ -28,7 +28,7 @@ def run(entry: Callable[[list[str]], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:  # Files are named by flags and config; their mistakes are the user's.
+    except OSError as error:  # Flags and config name the files, so a file error is the user's mistake.
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
@@ -39,7 +39,7 @@ def run(entry: Callable[[list[str]], None]) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    # A config file is a program: what it raises on an unknown key or a wrong type comes through here too.
+    # Parsing runs the config file, so its errors (an unknown key, a wrong type) are raised here too.
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:

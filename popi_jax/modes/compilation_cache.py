@@ -1,6 +1,6 @@
-"""Keeps compiled programs between processes, so that a run that is resumed or evaluated does not compile again.
+"""Caches compiled programs between processes, so that resuming or evaluating a run does not compile again.
 
-The programs are native code. They are kept in the user's cache folder and never in a workdir, which may be shared.
+The programs are native code. They go to the user's cache folder and never to a workdir, which may be shared.
 """
 
 import contextlib
@@ -12,16 +12,16 @@ import platform
 import jax
 from etils import epath
 
-_MAX_BYTES = 4 << 30  # Of the folder. Beyond it, JAX removes the programs that were not used for the longest time.
+_MAX_BYTES = 4 << 30  # The limit of the folder. JAX removes the least recently used programs beyond it.
 _NO_LIMIT = -1
-_MIN_COMPILE_S = 0.1  # JAX's default, 1 s, leaves out half of a small model's programs.
+_MIN_COMPILE_S = 0.1  # JAX's default, 1 s, would leave out half of a small model's programs.
 
 
 def enable() -> None:
-    """Makes JAX keep compiled programs in `folder()`, unless the environment says otherwise.
+    """Makes JAX cache compiled programs in `folder()`, unless the environment says otherwise.
 
-    JAX's own variables take precedence: JAX_COMPILATION_CACHE_DIR names another folder (on a pod a bucket, so that
-    every host finds the programs), which is used as it is; JAX_ENABLE_COMPILATION_CACHE=false keeps nothing;
+    JAX's own variables take precedence. JAX_COMPILATION_CACHE_DIR names another folder, which is used as it is (on a
+    pod use a bucket, so that every host finds the programs). JAX_ENABLE_COMPILATION_CACHE=false disables the cache.
     JAX_COMPILATION_CACHE_MAX_SIZE and JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS replace our values. Call this before
     anything is compiled.
     """
@@ -41,9 +41,9 @@ def enable() -> None:
 
 
 def folder() -> pathlib.Path:
-    """$XDG_CACHE_HOME/popi_jax/compiled (~/.cache by default), and in it one folder per kind of CPU.
+    """Returns the folder for this kind of CPU in $XDG_CACHE_HOME/popi_jax/compiled (~/.cache by default).
 
-    JAX distinguishes accelerators but not CPUs: where machines share a home, code that was compiled for AVX-512 would
+    JAX's cache keys distinguish accelerators but not CPUs. If machines share a home, code compiled for AVX-512 would
     crash on a CPU without it.
     """
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
@@ -51,28 +51,28 @@ def folder() -> pathlib.Path:
 
 
 def _limit(own: pathlib.Path) -> int:
-    """Creates the folder and returns its limit in bytes; _NO_LIMIT where the folder's owner has no name.
+    """Creates the folder and returns its limit in bytes, or _NO_LIMIT if the folder's owner has no name.
 
-    Owners have no name in a container that runs under an arbitrary user id. JAX 0.10.2 reads file sizes through etils,
-    which looks up the owner's name and fails, so that a limit would stop almost every write (jax-ml/jax#40650).
+    An owner has no name in a container that runs under an arbitrary user id. JAX 0.10.2 reads file sizes with etils,
+    which looks up the owner's name and fails, so a limit would prevent almost every write (jax-ml/jax#40650).
     """
     try:
         own.mkdir(parents=True, exist_ok=True)
         epath.Path(own).stat()
     except KeyError:
         return _NO_LIMIT
-    except OSError:  # JAX warns of a folder that cannot be written, and the run goes on without it.
+    except OSError:  # JAX warns about an unwritable folder, and the run continues without a cache.
         pass
     return _MAX_BYTES
 
 
 def _remove_unfinished(own: pathlib.Path) -> None:
-    """Removes the entries without the second file that JAX writes under a limit, which holds the time of last use.
+    """Removes entries without the second file that JAX writes under a limit, which has the time of last use.
 
-    A process that is killed between the two leaves an entry that may be cut short, and beside which JAX 0.10.2 keeps
-    no other program (jax-ml/jax#39880; findings/jax_cache_entry_without_atime.sh).
+    A process that is killed between the two writes leaves such an entry. It may be incomplete, and as long as it
+    exists, JAX 0.10.2 caches no other program (jax-ml/jax#39880; findings/jax_cache_entry_without_atime.sh).
     """
-    with contextlib.suppress(OSError):  # An entry that stays costs time, and must not stop a run.
+    with contextlib.suppress(OSError):  # An entry that remains costs only time and must not stop a run.
         for entry in own.glob("*-cache"):
             if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
                 entry.unlink(missing_ok=True)  # Another process may remove it, too.
@@ -84,6 +84,6 @@ def _cpu() -> str:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # Not Linux. There, machines rarely share a home.
         return described
-    # The instruction sets, and the model, which the compiler tunes for. Every core repeats them; each line counts once.
+    # The instruction sets, and the model that the compiler tunes for. All cores repeat these lines; keep each once.
     kinds = ("flags", "Features", "model", "model name", "cpu family", "CPU part")
     return described + "".join(dict.fromkeys(line for line in lines if line.split("\t")[0].strip() in kinds))

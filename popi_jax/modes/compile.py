@@ -1,8 +1,7 @@
-"""--mode=compile: compiles every program of a config for a slice that need not be there, and says what each costs.
+"""--mode=compile: compiles every program of a config for a TPU slice that need not exist, and reports its cost.
 
-Nothing runs and nothing is loaded: the shapes are those of the config's limits, every array full. Memory is the
-compiler's own plan; times are lower bounds from the chip's public peaks (popi_jax/cost).
-Shapes: as in steps.py, rollout.py and pairs.py.
+Nothing runs and nothing is loaded. Every text is as long as its limit. Memory is the compiler's own plan; times are
+lower bounds from the chip's public peaks (popi_jax/modes/cost).
 """
 
 import dataclasses
@@ -17,12 +16,12 @@ import numpy as np
 from jax.experimental import topologies
 
 from popi_jax.config import SUMMARIZED, Config
-from popi_jax.cost import bound, chips, flops, printed, traffic
-from popi_jax.data.shapes import Shapes, abstract_bins, bins_shardings, placed
+from popi_jax.data.shapes import Shapes, placed
 from popi_jax.errors import UserError, first_line
 from popi_jax.model import hub, sharding
 from popi_jax.model.weights import Tree
 from popi_jax.modes import setup
+from popi_jax.modes.cost import bound, chips, flops, printed, traffic
 from popi_jax.modes.programs import Programs
 from popi_jax.rollout import sampler, text
 from popi_jax.training import schedule
@@ -82,20 +81,15 @@ def calls(config: Config, programs: Programs) -> list[Call]:
     if writes:
         k = max((shapes.summaries(kind) for kind in kinds), default=1)
         found.append(_summaries(shapes, programs, "sample", base, state.phi, text.in_training(config), k))
-    found += [
-        Call(f"{kind} step", programs.train_steps[kind], (state, base, shapes.step(kind).abstract(programs.mesh)))
-        for kind in kinds
-    ]
+    found += [Call(f"{kind}_step", programs.train_steps[kind], (state, base, shapes.step(kind))) for kind in kinds]
     if writes:
         k = config.eval.summaries_per_user
-        found.append(_summaries(shapes, programs, "evaluate: sample", base, state.phi, text.in_use(config), k))
-    split = bins_shardings(sharding.batch_sharding(programs.mesh), programs.mesh)
-    bins = placed(abstract_bins(shapes.scoring()), split)
-    found.append(Call("evaluate: score", programs.score, (base, state.theta, bins)))
+        found.append(_summaries(shapes, programs, "evaluate_sample", base, state.phi, text.in_use(config), k))
+    found.append(Call("evaluate_score", programs.score, (base, state.theta, shapes.scoring())))
     if config.eval.samples:
         sampling = dataclasses.replace(text.in_use(config), batch_size=config.eval.samples)
         lengths = config.limits.prompt, config.eval.response_tokens
-        found.append(_drawing(shapes, programs, "evaluate: respond", base, state.theta, sampling, 1, *lengths))
+        found.append(_drawing(shapes, programs, "evaluate_respond", base, state.theta, sampling, 1, *lengths))
     return found
 
 
@@ -130,14 +124,14 @@ def _drawing(
 
 
 def report(config: Config, topology: str) -> dict[str, Any]:
-    """Compiles every program and says what each takes; what `table` shows and --output holds.
+    """Compiles every program and reports its cost; `table` shows it, --output holds it.
 
     Args:
         config: the experiment.
         topology: see `slice_devices`.
 
     Raises:
-        UserError: for a config that makes no sense, or does not fit the slice's mesh.
+        UserError: for a config that does not fit the slice's mesh or the model.
     """
     devices = slice_devices(topology)
     mesh = setup.make_mesh(config, devices)
@@ -147,20 +141,21 @@ def report(config: Config, topology: str) -> dict[str, Any]:
     plain = setup.make_programs(config, mesh, dataclasses.replace(model, attention="xla"))
     kind = devices[0].device_kind
     chip = None if topology == HERE else chips.chip(kind)
-    rows = []
+    steps = []
     for call, counted in zip(calls(config, run), calls(config, plain), strict=True):
         print(f"compiling {call.name} ...", flush=True)
         taken, moved = compile_call(call)
-        row = {"program": call.name} | products(counted) | taken
-        rows.append(row if chip is None else row | at_best(row, moved, mesh.size, chip))
+        step = {"name": call.name} | taken | products(counted, mesh.size)
+        steps.append(step if chip is None else step | at_best(step, moved, chip))
     return {
         "schema": 1,
         "config": config.name,
         "topology": topology,
-        "device": kind,
+        "device_kind": kind,
         "devices": mesh.size,
+        "hbm_bytes_per_device": None if chip is None else chip.hbm_bytes,
         "mesh": dict(mesh.shape),
-        "programs": rows,
+        "steps": steps,
     }
 
 
@@ -176,17 +171,17 @@ def model_shape(config: Config) -> pathlib.Path:
     return pathlib.Path(config.model.shape)
 
 
-def products(call: Call) -> dict[str, float]:
-    """FLOPs of the call's products on all devices: the model's own, and with those that are computed again."""
+def products(call: Call, devices: int) -> dict[str, float]:
+    """FLOPs of the call's products on each of the devices: the model's own, and with those that are computed again."""
     traced = call.fn.trace(*call.args, **call.options).jaxpr
     return {
-        "model_flops_all_devices": flops.count(traced, call.trips, recomputed=False),
-        "executed_flops_all_devices": flops.count(traced, call.trips),
+        "model_flops_per_device": flops.count(traced, call.trips, recomputed=False) / devices,
+        "executed_flops_per_device": flops.count(traced, call.trips) / devices,
     }
 
 
 def compile_call(call: Call) -> tuple[dict[str, Any], traffic.Traffic | None]:
-    """What one call takes of each device, and what it moves, where the compiler can print it."""
+    """The cost of one call on each device, and its traffic where the compiler can print the program."""
     started = time.perf_counter()
     printed.forget()
     try:
@@ -194,44 +189,63 @@ def compile_call(call: Call) -> tuple[dict[str, Any], traffic.Traffic | None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {"compile_s": time.perf_counter() - started, "fits": False, "why_not": _why_not(error)}, None
-    row: dict[str, Any] = {"compile_s": time.perf_counter() - started, "fits": True}
-    memory = compiled.memory_analysis()
-    # What is donated is an argument and a result in one place.
+        return {"fits": False, "why_not": _why_not(error), "compile_s": time.perf_counter() - started}, None
+    seconds, memory = time.perf_counter() - started, compiled.memory_analysis()
+    # A donated array is an argument and a result in one place.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    row |= {
-        "arguments_bytes": memory.argument_size_in_bytes,
-        "temporaries_bytes": memory.temp_size_in_bytes,
-        "total_bytes": memory.argument_size_in_bytes + results + memory.temp_size_in_bytes,
+    row: dict[str, Any] = {
+        "fits": True,
+        "compile_s": seconds,
+        "argument_bytes_per_device": memory.argument_size_in_bytes,
+        "temp_bytes_per_device": memory.temp_size_in_bytes,
+        "total_bytes_per_device": memory.argument_size_in_bytes + results + memory.temp_size_in_bytes,
+        # The compiler's own count: the body of a loop counts once, however often it runs.
+        "compiler_flops_per_device": (compiled.cost_analysis() or {}).get("flops"),
     }
     try:
         hlo = printed.text(compiled)
     except jax.errors.JaxRuntimeError as error:  # XLA cannot print some of its own asynchronous instructions.
-        return row | {"traffic": None, "why_no_traffic": first_line(error)}, None
+        return row | _UNKNOWN_TRAFFIC | {"why_no_traffic": first_line(error)}, None
     moved = traffic.measure(hlo, call.trips)
-    return row | {"traffic": dataclasses.asdict(moved)}, moved
+    return row | {
+        "hbm_bytes_moved_per_device": moved.hbm_bytes,
+        "collective_bytes_per_device": {name: own.bytes for name, own in moved.collectives.items()},
+        "collective_counts": {name: own.count for name, own in moved.collectives.items()},
+        "host_transfers": moved.host_transfers,
+        "unknown_loops": moved.unknown_loops,
+    }, moved
 
 
-def at_best(row: dict[str, Any], moved: traffic.Traffic | None, devices: int, chip: chips.Chip) -> dict[str, Any]:
-    """The bounds on the program's time, and the share of the chip's peak that the tightest leaves to the model."""
-    found: dict[str, Any] = {"hbm_bytes": chip.hbm_bytes}
-    if not row["fits"]:
-        return found
+_UNKNOWN_TRAFFIC = dict.fromkeys(
+    (
+        "hbm_bytes_moved_per_device",
+        "collective_bytes_per_device",
+        "collective_counts",
+        "host_transfers",
+        "unknown_loops",
+    )
+)
+
+
+def at_best(step: dict[str, Any], moved: traffic.Traffic | None, chip: chips.Chip) -> dict[str, Any]:
+    """The bounds on the call's time, and the share of the chip's peak that the tightest leaves to the model."""
+    if not step["fits"]:
+        return {}
     known = traffic.Traffic(0.0, {}, [], []) if moved is None else moved
-    bounds = bound.bound(row["executed_flops_all_devices"], known, chip, devices)
-    if moved is None:  # What the other two need is not known, so neither is which binds.
-        return found | {
+    bounds = bound.bound(step["executed_flops_per_device"], known, chip, devices=1)
+    if moved is None:  # The other two bounds are unknown, so which one binds is unknown too.
+        return {
             "bounds_s": {"compute_s": bounds.compute_s, "memory_s": None, "interconnect_s": None},
             "bound_s": bounds.compute_s,
             "bound_by": None,
-            "mfu_at_bound": None,
+            "mfu_bound": None,
             "advice": None,
         }
-    return found | {
+    return {
         "bounds_s": {name: getattr(bounds, name) for name in ("compute_s", "memory_s", "interconnect_s")},
         "bound_s": bounds.seconds,
         "bound_by": bounds.binding,
-        "mfu_at_bound": bounds.mfu(row["model_flops_all_devices"]),
+        "mfu_bound": bounds.mfu(step["model_flops_per_device"]),
         "advice": bound.advice(bounds),
     }
 
@@ -244,44 +258,42 @@ def _why_not(error: Exception) -> str:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The report for people."""
-    GiB, lines = 2**30, []
+    """The report as text for the terminal."""
+    GiB, devices, lines = 2**30, found["devices"], []
     shape = " x ".join(f"{name}={size}" for name, size in found["mesh"].items())
-    lines.append(f"{found['config']} on {found['topology']}: {found['devices']} x {found['device']}, mesh {shape}")
-    for row in found["programs"]:
-        lines.append(f"\n{row['program']}  (compiled in {row['compile_s']:.0f} s)")
-        if not row["fits"]:
-            lines.append(f"  does not fit: {row['why_not']}")
+    lines.append(f"{found['config']} on {found['topology']}: {devices} x {found['device_kind']}, mesh {shape}")
+    limit = found["hbm_bytes_per_device"]
+    of = "" if limit is None else f" of {limit / GiB:.2f}"
+    for step in found["steps"]:
+        lines.append(f"\n{step['name']}  (compiled in {step['compile_s']:.0f} s)")
+        if not step["fits"]:
+            lines.append(f"  does not fit: {step['why_not']}")
             continue
-        total, limit = row["total_bytes"] / GiB, row.get("hbm_bytes")
-        of = "" if limit is None else f" of {limit / GiB:.2f}"
-        lines.append(
-            f"  memory       {total:.2f}{of} GiB a device: arguments {row['arguments_bytes'] / GiB:.2f},"
-            f" temporaries {row['temporaries_bytes'] / GiB:.2f}"
-        )
-        lines.append(
-            f"  products     {row['model_flops_all_devices'] / 1e12:.3g} TFLOP on all devices,"
-            f" {row['executed_flops_all_devices'] / 1e12:.3g} with what is computed again"
-        )
-        lines.append(f"  traffic      {_traffic(row)}")
-        if "bound_s" in row and row["bound_by"] is None:
-            lines.append(f"  roofline     at least {row['bound_s']:.3g} s, for the products alone")
-        elif "bound_s" in row:
+        total, arguments, temp = (step[f"{name}_bytes_per_device"] / GiB for name in ("total", "argument", "temp"))
+        model, executed = (devices * step[f"{name}_flops_per_device"] / 1e12 for name in ("model", "executed"))
+        lines += [
+            f"  memory       {total:.2f}{of} GiB per device: arguments {arguments:.2f}, temporaries {temp:.2f}",
+            f"  products     {model:.3g} TFLOP on all devices, {executed:.3g} including recomputation",
+            f"  traffic      {_traffic(step)}",
+        ]
+        if "bound_s" in step and step["bound_by"] is None:
+            lines.append(f"  roofline     at least {step['bound_s']:.3g} s, for the products alone")
+        elif "bound_s" in step:
             lines.append(
-                f"  roofline     {row['bound_s']:.3g} s, by {row['bound_by']}; at that bound"
-                f" {100 * row['mfu_at_bound']:.0f}% of peak. {row['advice']}"
+                f"  roofline     {step['bound_s']:.3g} s, bound by {step['bound_by']};"
+                f" {100 * step['mfu_bound']:.0f}% of peak at that bound. {step['advice']}"
             )
     return "\n".join(lines)
 
 
-def _traffic(row: dict[str, Any]) -> str:
-    moved = row["traffic"]
-    if moved is None:
-        return f"not known, for the compiler cannot print this program: {row['why_no_traffic']}"
-    parts = [f"{moved['hbm_bytes'] / 2**30:.3g} GiB of memory a device"]
+def _traffic(step: dict[str, Any]) -> str:
+    if step["hbm_bytes_moved_per_device"] is None:
+        return f"unknown, because the compiler cannot print this program: {step['why_no_traffic']}"
+    parts = [f"{step['hbm_bytes_moved_per_device'] / 2**30:.3g} GiB of HBM per device"]
     parts += [
-        f"{name} {own['bytes'] / 2**30:.3g} GiB in {own['count']:.0f}" for name, own in moved["collectives"].items()
+        f"{name} {size / 2**30:.3g} GiB in {step['collective_counts'][name]:.0f}"
+        for name, size in step["collective_bytes_per_device"].items()
     ]
-    if moved["host_transfers"]:
-        parts.append(f"TO OR FROM THE HOST: {', '.join(moved['host_transfers'])}")
+    if step["host_transfers"]:
+        parts.append(f"TO OR FROM THE HOST: {', '.join(step['host_transfers'])}")
     return "; ".join(parts)

@@ -1,4 +1,4 @@
-"""--mode=evaluate: a checkpoint on all test users, also of other data; the results go beside the run's own."""
+"""--mode=evaluate: evaluates a checkpoint on all test users, of the run's data or other data."""
 
 import pathlib
 
@@ -12,12 +12,16 @@ from popi_jax.training.steps import TrainState
 
 
 def trained(config: Config, workdir: pathlib.Path, step: int | None) -> tuple[Run, TrainState]:
-    """Loads the newest checkpoint of the workdir (or that of `step`); UserError if there is none, or of another run."""
+    """Loads the newest checkpoint of the workdir, or that of `step`.
+
+    Raises:
+        UserError: the workdir has no such checkpoint, or holds a run of another config.
+    """
     runfiles.check_use(workdir, config)
     run = setup.load(config)
     restored = run.restore(workdir, step)
     if restored is None:
-        raise UserError(f"{workdir} holds no checkpoint; train first with --mode=train")
+        raise UserError(f"{workdir} has no checkpoint; train first with --mode=train")
     return run, restored[0]
 
 
@@ -31,11 +35,11 @@ def evaluate_checkpoint(
     """Evaluates a checkpoint on all test users.
 
     Args:
-        config: the run's, but for the keys that `runfiles.check_use` leaves free.
-        workdir: the run.
-        output: the folder for results, samples and report; by default <workdir>/evaluation_step<N>.
-        step: the checkpoint; None: the newest.
-        shared: as for `train.train`; the run's workdir by default.
+        config: the run's config; `runfiles.check_use` says which keys may differ.
+        workdir: the run's folder.
+        output: the folder for results, samples and report; <workdir>/evaluation_step<N> by default.
+        step: the checkpoint's step; None means the newest.
+        shared: as for `train.train`.
 
     Returns:
         The row of results.json.

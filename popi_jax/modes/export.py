@@ -1,4 +1,4 @@
-"""--mode=export: both trained models as hub folders."""
+"""--mode=export: writes both trained models as hub folders."""
 
 import pathlib
 

@@ -1,19 +1,19 @@
-"""What the process does with memory that it frees: on a CPU, XLA's buffers come and go with every step."""
+"""Keeps freed host memory in the process: on a CPU, XLA allocates and frees its buffers in every step."""
 
 import ctypes
 import platform
 
-# Of mallopt, from glibc's malloc.h.
+# Options of mallopt, from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def keep() -> None:
-    """Makes glibc's malloc keep what is freed for what is allocated next, and elsewhere does nothing.
+    """Makes glibc's malloc keep freed memory for later allocations. Does nothing with another C library.
 
-    By itself it hands every large buffer back, and the system gives the next one page by page, each cleared when it is
-    first touched: more time than what most of a step's elementwise functions take. The process then holds its peak to
-    its end, which is no higher for it. To be called before the first thread starts: a thread's own arena could not
-    hold large buffers, so all share one.
+    By default malloc returns every large buffer to the system, which then clears each page of the next buffer when it
+    is first touched. That takes more time than most elementwise functions of a step. With this setting the process
+    holds its peak memory until it ends; the peak itself is not higher. Call this before the first thread starts: a
+    thread's own arena cannot hold large buffers, so all threads must share one.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""--mode=summarize and --mode=generate: summaries of users, and personalized responses, by a trained run."""
+"""--mode=summarize and --mode=generate: writes summaries of users and personalized responses with a trained run."""
 
 import hashlib
 import json
@@ -21,17 +21,17 @@ from popi_jax.training.rng import stream_key
 def summarize(
     config: Config, workdir: pathlib.Path, input_path: pathlib.Path, output_path: pathlib.Path, step: int | None
 ) -> None:
-    """Writes one summary per user of a users.jsonl; goes on where an earlier call was cut off.
+    """Writes one summary per user of a users.jsonl. Resumes an earlier call that was interrupted.
 
-    A line of the output: {"user", "summary", "summary_tokens", "signal_tokens", "signals_dropped", "finished", "step",
-    "sampling", "signals"}: what limits.signals cost (on_overflow = "drop"), the checkpoint's step, how it was drawn,
-    and a digest of what was read.
+    A line of the output has the fields "user", "summary", "summary_tokens", "signal_tokens", "signals_dropped" (to fit
+    limits.signals, with on_overflow = "drop"), "finished", "step" (the checkpoint's), "sampling" (temperature and
+    top_p) and "signals" (a digest of the signals that the model read).
     """
     runfiles.one_process("summarize")
     examples = users.read_users(input_path, require_queries=False)
     run, state = trained(config, workdir, step)
     encoder, sampler, sampling = run.encoder, run.sampler, text.in_use(config)
-    for example in examples:  # A limit that is exceeded is told before the first summary.
+    for example in examples:  # Reports an exceeded limit before the first summary is drawn.
         encoder.signals(example)
 
     def identity(example: Example) -> dict[str, Any]:
@@ -59,10 +59,10 @@ def summarize(
 def generate(
     config: Config, workdir: pathlib.Path, input_path: pathlib.Path, output_path: pathlib.Path, step: int | None
 ) -> None:
-    """Answers prompts as their user would like.
+    """Writes one personalized response per prompt.
 
-    A line of the input: {"prompt"} with "summary", a text, or "user", whose summary is in summaries.jsonl beside it.
-    A line of the output adds "response", "response_tokens", "finished", the checkpoint's "step" and how it was drawn.
+    A line of the input has "prompt", and either "summary" or a "user" of the summaries.jsonl in the same folder.
+    A line of the output adds "response", "response_tokens", "finished", "step" (the checkpoint's) and "sampling".
     """
     runfiles.one_process("generate")
     entries = prompts.read_prompts(input_path)
@@ -103,23 +103,23 @@ def _resumable(
     size: int,
     what: str,
 ) -> None:
-    """Writes lines batch by batch, whole batches only: a batch that is there already is not drawn again.
+    """Writes the lines of whole batches, and skips the batches that the output already has.
 
-    What is there must be of the same entries, by `identity`: the fields of a line that tell what it was made from.
+    The existing lines must have the fields of `identity`, which say what a line was made from.
     """
-    if output.exists():  # A last line without its end was cut off.
+    if output.exists():  # Drops an incomplete last line.
         there = output.read_text(encoding="utf-8")
         files.write_text(output, there[: there.rfind("\n") + 1])
     present = files.read_jsonl(output, "choose another --output")
     if len(present) > len(entries):
-        raise UserError(f"{output}: holds {len(present)} lines, the input {len(entries)}; choose another --output")
+        raise UserError(f"{output}: has {len(present)} lines, but the input {len(entries)}; choose another --output")
     whole = len(present) // size * size if len(present) < len(entries) else len(entries)
     for number, (line, entry) in enumerate(zip(present[:whole], entries, strict=False), start=1):
         for field, value in identity(entry).items():
             if line.get(field) != value:
                 raise UserError(
-                    f"{output}:{number}: field {field!r} is {line.get(field)!r}, not {value!r}, as input and checkpoint"
-                    " have it; choose another --output"
+                    f"{output}:{number}: field {field!r} is {line.get(field)!r}, but input and checkpoint give"
+                    f" {value!r}; choose another --output"
                 )
     files.write_jsonl(output, present[:whole])
     with output.open("a", encoding="utf-8") as file:

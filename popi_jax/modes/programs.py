@@ -1,6 +1,6 @@
-"""Every compiled program of a run, with its shardings and donation: what runs, and what --mode=compile compiles.
+"""Every compiled program of a run, with its shardings and donation. --mode=compile compiles the same programs.
 
-(checkpoint.py has one more jit, of its checksums, which reads a state and belongs to no model.)
+checkpoint.py has one more jit, for its checksums, which does not depend on the model.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ mean_and_std = jax.jit(metrics.mean_and_std)
 
 @functools.cache
 def sample(policy: Policy) -> Callable[..., sampler.Samples]:
-    """`sampler.draw`(base, delta, prompt_BxT, prompt_length_B, key, *, ...), its options static."""
+    """Returns `sampler.draw`(base, delta, prompt_BxT, prompt_length_B, key, *, ...), jitted with static options."""
     static = ("branches", "max_tokens", "temperature", "top_p", "stop_ids", "pad_id")
     return _jit(functools.partial(sampler.draw, policy=policy), policy, static_argnames=static)
 
 
 @functools.cache
 def score(policy: Policy, reduction: str) -> Callable[..., jax.Array]:
-    """`scoring.response_logps`(base, theta, bins): [R, 2], on every device."""
+    """Returns the jitted function (base, theta, bins) -> `scoring.response_logps`, [R, 2], replicated."""
 
     def response_logps(base: Tree, theta: Tree | None, bins: Any) -> jax.Array:
         return scoring.response_logps(policy.bind(base, theta), bins, reduction)
@@ -46,14 +46,14 @@ def _jit(fn: Callable, policy: Policy, **options: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The programs of a run with this policy (whose mesh they run on) and these settings of its train steps."""
+    """The programs of a run with this policy, on its mesh, and these settings of the train steps."""
 
     policy: Policy
     settings: steps.Settings
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh that everything lies on."""
+        """The mesh that all arrays are placed on."""
         assert self.policy.mesh is not None
         return self.policy.mesh
 
@@ -69,7 +69,7 @@ class Programs:
 
     @functools.cached_property
     def train_steps(self) -> dict[StepKind, steps.Step]:
-        """The train steps, (state, base, batch) -> (state, metrics); the state is donated to the new one."""
+        """The train steps, (state, base, batch) -> (state, metrics). The old state is donated."""
         out_shardings = (self.state_shardings, sharding.replicated(self.mesh))
         return {
             kind: _jit(
@@ -82,13 +82,13 @@ class Programs:
         }
 
     def init_state(self, key: jax.Array, base: Tree) -> steps.TrainState:
-        """The state before the first step, born sharded."""
+        """Returns the state before the first step, created sharded."""
         init = functools.partial(steps.init_state, settings=self.settings)
         return jax.jit(init, out_shardings=self.state_shardings)(key, base)
 
     @functools.cached_property
     def state_shardings(self) -> steps.TrainState:
-        """A NamedSharding for every leaf of the state: moments lie as their parameters do, scalars everywhere."""
+        """A NamedSharding for every leaf of the state: moments like their parameters, scalars replicated."""
         delta, everywhere = self.policy.delta_shardings(self.mesh), sharding.replicated(self.mesh)
 
         def optimizer(tx: Any) -> Any:
@@ -106,19 +106,19 @@ class Programs:
         )
 
     def abstract_state(self) -> steps.TrainState:
-        """Shapes, types and shardings of the state: what a checkpoint is restored onto."""
+        """Returns the shapes, types and shardings of the state, which a checkpoint is restored onto."""
         abstract = jax.eval_shape(
             lambda base: steps.init_state(jax.random.key(0), base, self.settings), self.policy.abstract_base()
         )
         return shapes.placed(abstract, self.state_shardings)
 
     def abstract_base(self) -> Tree:
-        """Shapes, types and shardings of the frozen weights."""
+        """Returns the shapes, types and shardings of the frozen weights."""
         return shapes.placed(self.policy.abstract_base(), self.policy.base_shardings(self.mesh))
 
 
 def make_settings(config: Config, policy: Policy) -> steps.Settings:
-    """The static part of the train steps."""
+    """Returns the static settings of the train steps."""
     n_phi, n_theta = schedule.update_counts(config)
     tx_phi = None
     if config.method == "popi":

@@ -1,4 +1,4 @@
-"""Whose workdir it is: config.json and environment.json, and whether a finished or a new run may use it."""
+"""The files that describe a run, config.json and environment.json, and checks that a config fits a workdir."""
 
 import importlib.metadata
 import os
@@ -19,7 +19,7 @@ from popi_jax.errors import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
 
-# What may change between two starts of one run and leaves its results as they are, but for rounding.
+# Keys that may change between two starts of a run. They do not affect its results, except for rounding.
 _ASIDE = (
     "table.",
     "train.checkpoint_every",
@@ -29,62 +29,62 @@ _ASIDE = (
     "model.remat",
     "model.attention",
     "model.shape",
-    "train.accumulation",  # Of either model.
+    "train.accumulation",  # Both accumulation keys.
 )
-# What has no part in the weights: it may change too, and the evaluation is done again.
+# Keys that do not affect the weights. They may change too, but then the run is evaluated again.
 _FREE = (*_ASIDE, "eval.")
-# What a trained run must be used with: another value would be another model, or another meaning of its figures.
+# Keys that must be the same when a trained run is used: they define the model or the meaning of its metrics.
 _BOUND = ("method", "schedule.name", "lora.", "objective.", "prompts.")
 
 
 class Stopped(Exception):
-    """The run was told to stop (SIGTERM) and has saved itself after `step`; the same command goes on."""
+    """The run was stopped by SIGTERM and saved a checkpoint after `step`. The same command resumes it."""
 
     def __init__(self, step: int):
-        super().__init__(f"stopped after step {step}; run the same command again to go on")
+        super().__init__(f"stopped after step {step}; run the same command again to resume")
 
 
 def claim(workdir: pathlib.Path, config: Config) -> None:
-    """Describes the run in its workdir; refuses a workdir that holds a run of another config."""
+    """Writes the run's config.json and environment.json; UserError if the workdir has a run of another config."""
     changed = _changed(workdir, config)
     bound = {key: values for key, values in changed.items() if not key.startswith(_FREE)}
     if bound:
         raise UserError(
-            f"{workdir / 'config.json'}: this workdir holds a run of another config: {_shown(bound)};"
+            f"{workdir / 'config.json'}: this workdir has a run of another config: {_shown(bound)};"
             " choose another --workdir"
         )
     if jax.process_index() == 0 and any(not key.startswith(_ASIDE) for key in changed):
-        (workdir / "results.json").unlink(missing_ok=True)  # They are of the evaluation that was asked for before.
+        (workdir / "results.json").unlink(missing_ok=True)  # It has the results of the earlier eval settings.
     describe(workdir, config)
 
 
 def one_process(mode: str) -> None:
-    """Refuses a mode that several processes would do over and over."""
+    """Raises UserError in a run of several processes, each of which would repeat the whole mode."""
     if jax.process_count() > 1:
-        raise UserError(f"--mode={mode} runs in one process; leave out --distributed")
+        raise UserError(f"--mode={mode} runs in a single process; leave out --distributed")
 
 
 def describe(folder: pathlib.Path, config: Config) -> None:
-    """Writes config.json and environment.json: how to make again what the folder holds."""
+    """Writes config.json and environment.json, which say how to reproduce the contents of the folder."""
     files.write_json(folder / "config.json", config.model_dump(mode="json"))
     write_environment(folder)
 
 
 def check_use(workdir: pathlib.Path, config: Config) -> None:
-    """Refuses to use a trained run with a config that makes something else of its weights or its figures.
+    """Raises UserError if the config changes a trained run's model or the meaning of its metrics.
 
-    Data, limits, precision, mesh and everything of the training itself may differ.
+    Data, limits, precision, mesh and all training settings may differ.
     """
     bound = {key: values for key, values in _changed(workdir, config).items() if key.startswith(_BOUND)}
     if bound:
         raise UserError(
             f"{workdir / 'config.json'}: the run was trained with another config: {_shown(bound)};"
-            f" use --config=configs/recorded.py:{workdir / 'config.json'}, or set these keys as they are there"
+            f" use --config=configs/recorded.py:{workdir / 'config.json'}, or set these keys to the values there"
         )
 
 
 def finished_row(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None:
-    """The row of a run of this config that has finished, None if there is none."""
+    """Returns the row of results.json of a finished run of this config; None if there is none."""
     results = files.read_json(workdir / "results.json")
     if results is None or any(not key.startswith(_ASIDE) for key in _changed(workdir, config)):
         return None
@@ -92,7 +92,7 @@ def finished_row(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None
 
 
 def write_environment(workdir: pathlib.Path) -> None:
-    """Writes environment.json: versions, git commit, devices and the command of this start."""
+    """Writes environment.json: versions, git commit, devices, command and time of this start."""
     device = jax.devices()[0]
     environment = {
         "popi_jax": popi_jax.__version__,
@@ -110,7 +110,7 @@ def write_environment(workdir: pathlib.Path) -> None:
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, "+" if files were changed since; None outside a git checkout."""
+    """Returns the commit of the running code, with "+" if files have changed since; None outside a git checkout."""
     git = ["git", "-C", str(pathlib.Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
@@ -121,7 +121,7 @@ def git_commit() -> str | None:
 
 
 def _changed(workdir: pathlib.Path, config: Config) -> dict[str, tuple[Any, Any]]:
-    """The keys in which the workdir's config.json differs from the config, with both values; {} if there is none."""
+    """Returns the keys whose values in the workdir's config.json differ, with both values; {} without such a file."""
     there = files.read_json(workdir / "config.json", "choose another --workdir")
     if there is None:
         return {}

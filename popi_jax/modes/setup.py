@@ -1,4 +1,4 @@
-"""From settings to everything that a mode works with: mesh, weights, tokenizer, programs; and a run's checkpoints."""
+"""Builds everything that a mode needs from its config: mesh, weights, tokenizer, programs; restores checkpoints."""
 
 import dataclasses
 import pathlib
@@ -35,11 +35,11 @@ class Run:
     """A loaded run.
 
     Attributes:
-        config: its settings.
-        programs: its compiled programs; they know the mesh.
-        base: the frozen checkpoint: the references, and with LoRA also the trunk.
-        model_fingerprint: tells these weights from others.
-        encoder: what the models read. Its `overflow` says what the limits have cost so far.
+        config: the run's settings.
+        programs: its compiled programs, which hold the mesh.
+        base: the frozen checkpoint: both reference models, and with LoRA also the weights under the adapters.
+        model_fingerprint: identifies the weights.
+        encoder: makes the token sequences that the models read. Its `overflow` counts what the limits dropped so far.
         tokenizer_path: the tokenizer's folder.
         buckets: the lengths that prompts and bins are padded to, see `fitted`.
     """
@@ -53,26 +53,26 @@ class Run:
     buckets: tuple[int, ...]
 
     def fitted(self, sources: Mapping[str, Iterable[Example]]) -> "Run":
-        """The run with buckets for these examples; UserError where one of them exceeds a limit."""
+        """Returns the run with buckets that fit these examples; UserError if one of them exceeds a limit."""
         return dataclasses.replace(self, buckets=limits.buckets(self.config, self.encoder, sources))
 
     @property
     def shapes(self) -> Shapes:
-        """The source of all shapes."""
+        """The shapes of the run's arrays."""
         return Shapes(self.config, self.programs.mesh, self.buckets)
 
     @property
     def sampler(self) -> TextSampler:
-        """Draws text."""
+        """The sampler of summaries and responses."""
         return TextSampler(self.programs.sample, self.base, self.encoder, self.shapes)
 
     @property
     def scorer(self) -> PairScorer:
-        """Scores pairs."""
+        """The scorer of preference pairs."""
         return PairScorer(self.programs.score, self.base, Packer(self.encoder, self.shapes))
 
     def references(self, folder: pathlib.Path) -> References:
-        """The reference's log-probabilities that this folder keeps."""
+        """Returns the reference log-probabilities cached in this folder."""
         config = self.config
         identity = (
             f"{self.model_fingerprint}|{self.encoder.tokenizer.fingerprint}|{config.prompts.generator_instruction}"
@@ -81,19 +81,18 @@ class Run:
         return References(self.scorer, folder, identity)
 
     def evaluator(self, references: References) -> Evaluator:
-        """Evaluates with these references."""
+        """Returns the evaluator that uses these references."""
         return Evaluator(self.config, self.sampler, self.scorer, references)
 
     def initial_state(self) -> steps.TrainState:
-        """The state before the first step."""
+        """Returns the state before the first step."""
         return self.programs.init_state(stream_key(self.config.seed, "init", 0), self.base)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint's record must say to be of this model."""
+        """The entries by which a checkpoint's record must match this model."""
         lora = self.config.lora.model_dump(mode="json")
-        # Full or LoRA, and its rank, by their keys: told from the weights' shapes alone, the difference would read as
-        # dozens of weights that are missing.
+        # The LoRA settings are compared by key. A comparison of shapes alone would report dozens of missing weights.
         return {
             "model": self.model_fingerprint,
             "tokenizer": self.encoder.tokenizer.fingerprint,
@@ -101,26 +100,26 @@ class Run:
         }
 
     def restore(self, workdir: pathlib.Path, step: int | None = None) -> tuple[steps.TrainState, dict[str, Any]] | None:
-        """The newest (or given) checkpoint of the workdir with its record; None if there is none."""
-        # Orbax sees plain dicts: their paths outlive the class.
+        """Restores the newest (or given) checkpoint of the workdir, with its record; None if there is none."""
+        # Orbax gets plain dicts, whose paths do not depend on the class.
         fields = vars(self.programs.abstract_state())
         restored = checkpoint.restore(workdir / "checkpoints", fields, step=step, expect=self.identity)
         return None if restored is None else (steps.TrainState(**restored.state), restored.meta)
 
 
 def load(config: Config) -> Run:
-    """Loads everything that the config names; UserError for settings that do not fit the devices or the model."""
+    """Loads everything that the config names; UserError if the settings do not fit the devices or the model."""
     mesh = make_mesh(config)
     checkpoint_read = hub.load(config.model.path, mesh=mesh, **model_options(config, mesh))
     tokenizer_path = config.model.tokenizer or str(checkpoint_read.tokenizer_path)
     tokenizer = Tokenizer.load(tokenizer_path)
     encoder = Encoder(tokenizer, config.prompts, config.limits)
-    encoder.summary_stop()  # Its mistakes are told now.
+    encoder.summary_stop()  # Called here to report a bad prompts.summary_stop early.
     model = checkpoint_read.config
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
-            f"{tokenizer_path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.model.path} only"
-            f" {model.vocab_size}; set config.model.tokenizer to the model's own"
+            f"{tokenizer_path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model {config.model.path} only"
+            f" {model.vocab_size}; set config.model.tokenizer to the model's tokenizer"
         )
     return Run(
         config=config,
@@ -134,14 +133,14 @@ def load(config: Config) -> Run:
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The config's mesh over these devices, or all of this machine's; UserError where its batches do not fit it."""
+    """Returns the config's mesh over these devices (all by default); UserError if its batches do not fit the mesh."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     schedule.check_micro_batches(Shapes(config, mesh, config.limits.buckets))
     return mesh
 
 
 def model_options(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """The part of a ModelConfig that no checkpoint says; UserError where these devices have no such attention."""
+    """Returns the ModelConfig fields that no checkpoint holds; UserError if the devices lack the attention kernel."""
     platform = mesh.devices.flat[0].platform
     return {
         "compute_dtype": config.model.compute_dtype,
@@ -153,12 +152,12 @@ def model_options(config: Config, mesh: Mesh) -> dict[str, Any]:
 
 
 def make_programs(config: Config, mesh: Mesh, model: ModelConfig) -> Programs:
-    """The programs of a run with a model of this shape; UserError for limits beyond its context."""
+    """Returns the programs of a run with this model; UserError if the limits exceed its context length."""
     longest = max(config.limits.signals + config.limits.summary, config.limits.prompt + config.limits.response)
     if longest > model.max_length:
         raise UserError(
             f"config.limits: prompts and answers of {longest} tokens exceed the context of {config.model.path},"
-            f" {model.max_length} tokens; lower config.limits.signals, .prompt, .response or .summary"
+            f" {model.max_length} tokens; lower config.limits.signals, .summary, .prompt or .response"
         )
     lora = None
     if config.lora.rank:

@@ -1,4 +1,4 @@
-"""--mode=train, the loop: data -> batch -> step -> metrics -> evaluation -> checkpoint."""
+"""--mode=train, the training loop: data -> batch -> step -> metrics -> evaluation -> checkpoint."""
 
 import pathlib
 import time
@@ -23,18 +23,20 @@ from popi_jax.training.steps import TrainState
 
 
 def train(config: Config, workdir: pathlib.Path, shared: pathlib.Path | None = None) -> dict[str, object]:
-    """Trains as the config says, from where the workdir left off; evaluates, and writes results and the report.
+    """Trains, or resumes the run in the workdir, then evaluates and writes the results and the report.
 
     Args:
-        config: the experiment.
-        workdir: where the run's files go.
-        shared: where runs of one table keep prepared data and reference log-probabilities; the workdir by default.
+        config: the run's settings.
+        workdir: the folder for the run's files.
+        shared: the folder where the runs of a table share prepared data and reference log-probabilities; the workdir
+            by default.
 
     Returns:
         The run's row of results.json.
 
     Raises:
-        UserError: for a mistake in the config or the data, or a metric that is not finite.
+        UserError: the config or the data have a mistake, or a metric is not finite.
+        Stopped: SIGTERM stopped the run.
     """
     run = setup.load(config)
     runfiles.claim(workdir, config)
@@ -58,8 +60,8 @@ def _loop(run: Run, workdir: pathlib.Path, sources: Mapping[str, ExampleSource],
         state, meta = restored
         if meta["data"] != sources["train"].fingerprint:
             raise UserError(
-                f"{workdir}: its checkpoint was trained on other examples than config.data gives now; bring them back,"
-                " or choose another --workdir"
+                f"{workdir}: the checkpoint was trained on other examples than config.data gives now; restore those"
+                " examples, or choose another --workdir"
             )
         start, wall_s = int(state.step), meta["wall_s"]
         iterator.set_state(meta["iterator"])
@@ -69,7 +71,7 @@ def _loop(run: Run, workdir: pathlib.Path, sources: Mapping[str, ExampleSource],
         references.remember([Item(query, None) for example in sources["train"] for query in example.queries])
     written = WrittenSummaries(workdir / "written_summaries.jsonl")
     maker = BatchMaker(config, run.sampler, run.scorer.packer, references, written)
-    # Everything that a step reads lies on the mesh already. Without jit its constants are transfers too.
+    # All inputs of a step are on the mesh already. Without jit, its constants count as transfers too.
     guard = "allow" if jax.config.values["jax_disable_jit"] else "disallow"
     with (
         checkpoint.Writer(workdir / "checkpoints", config.train.checkpoints_kept, after=start) as writer,
@@ -87,12 +89,12 @@ def _loop(run: Run, workdir: pathlib.Path, sources: Mapping[str, ExampleSource],
                 batch, counts = maker.make(state.phi, next(iterator), step, kind)
                 with jax.transfer_guard(guard):
                     state, scalars = run.programs.train_steps[kind](state, run.base, batch)
-            # The step before this one is written while this one runs.
+            # Logs the previous step's metrics while this step runs.
             _write(log, progress, pending)
             pending = (step + 1, scalars | counts | {"compile_s": compiling.seconds()})
             last, saves = step + 1 == total, (step + 1) % config.train.checkpoint_every == 0
             evaluates = config.eval.every and (step + 1) % config.eval.every == 0 and not last
-            # Asked once: a signal that comes later is for the next step.
+            # Asked once per step. A later signal takes effect at the next step.
             stops = stop.reached(step + 1)
             if saves or last or evaluates or stops:
                 _write(log, progress, pending)

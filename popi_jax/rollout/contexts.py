@@ -1,4 +1,4 @@
-"""What the generator is told of a user, method by method."""
+"""The context about a user that the generator reads, for each method."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,30 +16,30 @@ from popi_jax.rollout.text import TextSampler
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What the generator is told of a user (None: nothing); not finished where limits.summary cut a summary short."""
+    """Text about a user for the generator (None: no context). `finished` is False if limits.summary cut it short."""
 
     text: str | None
     finished: bool = True
 
 
 def told(method: Method, encoder: Encoder, example: Example) -> Context:
-    """The context of a method that draws no summary; UserError for an oracle's user without a persona."""
+    """The context of a method that draws no summary; UserError if method oracle meets a user without a persona."""
     if method in ("base", "population"):
         return Context(None)
     if method == "oracle":
         if not example.persona:
             raise UserError(
-                f"user {example.user!r} has no persona, which method oracle shows; give one or leave it out"
+                f"user {example.user!r} has no persona, which method oracle shows; add one or leave the user out"
             )
         return Context(example.persona)
-    assert method == "raw_signals", f"{method} draws its contexts"
+    assert method == "raw_signals", f"{method} draws summaries"
     return Context(encoder.raw_signals(example))
 
 
 def of_users(
     config: Config, sampler: TextSampler, phi: Tree | None, examples: Sequence[Example], key: jax.Array
 ) -> list[list[Context]]:
-    """Each user's contexts under config.method: eval.summaries_per_user of them where summaries are drawn, else one."""
+    """Each user's contexts under config.method: eval.summaries_per_user of them if it draws summaries, else one."""
     if config.method not in SUMMARIZED:
         return [[told(config.method, sampler.encoder, example)] for example in examples]
     delta = None if config.method == "zero_shot_summary" else phi

@@ -1,7 +1,4 @@
-"""Preference pairs as rows: packs them for a train step, and scores them: log pi(y+|x, z) and log pi(y-|x, z).
-
-Shapes: R rows; C bins of L tokens.
-"""
+"""Packs preference pairs for a train step, and scores them: log pi(y+|x, z) and log pi(y-|x, z)."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,15 +9,15 @@ import numpy as np
 from popi_jax.data import packing
 from popi_jax.data.batch import PackedBatch
 from popi_jax.data.encoding import Encoder
-from popi_jax.data.packing import PairShape, Row, Tree
+from popi_jax.data.packing import Row, Tree
 from popi_jax.data.schema import Query
-from popi_jax.data.shapes import Bins, Shapes, bins_shardings
+from popi_jax.data.shapes import Bins, Shapes, shardings_of
 from popi_jax.model import sharding, weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One thing to score: a query, and what the generator is told of the user (None: nothing)."""
+    """A query to score, with the generator's context about the user (None: no context)."""
 
     query: Query
     context: str | None
@@ -28,7 +25,10 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Planted:
-    """Rows in bins, not yet laid out: all rows, the index of the first equal one of each, the trees of each bin."""
+    """Rows assigned to bins but not laid out: all rows, each row's first equal row, and the trees of each bin.
+
+    `length` is the length of a bin in tokens.
+    """
 
     rows: list[Row]
     first_R: list[int]
@@ -37,19 +37,19 @@ class Planted:
 
     @property
     def bins(self) -> Bins:
-        """What the shape of their arrays depends on."""
+        """The bin length and scored tokens, which determine the shape of the arrays."""
         return Bins(self.length, [sum(tree.scored_tokens for tree in own) for own in self.trees])
 
 
 @dataclasses.dataclass(frozen=True)
 class Packer:
-    """Puts pairs into bins. Equal items are read once, and so is what several queries are told of the same user."""
+    """Packs pairs into bins. Equal items are packed once, and queries of a user can share one copy of the context."""
 
     encoder: Encoder
     shapes: Shapes
 
     def row(self, item: Item | None) -> Row:
-        """A prompt with y+ and y-; None is a row of padding."""
+        """The row of a prompt with y+ and y-; None gives a padding row."""
         if item is None:
             return Row([], [[], []])
         prefix, chosen, rejected = self.encoder.pair(item.query, item.context)
@@ -58,7 +58,7 @@ class Packer:
     def plant(self, items: Sequence[Item | None]) -> Planted:
         """Distributes the items' rows over bins.
 
-        What is told of a user is read once for all queries that follow it, where that is less to read.
+        Queries after the same context share one copy of it, if that leaves fewer tokens to read.
         """
         rows = [self.row(item) for item in items]
         first_R = packing.first_equals(items)
@@ -75,25 +75,24 @@ class Packer:
         bins = packing.fill_bins([tree.tokens for tree in trees], length)
         return Planted(rows, first_R, [[trees[i] for i in own] for own in bins], length)
 
-    def pack(self, planted: Planted, shape: PairShape, micro_batches: int) -> PackedBatch:
-        """Lays out a train step's rows as a stack of micro-batches; still on the host.
+    def pack(self, planted: Planted, like: PackedBatch) -> PackedBatch:
+        """Lays out a train step's rows on the host, as a stack of micro-batches.
 
-        The micro-batches share out the bins: each knows all rows, and has the lengths of those that its bins hold.
+        The bins are divided among the micro-batches. Each of them lists all rows, but has non-zero lengths only for the
+        rows in its own bins.
         """
+        A = like.tokens_CxL.shape[0]
+        # Dealt round-robin, since the first bins are the fullest.
         packed = [
-            # Dealt out in turn, for the first are the fullest.
-            packing.pack_bins(
-                planted.rows, planted.trees[start::micro_batches], shape, pad_id=self._pad_id, first_R=planted.first_R
-            )
-            for start in range(micro_batches)
+            packing.pack_bins(planted.rows, planted.trees[a::A], like, pad_id=self._pad_id, first_R=planted.first_R)
+            for a in range(A)
         ]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *packed)
 
-    def pack_rows(self, rows: Sequence[Row], trees: Sequence[Sequence[Tree]], shape: PairShape) -> PackedBatch:
-        """Lays out these rows alone, each once, filled up with rows of padding."""
-        return packing.pack_bins(
-            [*rows, *[self.row(None)] * (shape.rows - len(rows))], trees, shape, pad_id=self._pad_id
-        )
+    def pack_rows(self, rows: Sequence[Row], trees: Sequence[Sequence[Tree]], like: PackedBatch) -> PackedBatch:
+        """Lays out only these rows, each once, and adds the padding rows that `like` has room for."""
+        padding = [self.row(None)] * (len(like.first_R) - len(rows))
+        return packing.pack_bins([*rows, *padding], trees, like, pad_id=self._pad_id)
 
     @property
     def _pad_id(self) -> int:
@@ -102,12 +101,12 @@ class Packer:
 
 @dataclasses.dataclass(frozen=True)
 class PairScorer:
-    """Log-probabilities of pairs.
+    """Computes log-probabilities of pairs.
 
     Attributes:
         score: programs.score, the compiled `scoring.response_logps`.
         base: the frozen weights.
-        packer: puts the pairs into bins.
+        packer: packs pairs into bins.
     """
 
     score: Callable[..., jax.Array]
@@ -115,10 +114,10 @@ class PairScorer:
     packer: Packer
 
     def logps(self, theta: weights.Tree | None, items: Sequence[Item], at_a_time: int | None = None) -> np.ndarray:
-        """Log pi(y+|x,z) and log pi(y-|x,z) of every item, [n, 2]; theta None is the reference.
+        """Log pi(y+|x,z) and log pi(y-|x,z) of each item, [items, 2], in nats; theta None is the reference.
 
-        About `at_a_time` items (None: an evaluation's batch) are scored together, all in one shape. Many summaries of a
-        trained model are the same text: equal items are scored once.
+        About `at_a_time` items (None: eval.rows) are scored together, and all parts have one shape. Equal items are
+        scored once, since a trained model writes many equal summaries.
         """
         shapes = self.packer.shapes
         planted = self.packer.plant(items)
@@ -127,14 +126,13 @@ class PairScorer:
         parts = [planted.trees[start : start + n_bins] for start in range(0, len(planted.trees), n_bins)]
         members = [[r for own in part for tree in own for r in tree.members] for part in parts]
         bins = [Bins(planted.length, planted.bins.scored[i * n_bins : (i + 1) * n_bins]) for i in range(len(parts))]
-        # Rounded, so that other calls have as many rows.
-        shape = shapes.scoring(packing.coarse(max(map(len, members))), n_bins, bins)
-        sharding_of = bins_shardings(sharding.batch_sharding(shapes.mesh), shapes.mesh)
+        # Rounded up, so that other calls have the same number of rows.
+        like = shapes.scoring(packing.coarse(max(map(len, members))), n_bins, bins)
         logps = np.zeros((len(items), 2), np.float32)
         for part, chosen in zip(parts, members, strict=True):
             place = {r: n for n, r in enumerate(chosen)}
             own = [[tree.renumbered(place) for tree in part_bin] for part_bin in part]
-            packed = self.packer.pack_rows([planted.rows[r] for r in chosen], own, shape)
-            out = self.score(self.base, theta, jax.device_put(packed, sharding_of))
+            packed = self.packer.pack_rows([planted.rows[r] for r in chosen], own, like)
+            out = self.score(self.base, theta, jax.device_put(packed, shardings_of(like)))
             logps[chosen] = sharding.to_host(out)[: len(chosen)]
         return logps[planted.first_R]

@@ -1,23 +1,23 @@
-"""The reference's log-probabilities of query pairs: a constant of the data set, computed once and kept."""
+"""Log-probabilities of query pairs under the reference. They are constant for a data set, so they are cached."""
 
 import collections
 import hashlib
 import pathlib
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
+from popi_jax.data import files
 from popi_jax.rollout.pairs import Item, PairScorer
 
 
 class References:
-    """log pi_ref of query pairs: a constant of the data set, computed in one pass and kept (POPI section 2).
+    """A cache of log pi_ref for query pairs (POPI section 2), filled in one pass.
 
     Args:
-        scorer: scores the pairs that are not known yet, with the base model.
-        folder: where the values are kept.
-        identity: everything that the values depend on but the pairs; its hash is part of the file's name. Each pair is
+        scorer: scores pairs that are not cached yet, with the base model.
+        folder: of the cache file.
+        identity: everything that the values depend on apart from the pairs. Its hash is in the file name; each pair is
             found by its own hash.
     """
 
@@ -30,21 +30,16 @@ class References:
                 self._known = dict(zip(stored["keys"].tolist(), stored["logps"], strict=True))
 
     def remember(self, items: Sequence[Item]) -> None:
-        """Computes what is not known yet and writes it down."""
+        """Computes the values that are not cached yet and saves them."""
         missing = list({_item_key(item): item for item in items if _item_key(item) not in self._known}.items())
         if not missing:
             return
         logps = self._scorer.logps(None, [item for _, item in missing])
         self._known.update(zip([key for key, _ in missing], logps, strict=True))
-        if jax.process_index() != 0:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self._path.with_suffix(".tmp.npz")
-        np.savez(scratch, keys=np.array(list(self._known)), logps=np.stack(list(self._known.values())))
-        scratch.replace(self._path)
+        files.write_npz(self._path, keys=np.array(list(self._known)), logps=np.stack(list(self._known.values())))
 
     def lookup(self, items: Sequence[Item]) -> np.ndarray:
-        """Log pi_ref of y+ and y-, [n, 2]; what `remember` has not seen is computed, in this order, and not kept."""
+        """Log pi_ref of y+ and y-, [items, 2], in nats. Uncached items are computed in this order and stay uncached."""
         unknown = [item for item in items if _item_key(item) not in self._known]
         fresh = self._scorer.logps(None, unknown) if unknown else ()
         known = collections.ChainMap(dict(zip(map(_item_key, unknown), fresh, strict=True)), self._known)
@@ -62,11 +57,11 @@ def _item_key(item: Item) -> str:
 
 
 def reference_item(which: str, item: Item, signals: str) -> Item:
-    """What the reference is shown for a row.
+    """The item that the reference reads for a row.
 
     Args:
         which: objective.reference_context; "prompt" shows the question alone.
-        item: the row, as the policy reads it.
-        signals: the user's raw signals, for "signals".
+        item: the item that the policy reads.
+        signals: the user's raw signals, used for "signals".
     """
     return Item(item.query, {"prompt": None, "summary": item.context, "signals": signals}[which])

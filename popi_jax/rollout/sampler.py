@@ -1,7 +1,6 @@
-"""Draws K continuations per prompt from one prefill: jitted while-loops over a KV cache. No tokenizer, no strings.
+"""Draws N continuations per prompt from one prefill, by jitted while-loops over a KV cache. No tokenizer, no strings.
 
-Shapes: B prompts, T prompt length, N continuations per prompt (K summaries of a user), S tokens at most, V vocabulary,
-D model width; E prompts on each of G devices, B = G * E, of which P are picked; X, Y any axes.
+Shape letters: docs/architecture.md.
 """
 
 import dataclasses
@@ -17,22 +16,22 @@ from popi_jax.model.decoder import Cache, Decoder
 from popi_jax.model.policy import Policy
 from popi_jax.model.weights import Tree
 
-# A token's attention reads every slot of the branches' cache that the compiled loop knows, filled or not. So a long
-# continuation is drawn in several loops, each of which knows no more slots than it can fill; few, for each is compiled.
+# A token's attention reads every cache slot of the compiled loop, filled or not. A long continuation is therefore drawn
+# in several loops, each with only the slots that it can fill. There are few loops, because each one is compiled.
 _LOOP_TOKENS, _MOST_LOOPS = 512, 4
 
-# How often the prompts that are not done go on by themselves, in a batch of half the size.
+# How many times the unfinished prompts move to a batch of half the size.
 _HALVINGS = 2
 
 
 def turns(max_tokens: int) -> tuple[int, ...]:
-    """The turns of each loop, in order, where every continuation takes `max_tokens`: those of halved batches none."""
+    """The iterations of each loop, in order, if every continuation has `max_tokens`; halved batches then take none."""
     ends = _loop_ends(max_tokens)
     return (*(end - max(1, start) for start, end in zip((0, *ends), ends, strict=False)), *(0,) * _HALVINGS)
 
 
 def _loop_ends(max_tokens: int) -> tuple[int, ...]:
-    """How many tokens there are at the end of each loop over the whole batch, the first token included."""
+    """The number of tokens after each loop over the whole batch, including the first token."""
     loops = min(_MOST_LOOPS, -(-max_tokens // _LOOP_TOKENS))
     step = -(-max_tokens // loops)
     return (*range(step, max_tokens, step), max_tokens)
@@ -41,14 +40,14 @@ def _loop_ends(max_tokens: int) -> tuple[int, ...]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """What was drawn.
+    """The sampled continuations.
 
     Attributes:
-        tokens_BxNxS: int32; the stop token is included, `pad_id` follows it.
-        length_BxN: int32, the tokens drawn, the stop token counted.
-        logp_BxNxS: float32 log-probability, in nats, of each token under the distribution that it was really drawn
-            from (after temperature and top-p); 0 at padding.
-        finished_BxN: False where the limit S cut a continuation short, and in rows of padding.
+        tokens_BxNxS: int32. The stop token is included, and `pad_id` follows it.
+        length_BxN: int32, the number of drawn tokens, including the stop token.
+        logp_BxNxS: float32, the log-probability of each token in nats, under the distribution that it was drawn from
+            (after temperature and top-p); 0 at padding.
+        finished_BxN: False if the limit S cut a continuation short, and for padding rows.
     """
 
     tokens_BxNxS: jax.Array
@@ -60,27 +59,27 @@ class Samples:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _DecodeState:
-    index: jax.Array  # Tokens drawn so far.
-    place_B: jax.Array  # Which of its device's prompts each is.
+    index: jax.Array  # Number of tokens drawn so far.
+    place_B: jax.Array  # Each prompt's index within its shard.
     prompt_length_B: jax.Array
-    token_BxN: jax.Array  # The newest.
+    token_BxN: jax.Array  # The newest token.
     tokens_BxNxS: jax.Array
     logp_BxNxS: jax.Array
     length_BxN: jax.Array
     done_BxN: jax.Array
     cache: Cache
 
-    def pick(self, place_GxP: jax.Array) -> "_DecodeState":
-        """That of some of each device's prompts."""
-        of_prompts: dict[str, Any] = {name: _pick(value, place_GxP) for name, value in self._of_prompts().items()}
-        # Of the cache, the keys and values have the layers first.
-        cache = jax.tree.map(lambda x: _pick(x, place_GxP, axis=0 if x.ndim == 2 else 1), self.cache)
+    def pick(self, place_ShxPk: jax.Array) -> "_DecodeState":
+        """The state of the picked prompts of each shard."""
+        of_prompts: dict[str, Any] = {name: _pick(value, place_ShxPk) for name, value in self._of_prompts().items()}
+        # The cache's keys and values have the layer axis first.
+        cache = jax.tree.map(lambda x: _pick(x, place_ShxPk, axis=0 if x.ndim == 2 else 1), self.cache)
         return dataclasses.replace(self, cache=cache, **of_prompts)
 
-    def put_back(self, place_GxP: jax.Array, picked: "_DecodeState") -> "_DecodeState":
-        """With what those prompts have drawn since; the cache stays behind: nothing more is drawn."""
+    def put_back(self, place_ShxPk: jax.Array, picked: "_DecodeState") -> "_DecodeState":
+        """This state updated with `picked`, except for the cache, which is no longer needed."""
         more = picked._of_prompts()
-        values: dict[str, Any] = {name: _put_back(x, place_GxP, more[name]) for name, x in self._of_prompts().items()}
+        values: dict[str, Any] = {name: _put_back(x, place_ShxPk, more[name]) for name, x in self._of_prompts().items()}
         return dataclasses.replace(self, **values)
 
     def _of_prompts(self) -> dict[str, jax.Array]:
@@ -88,47 +87,46 @@ class _DecodeState:
         return {name: getattr(self, name) for name in fields if name not in ("index", "cache")}
 
 
-def _pick(x_XxBxY: jax.Array, place_GxP: jax.Array, axis: int = 0) -> jax.Array:
-    """Takes P of each device's prompts; nothing goes from one device to another."""
-    G, P = place_GxP.shape
-    before, after = x_XxBxY.shape[:axis], x_XxBxY.shape[axis + 1 :]
-    x_XxGxExY = x_XxBxY.reshape(*before, G, -1, *after)
-    pick = jax.vmap(lambda own_XxExY, place_P: own_XxExY.take(place_P, axis, mode="clip"), (axis, 0), axis)
-    return pick(x_XxGxExY, place_GxP).reshape(*before, G * P, *after)
+def _pick(values: jax.Array, place_ShxPk: jax.Array, axis: int = 0) -> jax.Array:
+    """Takes Pk of each shard's Bs prompts, which lie on `axis` (B = Sh * Bs). Nothing moves between devices."""
+    Sh, Pk = place_ShxPk.shape
+    before, after = values.shape[:axis], values.shape[axis + 1 :]
+    pick = jax.vmap(lambda own, place_Pk: own.take(place_Pk, axis, mode="clip"), (axis, 0), axis)
+    return pick(values.reshape(*before, Sh, -1, *after), place_ShxPk).reshape(*before, Sh * Pk, *after)
 
 
-def _put_back(x_BxY: jax.Array, place_GxP: jax.Array, picked_BxY: jax.Array) -> jax.Array:
-    """Undoes `_pick` of the first axis, with other values."""
-    G, P = place_GxP.shape
-    rest = x_BxY.shape[1:]
-    put = jax.vmap(lambda own_ExY, place_P, picked_PxY: own_ExY.at[place_P].set(picked_PxY))
-    return put(x_BxY.reshape(G, -1, *rest), place_GxP, picked_BxY.reshape(G, P, *rest)).reshape(x_BxY.shape)
+def _put_back(values: jax.Array, place_ShxPk: jax.Array, picked: jax.Array) -> jax.Array:
+    """Writes `picked` to the prompts that `_pick` took from the first axis."""
+    Sh, Pk = place_ShxPk.shape
+    rest = values.shape[1:]
+    put = jax.vmap(lambda own, place_Pk, picked_own: own.at[place_Pk].set(picked_own))
+    return put(values.reshape(Sh, -1, *rest), place_ShxPk, picked.reshape(Sh, Pk, *rest)).reshape(values.shape)
 
 
-def truncate(logits_XxV: jax.Array, *, temperature: float, top_p: float) -> jax.Array:
-    """Log-probabilities of the distribution sampled from: softmax(logits / temperature), cut to its nucleus.
+def truncate(logits_xV: jax.Array, *, temperature: float, top_p: float) -> jax.Array:
+    """Log-probabilities of the sampling distribution: softmax(logits / temperature), truncated to its nucleus.
 
     The nucleus is the smallest set of most likely tokens with a total probability of at least top_p (Holtzman et al.
-    2020); the rest gets -inf, and what remains is normalised. Temperature 0 puts all on the most likely token.
+    2020). All other tokens get -inf, and the nucleus is normalised. Temperature 0 selects the most likely token.
     """
     if temperature == 0:
-        best_XxV = jax.nn.one_hot(_first_largest(logits_XxV), logits_XxV.shape[-1], dtype=jnp.bool_)
-        return jnp.where(best_XxV, 0.0, -jnp.inf)
-    logp_XxV = jax.nn.log_softmax(logits_XxV.astype(jnp.float32) / temperature, axis=-1)
+        best_xV = jax.nn.one_hot(_first_largest(logits_xV), logits_xV.shape[-1], dtype=jnp.bool_)
+        return jnp.where(best_xV, 0.0, -jnp.inf)
+    logp_xV = jax.nn.log_softmax(logits_xV.astype(jnp.float32) / temperature, axis=-1)
     if top_p >= 1:
-        return logp_XxV
-    sorted_XxV = -jnp.sort(-logp_XxV, axis=-1)
-    mass_before_XxV = jnp.cumsum(jnp.exp(sorted_XxV), axis=-1) - jnp.exp(sorted_XxV)
-    kept_XxV = mass_before_XxV < top_p
-    threshold_X = jnp.min(jnp.where(kept_XxV, sorted_XxV, jnp.inf), axis=-1)
-    return jax.nn.log_softmax(jnp.where(logp_XxV >= threshold_X[..., None], logp_XxV, -jnp.inf), axis=-1)
+        return logp_xV
+    sorted_xV = -jnp.sort(-logp_xV, axis=-1)
+    mass_before_xV = jnp.cumsum(jnp.exp(sorted_xV), axis=-1) - jnp.exp(sorted_xV)
+    kept_xV = mass_before_xV < top_p
+    threshold_x = jnp.min(jnp.where(kept_xV, sorted_xV, jnp.inf), axis=-1)
+    return jax.nn.log_softmax(jnp.where(logp_xV >= threshold_x[..., None], logp_xV, -jnp.inf), axis=-1)
 
 
-def _first_largest(x_XxV: jax.Array) -> jax.Array:
-    """Argmax over the last axis in two plain reductions, which vectorise; XLA's own does not on the CPU."""
-    V = x_XxV.shape[-1]
-    largest_Xx1 = jnp.max(x_XxV, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(x_XxV == largest_Xx1, jnp.arange(V), V - 1), axis=-1)
+def _first_largest(values_xV: jax.Array) -> jax.Array:
+    """Argmax over the last axis by two plain reductions, which vectorise on the CPU; XLA's own argmax does not."""
+    V = values_xV.shape[-1]
+    largest_x1 = jnp.max(values_xV, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(values_xV == largest_x1, jnp.arange(V), V - 1), axis=-1)
 
 
 def sample(
@@ -146,9 +144,9 @@ def sample(
 ) -> Samples:
     """Draws `branches` continuations of each right-padded prompt; stops early when all are done.
 
-    On each device the prompts that are not done go on by themselves once they are no more than half, and once more once
-    they are half of those. What is drawn does not depend on it, but for rounding.
-    A prompt of length 0 is padding: nothing is drawn for it. All arguments after `key` are static under jit.
+    When at most half of each device's prompts are unfinished, they continue in a batch of half the size; this happens
+    at most twice. The samples do not depend on it, except for rounding.
+    A prompt of length 0 is padding, and nothing is drawn for it. All arguments after `key` are static under jit.
     """
     B, T = prompt_BxT.shape
     N, S = branches, max_tokens
@@ -205,7 +203,7 @@ def draw(
     policy: Policy,
     **options: Any,
 ) -> Samples:
-    """`sample` with the decoder that `policy` makes of these weights: what is jitted, see modes/programs.py."""
+    """`sample` with the decoder that `policy` makes from these weights. modes/programs.py jits this function."""
     return sample(policy.bind(base, delta), prompt_BxT, prompt_length_B, key, **options)
 
 
@@ -222,13 +220,13 @@ def _draw(
     stop_ids: tuple[int, ...],
     pad_id: int,
 ) -> _DecodeState:
-    """Draws the next token of each continuation, whose noise is that of its place among all `prompts`."""
+    """Draws the next token of each continuation. The noise depends on the prompt's place among all `prompts`."""
     with jax.named_scope("logits"):
         logp_BxNxV = truncate(logits_BxNxV, temperature=temperature, top_p=top_p)
     noise_BxNxV = jax.random.gumbel(jax.random.fold_in(key, state.index), (prompts, *logp_BxNxV.shape[1:]))
     if len(logp_BxNxV) < prompts:
         noise_BxNxV = _pick(noise_BxNxV, state.place_B.reshape(devices, -1))
-    token_BxN = _first_largest(logp_BxNxV + noise_BxNxV)  # jax.random.categorical's, which takes argmax.
+    token_BxN = _first_largest(logp_BxNxV + noise_BxNxV)  # As jax.random.categorical, which uses argmax.
     logp_BxN = jnp.take_along_axis(logp_BxNxV, token_BxN[..., None], axis=-1)[..., 0]
     token_BxN = jnp.where(state.done_BxN, pad_id, token_BxN).astype(jnp.int32)
     stopped_BxN = jnp.isin(token_BxN, jnp.asarray(stop_ids, jnp.int32)) & ~state.done_BxN
@@ -250,21 +248,21 @@ def _draw_all(
     halvings: int,
     devices: int,
 ) -> _DecodeState:
-    """Advances until all are done, or have as many tokens as the last of `ends`."""
-    G = devices
-    E = len(state.done_BxN) // G
-    P = -(-E // 2) if halvings and E > 1 else 0
+    """Advances until all continuations are done or have the last of `ends` tokens."""
+    Sh = devices
+    Bs = len(state.done_BxN) // Sh
+    Pk = -(-Bs // 2) if halvings and Bs > 1 else 0
 
-    def waiting_GxE(state: _DecodeState) -> jax.Array:
-        return ~jnp.all(state.done_BxN, axis=1).reshape(G, E)
+    def waiting_ShxBs(state: _DecodeState) -> jax.Array:
+        return ~jnp.all(state.done_BxN, axis=1).reshape(Sh, Bs)
 
     for end in ends:
 
         def unfinished(state: _DecodeState, end: int = end) -> jax.Array:
-            return (state.index < end) & (jnp.max(jnp.sum(waiting_GxE(state), axis=1)) > P)
+            return (state.index < end) & (jnp.max(jnp.sum(waiting_ShxBs(state), axis=1)) > Pk)
 
         state = jax.lax.while_loop(unfinished, functools.partial(advance, end), state)
-    if not P:
+    if not Pk:
         return state
-    place_GxP = jnp.argsort(~waiting_GxE(state), axis=1, stable=True)[:, :P]
-    return state.put_back(place_GxP, _draw_all(state.pick(place_GxP), advance, ends[-1:], halvings - 1, G))
+    place_ShxPk = jnp.argsort(~waiting_ShxBs(state), axis=1, stable=True)[:, :Pk]
+    return state.put_back(place_ShxPk, _draw_all(state.pick(place_ShxPk), advance, ends[-1:], halvings - 1, Sh))

@@ -1,8 +1,7 @@
-"""Draws text: summaries of users, responses to prompts.
+"""Samples text: summaries of users and responses to prompts.
 
-The two models are joined by text: a sampled summary is decoded, and the generator's prompt is tokenized afresh with it,
-exactly as a user of the trained pair would do.
-Shapes: U users, K summaries each, S tokens of a summary at most; B prompts, N texts each, T prompt length.
+Text connects the two models. A sampled summary is decoded, and the generator's prompt is tokenised again with it, just
+as in use of the trained pair. Shape letters: docs/architecture.md.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ from popi_jax.rollout import sampler
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How text is drawn, for at most `batch_size` prompts at a time (every batch is padded to as many)."""
+    """Sampling parameters. Every batch is padded to `batch_size` prompts, the most that are sampled together."""
 
     temperature: float
     top_p: float
@@ -31,18 +30,18 @@ class Sampling:
 
 
 def in_training(config: Config) -> Sampling:
-    """From the whole distribution, as REINFORCE needs it."""
+    """Samples from the full distribution, as REINFORCE requires."""
     return Sampling(config.sampling.temperature, 1.0, config.train.users_per_step)
 
 
 def in_use(config: Config) -> Sampling:
-    """As config.eval says: for evaluation, and for everything that a trained run is used for."""
+    """Samples as config.eval says, for evaluation and every use of a trained run."""
     return Sampling(config.eval.temperature, config.eval.top_p, config.eval.users_per_batch)
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """Summaries of U users, K each, with what the inference step needs; rows beyond U are padding. All numpy."""
+    """K summaries for each of U users, and the inputs of the inference step. Rows beyond U are padding. All numpy."""
 
     texts_UxK: list[list[str]]
     prefix_BxT: np.ndarray
@@ -51,7 +50,7 @@ class Drawn:
 
     @property
     def finished_UxK(self) -> np.ndarray:
-        """False where limits.summary cut a summary short."""
+        """False for summaries that limits.summary cut short."""
         return np.asarray(self.samples.finished_BxN)[: len(self.texts_UxK)]
 
 
@@ -62,8 +61,8 @@ class TextSampler:
     Attributes:
         sample: programs.sample, the compiled `sampler.draw`.
         base: the frozen weights.
-        encoder: its tokenizer gives the ids that end a text.
-        shapes: what prompts are padded to.
+        encoder: encodes users; its tokenizer has the ids that end a text.
+        shapes: the lengths and batch sizes to pad prompts to.
     """
 
     sample: Callable[..., sampler.Samples]
@@ -85,8 +84,8 @@ class TextSampler:
     ) -> Drawn:
         """Draws `branches` texts after each prompt.
 
-        `start` is how the prompts end that belongs to the text: the returned texts begin with it, the samples do not.
-        `more_stop_ids` end a text, and belong to it, beside the tokens that always do.
+        `start` is the end of the prompts that belongs to the text: returned texts begin with it, samples do not.
+        `more_stop_ids` also end a text, in addition to the tokenizer's stop ids, and are part of it.
         """
         tokenizer, mesh = self.encoder.tokenizer, self.shapes.mesh
         shape = self.shapes.lines(sampling.batch_size, max(map(len, prefixes)))

@@ -1,7 +1,6 @@
-"""Makes the Batch of a train step: draws the summaries that it needs, and lays out the rows of both models.
+"""Makes the Batch of a train step: draws the summaries that it needs and lays out the rows of both models.
 
-Shapes: U users, K summaries each, S tokens of a summary at most, M queries per user; R = U * K * M rows (u, k, m); a
-Batch has stacks of A micro-batches, see steps.py; x is any axis.
+There are R = U * K * M rows, in the order (user, summary, query). Shape letters: docs/architecture.md.
 """
 
 import dataclasses
@@ -17,9 +16,8 @@ import numpy as np
 from popi_jax.config import SUMMARIZED, Config, StepKind
 from popi_jax.data import files
 from popi_jax.data.batch import Batch, GeneratorBatch, InferenceBatch, PrefixBatch
-from popi_jax.data.packing import PairShape
 from popi_jax.data.schema import Example, Query
-from popi_jax.data.shapes import Measured, Shapes, StepShape, batch_shardings
+from popi_jax.data.shapes import Measured, Shapes, shardings_of
 from popi_jax.errors import UserError
 from popi_jax.model.weights import Tree
 from popi_jax.rollout import contexts, text
@@ -28,23 +26,25 @@ from popi_jax.rollout.references import References, reference_item
 from popi_jax.rollout.text import Drawn, TextSampler
 from popi_jax.training.rng import STREAMS, stream_key
 
-_WRITTEN = ("user", "summary", "finished")  # The fields of a line of written_summaries.jsonl.
+_WRITTEN = ("user", "summary", "finished")  # The fields of each line of written_summaries.jsonl.
 
 
 class WrittenSummaries:
-    """One summary per example, drawn once and written out: what two_phase trains the generator on."""
+    """One summary per example, drawn once and kept in a file. The second phase of two_phase trains on them."""
 
     def __init__(self, path: pathlib.Path):
         self._path = path
         try:
             self._known = {e["user"]: {name: e[name] for name in _WRITTEN} for e in files.read_jsonl(path)}
         except KeyError as error:
-            raise UserError(f"{path}: of another version ({error} is missing); choose another --workdir") from error
+            raise UserError(
+                f"{path}: written by another version ({error} is missing); choose another --workdir"
+            ) from error
 
     def contexts(
         self, sampler: TextSampler, phi: Tree, examples: Sequence[Example], key: jax.Array, sampling: text.Sampling
     ) -> tuple[list[list[str | None]], dict[str, float]]:
-        """The examples' summaries, and what to log; a summary that is not written yet is drawn with phi."""
+        """Returns the examples' summaries and values to log. Draws the summaries that the file lacks with phi."""
         missing = [example for example in examples if example.user not in self._known]
         if missing:
             drawn = sampler.summaries(phi, missing, key, sampling, k=1)
@@ -57,7 +57,8 @@ class WrittenSummaries:
             self._known.update({entry["user"]: entry for entry in fresh})
             if jax.process_index() == 0:
                 lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in fresh]
-                # One write for the step: were some of its users known after a kill, the others would be drawn anew.
+                # One write for all users of the step. If a kill left only some of them in the file, a restart would
+                # draw the others in a smaller batch and get different summaries.
                 with self._path.open("ab", buffering=0) as file:
                     file.write("".join(lines).encode())
         own = [self._known[example.user] for example in examples]
@@ -66,7 +67,7 @@ class WrittenSummaries:
 
 @dataclasses.dataclass(frozen=True)
 class BatchMaker:
-    """Makes batches; `sampler` draws summaries, `packer` packs rows, `references` knows log pi_ref."""
+    """Makes batches: `sampler` draws summaries, `packer` packs rows, `references` holds log pi_ref."""
 
     config: Config
     sampler: TextSampler
@@ -76,7 +77,7 @@ class BatchMaker:
 
     @property
     def shapes(self) -> Shapes:
-        """The source of all shapes."""
+        """The shapes of the run's arrays."""
         return self.packer.shapes
 
     def make(
@@ -87,11 +88,11 @@ class BatchMaker:
         Args:
             phi: the inference model's adapter or weights; None for a method without one.
             examples: the step's users.
-            step: steps taken before, which choose the random draws.
-            kind: of the step.
+            step: the number of steps taken so far; it selects the random draws.
+            kind: the kind of step.
 
         Returns:
-            The batch, and counts to log: tokens scored (each once), summaries cut by the limit.
+            The batch, and values to log: the tokens scored (each once), the share of summaries cut by the limit.
         """
         drawn, told_UxK, counts = self._contexts(phi, examples, step, kind)
         queries = [self._queries(example, step, place) for place, example in enumerate(examples)]
@@ -106,20 +107,20 @@ class BatchMaker:
             summary=0 if drawn is None else int(drawn.samples.length_BxN.max()),
             learned=None if fewer is None else fewer.planted.bins,
         )
-        shape = self.shapes.step(kind, measured)
+        like = self.shapes.step(kind, measured)
         batch = Batch(
-            generator=self._generator(rows, shape.generator),
-            inference=None if drawn is None or kind == "generator" else _inference(drawn, shape),
-            learned=None if fewer is None or shape.learned is None else self._generator(fewer, shape.learned),
+            generator=self._generator(rows, like.generator),
+            inference=None if drawn is None or like.inference is None else _inference(drawn, like.inference),
+            learned=None if fewer is None or like.learned is None else self._generator(fewer, like.learned),
         )
-        batch = jax.device_put(batch, batch_shardings(batch, self.shapes.mesh))
-        # An array still: the host does not wait for it here.
+        batch = jax.device_put(batch, shardings_of(like))
+        # token_count stays an array, so that the host does not wait for it here.
         return batch, counts | {"tokens": batch.token_count}
 
     def _contexts(
         self, phi: Tree | None, examples: Sequence[Example], step: int, kind: StepKind
     ) -> tuple[Drawn | None, list[list[str | None]], dict[str, Any]]:
-        """Each user's K contexts, with the summaries among them as they were drawn, and counts to log."""
+        """Returns the summaries drawn in this step, if any, each user's K contexts, and values to log."""
         config = self.config
         key, sampling = stream_key(config.seed, "sample", step), text.in_training(config)
         if config.method not in SUMMARIZED:
@@ -127,7 +128,7 @@ class BatchMaker:
             return None, [[context.text] for context in told], {}
         if config.method == "popi" and kind == "generator" and config.schedule.name == "two_phase":
             return None, *self.written.contexts(self.sampler, phi, examples, key, sampling)
-        jax.block_until_ready(phi)  # What the step before still does is not sampling.
+        jax.block_until_ready(phi)  # So that sample_s does not include the rest of the previous step.
         started = time.perf_counter()
         drawn = self.sampler.summaries(phi, examples, key, sampling, k=self.shapes.summaries(kind))
         counts = cut(drawn.finished_UxK) | {"sample_s": time.perf_counter() - started}
@@ -136,9 +137,9 @@ class BatchMaker:
     def _queries(self, example: Example, step: int, place: int) -> list[Query]:
         return chosen_queries(example, self.config.data.queries_per_user, self.config.seed, step, place)
 
-    def _generator(self, rows: "_Rows", shape: PairShape) -> GeneratorBatch:
-        bins = self.packer.pack(rows.planted, shape, self.config.train.accumulation_generator)
-        # A row counts in the micro-batch that holds it.
+    def _generator(self, rows: "_Rows", like: GeneratorBatch) -> GeneratorBatch:
+        bins = self.packer.pack(rows.planted, like.bins)
+        # A row has its weight in the micro-batch that holds it, and 0 in the others.
         weight_AxR = rows.weight_R * np.any(bins.length_RxN > 0, axis=-1)
         ref_logp_AxRx2 = np.broadcast_to(rows.ref_logp_Rx2, (*weight_AxR.shape, 2))
         return GeneratorBatch(bins, ref_logp_AxRx2, weight_AxR)
@@ -146,7 +147,7 @@ class BatchMaker:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Rows (u, k, m) of a step, in bins but not laid out: each user's queries under each of the user's contexts."""
+    """The rows of a step, assigned to bins but not laid out: each user's queries under each of the user's contexts."""
 
     planted: Planted
     ref_logp_Rx2: np.ndarray
@@ -160,16 +161,16 @@ class _Rows:
         queries: Sequence[Sequence[Query]],
         told: Sequence[Sequence[str | None]],
     ) -> "_Rows":
-        """The rows of these users.
+        """Makes the rows of these users.
 
         Args:
-            maker: whose packer and references are used.
+            maker: its packer and references are used.
             examples: the users.
-            queries: each user's, M at most; rows of padding keep the place of those missing.
-            told: each user's contexts, the same number for all.
+            queries: at most M per user; missing ones become rows of padding.
+            told: each user's contexts; every user has the same number.
         """
         which, M = maker.config.objective.reference_context, maker.config.data.queries_per_user
-        R = maker.shapes.users * len(told[0]) * M  # As many users as the inference batch has.
+        R = maker.shapes.users * len(told[0]) * M  # The inference batch has the same number of users.
         items: list[Item | None] = [None] * R
         weight_R, ref_logp_Rx2 = np.zeros(R, np.float32), np.zeros((R, 2), np.float32)
         asked: dict[int, Item] = {}
@@ -187,22 +188,22 @@ class _Rows:
         return cls(maker.packer.plant(items), ref_logp_Rx2, weight_R)
 
 
-def _inference(drawn: Drawn, shape: StepShape) -> InferenceBatch:
-    """The users' signals with their sampled summaries as branches, token for token as they were drawn; a stack."""
-    assert shape.inference is not None
-    samples, S, A = drawn.samples, shape.inference.summary, shape.accumulation_inference
+def _inference(drawn: Drawn, like: InferenceBatch) -> InferenceBatch:
+    """Stacks micro-batches of the users' signals. The branches are the sampled summaries, token for token."""
+    samples = drawn.samples
+    A, _, _, S = like.sampler_logp_UxKxS.shape
     tokens_BxNxS, logp_BxNxS = samples.tokens_BxNxS[:, :, :S], samples.logp_BxNxS[:, :, :S]
     lines = PrefixBatch(drawn.prefix_BxT, drawn.prefix_length_B, tokens_BxNxS, samples.length_BxN)
     return jax.tree.map(lambda x: x.reshape(A, -1, *x.shape[1:]), InferenceBatch(lines, logp_BxNxS))
 
 
 def cut(finished_x: np.ndarray) -> dict[str, float]:
-    """The share of summaries that limits.summary cut short, to log."""
+    """Returns the share of summaries that limits.summary cut short, to log."""
     return {"summaries_cut": float(np.mean(~finished_x))}
 
 
 def chosen_queries(example: Example, count: int, seed: int, step: int, place: int) -> list[Query]:
-    """`count` of the example's queries, another draw each step; all of them, in order, where there are no more."""
+    """Draws `count` of the example's queries, anew for each step; returns all, in order, if there are no more."""
     if len(example.queries) <= count:
         return list(example.queries)
     rng = np.random.default_rng((seed, STREAMS.index("queries"), step, place))

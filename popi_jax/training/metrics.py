@@ -1,7 +1,7 @@
-"""A run's account of itself: metrics.jsonl (the truth), TensorBoard, progress, a table of its parameters, a trace.
+"""Logging of a run: metrics.jsonl (the primary record), TensorBoard, progress, a table of parameters, a profile.
 
-Only process 0 writes. Keys that end in `_s` (wall_s, tokens_per_s, ...) are times and rates of this machine; all else
-in metrics.jsonl is the same, bit for bit, whether or not the run was interrupted.
+Only process 0 writes. Keys that end in `_s` (wall_s, tokens_per_s, ...) are times and rates on this machine. Everything
+else in metrics.jsonl is bitwise identical whether or not the run was interrupted.
 """
 
 import collections
@@ -24,22 +24,22 @@ from popi_jax.data import files
 from popi_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
-SHOWN = ("loss", "reward", "accuracy", "kl")  # By the progress display, where the step has them.
+SHOWN = ("loss", "reward", "accuracy", "kl")  # The progress display shows those of them that the step has.
 
 
 class MetricWriter:
-    """Appends one JSON object a line to metrics.jsonl, and the same scalars to TensorBoard.
+    """Appends one JSON object per line to metrics.jsonl, and the same scalars to TensorBoard.
 
     Args:
-        workdir: made if missing.
-        resume_step: the step that the run goes on from; later lines, and a last one cut short, are dropped.
+        workdir: created if missing.
+        resume_step: the step that the run resumes from. Later lines and an incomplete last line are dropped.
         wall_s: seconds that the run took before this start.
     """
 
     def __init__(self, workdir: pathlib.Path, resume_step: int, wall_s: float = 0.0) -> None:
         self._started = time.monotonic() - wall_s
-        self._paused_s = 0.0  # Spent on other things than steps: evaluations, checkpoints.
-        self._before = (resume_step, self._training_s())  # The last line with tokens: step, and when it was written.
+        self._paused_s = 0.0  # Time spent on evaluations and checkpoints.
+        self._before = (resume_step, self._training_s())  # Step and time of the last line with tokens.
         self._file: TextIO | None = None
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -48,16 +48,17 @@ class MetricWriter:
             self._board = tensorboardX.SummaryWriter(
                 str(workdir / "tensorboard"),
                 purge_step=resume_step + 1,
-                filename_suffix=f".{resume_step}",  # The name holds the second only: a quick restart would overwrite.
+                # The file name has a resolution of one second: without a suffix a quick restart would overwrite it.
+                filename_suffix=f".{resume_step}",
             )
 
     def wall_s(self) -> float:
-        """Seconds that the run has taken, all its starts together."""
+        """Returns the seconds that the run has taken, over all its starts."""
         return time.monotonic() - self._started
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Within, time is not training's: tokens_per_s leaves it out."""
+        """Excludes the time within from tokens_per_s."""
         started = time.monotonic()
         try:
             yield
@@ -68,10 +69,10 @@ class MetricWriter:
         return self.wall_s() - self._paused_s
 
     def write(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
-        """Writes one line: {"step", "wall_s", ...values}; on disk when it returns. What is not finite becomes null.
+        """Writes one line, {"step", "wall_s", ...values}, and flushes it. A value that is not finite becomes null.
 
         Returns:
-            The values, and where they have `tokens`, tokens_per_s of training since the last such line.
+            The values; with `tokens` among them, also the tokens_per_s of training since the last such line.
         """
         wall_s, training_s = self.wall_s(), self._training_s()
         values = dict(values)
@@ -83,7 +84,7 @@ class MetricWriter:
             return values
         line: dict[str, Any] = {"step": step, "wall_s": round(wall_s, 3)}
         line |= {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")  # A float's repr reads back to the same bits.
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")  # A float's repr round-trips exactly.
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, float(value), step)
@@ -99,13 +100,13 @@ class MetricWriter:
 
 
 class CompileClock:
-    """Seconds of this process, since the clock was made, for compiling or for reading what was compiled before."""
+    """Measures the seconds that this process spends on compiling, or on reading programs from the compilation cache."""
 
     _total_s = 0.0
     _listening = False
 
     def __init__(self) -> None:
-        if not CompileClock._listening:  # A listener cannot be taken off again: one for all clocks.
+        if not CompileClock._listening:  # A listener cannot be removed, so all clocks share one.
             jax.monitoring.register_event_duration_secs_listener(CompileClock._hear)
             CompileClock._listening = True
         self._started_s = CompileClock._total_s
@@ -116,39 +117,40 @@ class CompileClock:
             CompileClock._total_s += duration_secs
 
     def seconds(self) -> float:
-        """The time so far."""
+        """Returns the time since the clock was made."""
         return CompileClock._total_s - self._started_s
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, [] where there is no such file; UserError names a line that is no JSON object."""
+    """Returns the lines of metrics.jsonl, [] without such a file. UserError names a line that is not a JSON object."""
     return files.read_jsonl(workdir / METRICS_FILE, "remove the line")
 
 
 def check_finite(step: int, values: Mapping[str, float]) -> None:
-    """Raises UserError that names the step and the metrics that are NaN or infinite: such a run learns no more."""
+    """Raises UserError naming the step and the metrics that are NaN or infinite: such a run learns nothing more."""
     bad = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
     if bad:
         raise UserError(
-            f"step {step}: {', '.join(bad)}; nothing was saved of this step: run again in another --workdir"
-            " with a lower config.optim.lr_inference or config.optim.lr_generator (or the clip_* beside them)"
+            f"step {step}: {', '.join(bad)}; this step was not saved: run again in another --workdir with a lower"
+            " config.optim.lr_inference or .lr_generator, or a lower .clip_inference or .clip_generator"
         )
 
 
 class Progress:
-    """Shows how the run goes: a bar on a terminal, elsewhere a line every few seconds.
+    """Shows the progress of the run: a bar on a terminal, elsewhere a line every ten seconds.
 
     Args:
         total: steps of the whole run.
         start: steps already taken.
-        name: of the run.
-        console: where to; stdout by default.
+        name: the run's name.
+        console: where to print; stdout by default.
     """
 
     def __init__(self, total: int, start: int, name: str, console: Console | None = None) -> None:
         self._console = console or Console()
         self._total, self._name = total, name
-        self._recent = collections.deque([(time.monotonic(), start)], maxlen=20)  # A moving window: compiling is slow.
+        # A moving window, so that slow compilation at the start soon drops out of the estimate.
+        self._recent = collections.deque([(time.monotonic(), start)], maxlen=20)
         self._said = 0.0
         self._bar: rich.progress.Progress | None = None
         if jax.process_index() == 0 and self._console.is_terminal:
@@ -188,15 +190,15 @@ class Progress:
 
 
 class Profiler:
-    """A profiler trace of the steps first..last, 0-based, as far as this start of the run takes them."""
+    """Traces the steps first to last (0-based, inclusive) with JAX's profiler, if this start of the run takes them."""
 
     def __init__(self, folder: pathlib.Path, steps_traced: Sequence[int]):
         self._folder, self._span, self._tracing = folder, steps_traced, False
 
     def enter(self, step: int, state: Any = None) -> None:
-        """Starts or ends the trace where `step` is about to be the first in, or beyond, the span.
+        """Starts the trace before the first traced `step`, and ends it before the first one beyond.
 
-        It ends when `state`, which the steps before leave, is there: what they still do belongs to it.
+        Before it ends, it waits for `state`, the result of the previous step, so that the trace has all of that step.
         """
         inside = bool(self._span) and self._span[0] <= step <= self._span[1]
         if inside and not self._tracing:
@@ -214,9 +216,9 @@ class Profiler:
 
 
 def parameter_overview(params: Any, statistics: Callable[[list[jax.Array]], Any]) -> str:
-    """A table of every parameter: path, shape, type, mean and standard deviation; then the total.
+    """Returns a table of all parameters (path, shape, type, mean, standard deviation) and their total size.
 
-    `statistics` is `mean_and_std`, compiled. Every process must call it: they are computed where the parameters lie.
+    `statistics` is `mean_and_std`, compiled. It runs on the parameters' devices, so every process must call this.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     stats = jax.device_get(statistics([leaf for _, leaf in leaves]))
@@ -235,13 +237,13 @@ def parameter_overview(params: Any, statistics: Callable[[list[jax.Array]], Any]
 
 
 def mean_and_std(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
-    """Mean and standard deviation of each array, float32."""
+    """Returns the mean and the standard deviation of each array, in float32."""
     wide = [leaf.astype(jnp.float32) for leaf in leaves]
     return [(leaf.mean(), leaf.std()) for leaf in wide]
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
-    """Removes the lines of later steps, and a last line that a killed process has not finished."""
+    """Removes the lines of later steps, and a last line that a killed process left incomplete."""
     if not path.exists():
         return
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -249,7 +251,7 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
     kept = []
     for number, line in enumerate(files.read_jsonl(path, "remove the line"), start=1):
         if not isinstance(line.get("step"), int):
-            raise UserError(f"{path}:{number}: field 'step' is missing or no integer; remove the line")
+            raise UserError(f"{path}:{number}: field 'step' is missing or not an integer; remove the line")
         kept += [line] if line["step"] <= step else []
     files.write_jsonl(path, kept)
 

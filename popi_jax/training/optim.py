@@ -1,4 +1,4 @@
-"""The optimizer of either role: AdamW with linear warm-up, then a cosine to 0 or a constant rate."""
+"""The optimizer of both roles: AdamW with linear warm-up, then cosine decay to 0 or a constant rate."""
 
 import optax
 
@@ -6,9 +6,9 @@ from popi_jax.config import Optim
 
 
 def make_optimizer(optim: Optim, learning_rate: float, clip: float, updates: int) -> optax.GradientTransformation:
-    """Returns the optimizer of a role that gets `updates` updates in all; `clip` 0 leaves gradients as they are."""
+    """Returns the optimizer of a role that gets `updates` updates in total. `clip` = 0 disables clipping."""
     warmup = optim.warmup_steps
-    first = learning_rate / (warmup + 1)  # The first update has count 0: at rate 0 it would be lost.
+    first = learning_rate / (warmup + 1)  # The first update has count 0. At rate 0 it would be wasted.
     if optim.schedule == "cosine":
         rate = optax.warmup_cosine_decay_schedule(first, learning_rate, warmup, max(updates, warmup + 1))
     else:

@@ -1,11 +1,11 @@
-"""The one source of randomness in JAX: a key for each stream and step of a run, so that a restart replays it."""
+"""All JAX randomness: one key per stream and step of a run, so that a restart repeats the same draws."""
 
 import jax
 
-# In this order for good: the place of a name is part of every key.
+# Do not reorder: the index of a name is part of each of its keys.
 STREAMS = ("init", "sample", "queries", "evaluate", "respond", "personalize", "round_phi", "round_theta")
 
 
 def stream_key(seed: int, stream: str, step: int | jax.Array) -> jax.Array:
-    """fold_in(fold_in(key(seed), stream), step)."""
+    """Returns fold_in(fold_in(key(seed), stream), step)."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream)), step)

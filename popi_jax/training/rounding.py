@@ -1,7 +1,7 @@
-"""Weights kept in bfloat16: an update is added in float32, and the sum is stochastically rounded.
+"""Updates of bfloat16 weights: each update is added in float32, and the sum is stochastically rounded.
 
-A bfloat16 number has 8 significant bits. Rounded to the nearest one, an update of less than 1/512 of its weight is
-lost; stochastically rounded, with odds that follow from how near the two neighbours are, the sum is right on average.
+A bfloat16 number has 8 significant bits. Rounding to nearest loses an update of less than 1/512 of its weight.
+Stochastic rounding picks each neighbour with a probability given by its distance, so the result is right on average.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ def add(params: Any, updates: Any, key: jax.Array) -> Any:
     Args:
         params: a tree of float32 and bfloat16 arrays.
         updates: the same tree in float32.
-        key: of this update; every leaf draws from a key of its own.
+        key: PRNG key of this update; each leaf gets its own key from it.
     """
     leaves, treedef = jax.tree.flatten(params)
     sums = [
@@ -29,9 +29,9 @@ def add(params: Any, updates: Any, key: jax.Array) -> Any:
 
 
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
-    """Rounds float32 to one of the two bfloat16 neighbours; the expectation is x. Infinities and NaN stay."""
+    """Rounds float32 to one of the two neighbouring bfloat16 numbers, with expectation x. Keeps infinities and NaN."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    # A bfloat16 is a float32 without its lower half: a random lower half carries over with the odds that are wanted.
+    # A bfloat16 is the upper half of a float32. Random bits added to the lower half carry with the right probability.
     carried = bits + jax.random.bits(key, x.shape, jnp.uint16)
     cut = jax.lax.bitcast_convert_type(carried & jnp.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(x), cut, x).astype(jnp.bfloat16)

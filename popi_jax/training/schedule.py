@@ -1,4 +1,4 @@
-"""Which step updates which model."""
+"""The training schedule: which step updates which model."""
 
 from popi_jax.config import Config, StepKind
 from popi_jax.data.shapes import Shapes
@@ -7,7 +7,7 @@ from popi_jax.model import sharding
 
 
 def step_kind(config: Config, step: int) -> StepKind:
-    """Which update the 0-based `step` makes."""
+    """Returns the kind of the 0-based `step`."""
     if config.method != "popi":
         return "generator"
     schedule = config.schedule
@@ -25,7 +25,7 @@ def step_kind(config: Config, step: int) -> StepKind:
 
 
 def total_steps(config: Config) -> int:
-    """How many steps the run takes; the base method trains nothing."""
+    """Returns the number of steps of the run; 0 for the base method, which trains nothing."""
     if config.method == "base":
         return 0
     if config.method == "popi" and config.schedule.name == "two_phase":
@@ -34,7 +34,7 @@ def total_steps(config: Config) -> int:
 
 
 def update_counts(config: Config) -> tuple[int, int]:
-    """How many updates phi and theta get in the whole run."""
+    """Returns the number of updates of phi and of theta in the whole run."""
     total, schedule = total_steps(config), config.schedule
     if config.method != "popi":
         return 0, total
@@ -54,7 +54,7 @@ def update_counts(config: Config) -> tuple[int, int]:
 
 
 def step_kinds(config: Config) -> set[StepKind]:
-    """The kinds of steps that the run takes."""
+    """Returns the kinds of steps that the run takes."""
     if config.method == "popi" and config.schedule.name == "joint":
         return {"joint"} if total_steps(config) else set()
     n_phi, n_theta = update_counts(config)
@@ -63,13 +63,14 @@ def step_kinds(config: Config) -> set[StepKind]:
 
 
 def check_micro_batches(shapes: Shapes) -> None:
-    """Raises UserError where users or rows cannot be shared out alike among micro-batches and devices."""
+    """Raises UserError if the users do not divide evenly into micro-batches and devices, or the rows are too few."""
     config, devices = shapes.config, sharding.row_shards(shapes.mesh)
     users, count = shapes.users, config.train.accumulation_inference
     if users % (count * devices):
         raise UserError(
-            f"config.train.accumulation_inference is {count}: {users} users (config.train.users_per_step, filled up)"
-            f" do not divide into as many micro-batches over mesh.data x mesh.fsdp = {devices} devices; change one"
+            f"config.train.accumulation_inference is {count}: {users} users (config.train.users_per_step, padded)"
+            f" cannot be split evenly into {count} micro-batches over mesh.data x mesh.fsdp = {devices} devices;"
+            " change one of these settings"
         )
     count, queries = config.train.accumulation_generator, config.data.queries_per_user
     kinds = step_kinds(config)
@@ -79,5 +80,5 @@ def check_micro_batches(shapes: Shapes) -> None:
     if k and count > users * k * queries:
         raise UserError(
             f"config.train.accumulation_generator is {count}, more than the {users * k * queries} rows of a step:"
-            f" {users} users (config.train.users_per_step, filled up) x {k} summaries x {queries} queries"
+            f" {users} users (config.train.users_per_step, padded) x {k} summaries x {queries} queries; lower it"
         )

@@ -1,11 +1,8 @@
-"""Log-probabilities of responses under a prefix that they share: the prefix is read once, the vocabulary in chunks.
+"""Log-probabilities of branches that share a prefix. The prefix is read once; logits are computed in chunks.
 
-A row is one prefix with N branches (y+ and y- under a prompt; K summaries under a user's signals). A branch sees the
-prefix and itself, so its log-probabilities and gradients are those of the separate sequence prefix + branch.
-`data/batch.py` describes the two layouts, PrefixBatch and PackedBatch.
-Shapes: B lines, T prefix length, N branches, S branch length, L = T + N * S; R rows with N branches in C bins of L
-tokens, in G groups of Y tokens, at most W of them of branches; P positions to score of each of J lines or groups, X of
-them in a chunk; D model width, V vocabulary.
+A row is one prefix with N branches (y+ and y- under a prompt; K summaries under a user's signals). A branch attends to
+the prefix and to itself, so its log-probabilities and gradients equal those of the sequence prefix + branch.
+`data/batch.py` describes the two layouts, PrefixBatch and PackedBatch. Shape letters: docs/architecture.md.
 """
 
 import dataclasses
@@ -24,12 +21,12 @@ from popi_jax.training import objective
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenScores:
-    """Per-token scores of the branches, float32, zero at padding.
+    """Per-token scores of the branches, in float32; 0 at padding.
 
     Attributes:
         logp_BxNxS: log-probability of each branch token, in nats.
-        ref_logp_BxNxS: the same under the reference, or None without one.
-        kl_BxNxS: KL(policy || reference) of the full next-token distribution at each position, or None.
+        ref_logp_BxNxS: the same under the reference; None without a reference.
+        kl_BxNxS: KL(policy || reference) of the next-token distribution at each position, in nats, or None.
     """
 
     logp_BxNxS: jax.Array
@@ -38,7 +35,7 @@ class TokenScores:
 
 
 def layout(batch: PrefixBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns tokens, rope positions and segments, each [B, L], of the rows (see Decoder for segments)."""
+    """Returns the tokens, rope positions and segments (see Decoder) of the lines, each [B, L] with L = T + N * S."""
     B, T = batch.prefix_BxT.shape
     _, N, S = batch.branches_BxNxS.shape
     if N >= attention.ROW:
@@ -57,7 +54,10 @@ def layout(batch: PrefixBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def predictors(decoder: Decoder, batch: PrefixBatch) -> jax.Array:
-    """The hidden state that predicts each branch token, [B, N, S, D]: the prefix's last one, then the branch's own."""
+    """Returns the hidden state that predicts each branch token, [B, N, S, D].
+
+    The prefix's last hidden state predicts a branch's first token; the branch's own states predict the rest.
+    """
     B, T = batch.prefix_BxT.shape
     _, N, S = batch.branches_BxNxS.shape
     hidden_BxLxD = decoder(*layout(batch))
@@ -80,9 +80,9 @@ def score(
 
     Args:
         temperature: log-probabilities are of softmax(logits / temperature), the distribution that is sampled from.
-        reference: another decoder to score the same tokens with; its KL to the policy is then computed too.
-        chunk: positions of which a device holds the logits at the same time, forward and backward; by default what
-            takes 256 MiB, and no more than 1,024.
+        reference: another decoder that scores the same tokens. With it, the KL to it is computed too.
+        chunk: the number of positions whose logits a device holds at once, forward and backward. By default their
+            logits take 256 MiB, and they are at most 1,024.
     """
     chunk = chunk or _default_chunk(decoder)
     shape = batch.branches_BxNxS.shape
@@ -121,24 +121,24 @@ def score_packed(decoder: Decoder, batch: PackedBatch, *, chunk: int | None = No
     """
     read = (jnp.asarray(x) for x in (batch.tokens_CxL, batch.positions_CxL, batch.segments_CxL))
     hidden_CxLxD = decoder(*read)
-    # Within its own group, so that bins that lie on different devices need nothing of each other.
-    predictor_GxW = jnp.asarray(batch.predictor_GxW)
-    hidden_GxYxD = hidden_CxLxD.reshape(len(predictor_GxW), -1, hidden_CxLxD.shape[-1])
-    hidden_GxWxD = jnp.take_along_axis(hidden_GxYxD, predictor_GxW[:, :, None], axis=1)
+    # Each shard gathers from its own bins only, so that devices need not communicate.
+    predictor_ShxW = jnp.asarray(batch.predictor_ShxW)
+    by_shard = hidden_CxLxD.reshape(len(predictor_ShxW), -1, hidden_CxLxD.shape[-1])
+    hidden_ShxWxD = jnp.take_along_axis(by_shard, predictor_ShxW[:, :, None], axis=1)
 
     def one(hidden_JxXxD: jax.Array, target_JxX: jax.Array) -> jax.Array:
         return _gather(_log_softmax(decoder, hidden_JxXxD, 1.0), target_JxX)
 
     chunk = chunk or _default_chunk(decoder)
-    logp_GxW = _in_chunks(one, chunk, decoder.mesh, hidden_GxWxD, jnp.asarray(batch.target_GxW))
+    logp_ShxW = _in_chunks(one, chunk, decoder.mesh, hidden_ShxWxD, jnp.asarray(batch.target_ShxW))
     R, N = batch.length_RxN.shape
-    branch_GW = jnp.asarray(batch.branch_GxW).reshape(-1)
-    packed_RxN = jax.ops.segment_sum(logp_GxW.reshape(-1), branch_GW, R * N + 1)[:-1].reshape(R, N)
+    branch_ShW = jnp.asarray(batch.branch_ShxW).reshape(-1)
+    packed_RxN = jax.ops.segment_sum(logp_ShxW.reshape(-1), branch_ShW, R * N + 1)[:-1].reshape(R, N)
     return packed_RxN[jnp.asarray(batch.first_R)]
 
 
 def response_logps(decoder: Decoder, bins: PackedBatch, reduction: str) -> jax.Array:
-    """Log pi(y|x, z) of every response, [R, N], in nats, reduced over its tokens as objective.logp_reduction says."""
+    """Returns log pi(y|x, z) of every response, [R, N], in nats, reduced over its tokens by objective.reduce_logp."""
     return objective.reduce_logp(score_packed(decoder, bins), jnp.asarray(bins.length_RxN), reduction)
 
 
@@ -160,14 +160,14 @@ def _default_chunk(decoder: Decoder) -> int:
 
 
 def _in_chunks(fn, chunk: int, mesh: Mesh | None, *args_JxPx: jax.Array):
-    """Maps fn over pieces of the second axis, rematerialised, so that no [J, P, V] array exists at full length.
+    """Maps fn over chunks of the second axis with rematerialisation, so that no full [J, P, V] array exists.
 
-    The first axis stays whole: it is spread over devices, each of which goes through its own lines at the same time.
+    The first axis stays whole because it is sharded: every device processes its own lines in parallel.
     """
     J, P = args_JxPx[0].shape[:2]
     held = -(-J // sharding.row_shards(mesh))
     count = -(-held * P // chunk)
-    size = -(-P // count)  # Of nearly equal chunks, so that little is added to fill the last.
+    size = -(-P // count)  # Nearly equal chunks need little padding in the last one.
     if size == P:
         return remat(fn, looped=False)(*args_JxPx)
     count = -(-P // size)

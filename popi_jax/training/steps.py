@@ -1,11 +1,11 @@
-"""The train steps: pure functions of (state, frozen base, batch); modes/programs.py jits each once.
+"""The train steps: pure functions of (state, frozen base, batch). modes/programs.py jits each of them once.
 
-A batch has U users with K summaries each and M queries per user, so R = U * K * M generator rows, user-major: row
-(u, k, m) shows the generator query m and summary k of user u. Without summaries (population, say) K is 1.
-What a step is given is a stack of micro-batches: its arrays have the shapes that are named here with an axis A before
-them, A of the inference model's own and A of the generator's. A micro-batch of the inference model has users that
-follow each other; one of the generator has bins of rows, and knows of each row of the step whether its bins hold it.
-S is the tokens of a summary at most, N the branches of a line (scoring.py).
+A batch has U users with K summaries each and M queries per user, so R = U * K * M generator rows in user-major order:
+row (u, k, m) shows the generator query m and summary k of user u. Without summaries (e.g. population) K is 1.
+A step takes stacks of micro-batches: each array has the shape named here with an axis A in front. The inference model
+and the generator may have different A. A micro-batch of the inference model has consecutive users. One of the generator
+has bins of rows, and weight 0 for every row of the step that its bins do not hold.
+Shape letters: docs/architecture.md.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a step is compiled for; configs/base.py says what each means.
+    """The static settings of a step; configs/base.py documents each.
 
-    tx_phi None: the method has no inference model of its own, see TrainState.
+    tx_phi is None for a method without an inference model of its own, see TrainState.
     """
 
     policy: Policy
@@ -44,28 +44,28 @@ class Settings:
     kl: str
     kl_coef: float
     temperature: float
-    seed: int  # Of stochastic rounding, see model.trained_dtype.
+    seed: int  # For stochastic rounding, see model.trained_dtype.
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training changes. phi is q_phi's adapter (or weights), theta is pi_theta's; see Policy.bind.
+    """Everything that training changes. phi is q_phi's adapter (or weights), theta is pi_theta's; see Policy.bind.
 
-    phi and opt_phi are None for a method without an inference model of its own, which is spared their memory.
-    The same tree of shardings or of shapes is a TrainState too, hence the types.
+    phi and opt_phi are None for a method without an inference model of its own, which saves their memory.
+    The fields are typed Any because a TrainState also holds trees of shardings or shapes.
     """
 
-    step: Any  # int32 scalar: steps taken.
+    step: Any  # int32 scalar: the number of steps taken.
     phi: Params | None
     theta: Params
     opt_phi: Any
     opt_theta: Any
-    baseline: Any  # float32 scalar: the moving average of the rewards; advantage = "reinforce" alone reads it.
+    baseline: Any  # float32 scalar: the moving average of the rewards; only advantage = "reinforce" reads it.
 
 
 def init_state(key: jax.Array, base: Params, settings: Settings) -> TrainState:
-    """The state before the first step; both roles start as the base model."""
+    """Returns the state before the first step. Both roles start as the base model."""
     key_phi, key_theta = jax.random.split(key)
     phi, opt_phi, theta = None, None, settings.policy.init_delta(base, key_theta)
     if settings.tx_phi is not None:
@@ -77,7 +77,7 @@ def init_state(key: jax.Array, base: Params, settings: Settings) -> TrainState:
         theta=theta,
         opt_phi=opt_phi,
         opt_theta=settings.tx_theta.init(_float32(theta)),
-        # What a generator without an opinion earns: from 0, the first advantages would all be far too low.
+        # The reward of a generator with h = 0. Starting from 0 would make all early advantages far too low.
         baseline=-objective.preference_loss(settings.loss)(jnp.float32(0.0), settings.beta),
     )
 
@@ -85,7 +85,7 @@ def init_state(key: jax.Array, base: Params, settings: Settings) -> TrainState:
 def generator_loss(
     theta: Params, base: Params, batch: GeneratorBatch, settings: Settings
 ) -> tuple[jax.Array, tuple[jax.Array, Terms]]:
-    """The weighted sum of l(h_theta(x, z)) over the rows; also l of each row, and the terms to log as (sum, count)."""
+    """Returns the weighted sum of l(h_theta(x, z)) over the rows, the loss of each row, and (sum, count)s to log."""
     logp_Rx2 = scoring.response_logps(settings.policy.bind(base, theta), batch.bins, settings.logp_reduction)
     ref_logp_Rx2, weight_R = jnp.asarray(batch.ref_logp_Rx2), jnp.asarray(batch.weight_R)
     h_R = objective.implicit_reward_margin(logp_Rx2, ref_logp_Rx2)
@@ -100,7 +100,7 @@ def generator_loss(
 
 
 def summary_rewards(loss_R: jax.Array, weight_R: jax.Array, users: int, summaries: int) -> jax.Array:
-    """r_k = - mean over the user's queries of l(h(x_m, z_k)), [U, K] (POPI section 3); 0 where there is no query."""
+    """Returns r_k = - mean over the user's queries of l(h(x_m, z_k)), [U, K] (POPI section 3); 0 without queries."""
     loss_UxKxM, weight_UxKxM = (x_R.reshape(users, summaries, -1) for x_R in (loss_R, weight_R))
     total_UxK = jnp.sum(jnp.where(weight_UxKxM > 0, loss_UxKxM, 0.0) * weight_UxKxM, axis=-1)
     return -total_UxK / jnp.maximum(jnp.sum(weight_UxKxM, axis=-1), 1.0)
@@ -109,11 +109,11 @@ def summary_rewards(loss_R: jax.Array, weight_R: jax.Array, users: int, summarie
 def inference_loss(
     phi: Params, base: Params, batch: InferenceBatch, reward_UxK: jax.Array, baseline: jax.Array, settings: Settings
 ) -> tuple[jax.Array, tuple[Terms, dict[str, jax.Array]]]:
-    """The score-function surrogate plus lambda KL, summed over summaries (POPI section 3).
+    """Computes the score-function surrogate plus lambda KL, summed over summaries (POPI section 3).
 
     Returns:
-        The sum; and the terms to log: those that are (sum, count), among them "surrogate" with the loss's own count,
-        and those to take a maximum of.
+        The sum; the terms to log as (sum, count), where "surrogate" has the loss's own count; and the terms to log as
+        maxima.
     """
     policy, lines = settings.policy, batch.lines
     valid_U, mask_UxKxS = lines.valid_B, lines.mask_BxNxS
@@ -150,14 +150,14 @@ def inference_loss(
 
 
 def generator_step(state: TrainState, base: Params, batch: Batch, *, settings: Settings) -> tuple[TrainState, Metrics]:
-    """One preference update of theta. Pure."""
+    """Updates theta once, by the preference loss. Pure."""
     grads, terms, _ = _generator_sums(state, base, batch.generator, settings)
     state, norms = _update_theta(state, grads, terms, settings)
     return dataclasses.replace(state, step=state.step + 1), _means(terms) | norms
 
 
 def inference_step(state: TrainState, base: Params, batch: Batch, *, settings: Settings) -> tuple[TrainState, Metrics]:
-    """One REINFORCE update of phi; the generator only gives the rewards. Pure."""
+    """Updates phi once, by REINFORCE. The generator only provides the rewards. Pure."""
     terms, loss_R = _generator_losses(state, base, batch.generator, settings)
     grads, phi_terms, maxima = _inference_sums(state, base, batch, loss_R, settings)
     state, norms = _update_phi(state, grads, phi_terms, settings)
@@ -165,10 +165,10 @@ def inference_step(state: TrainState, base: Params, batch: Batch, *, settings: S
 
 
 def joint_step(state: TrainState, base: Params, batch: Batch, *, settings: Settings) -> tuple[TrainState, Metrics]:
-    """One update of both models from one batch of summaries: the loss that moves theta is phi's reward. Pure.
+    """Updates both models once from the same summaries: phi's reward is minus theta's loss. Pure.
 
-    All rows give rewards. Theta learns from all of them, or from `batch.learned` alone: rows of the first few of each
-    user's summaries, which are an unbiased sample of the same loss at a fraction of its backward pass.
+    All rows give rewards. Theta learns from all of them, or only from `batch.learned`: the rows of each user's first
+    few summaries, which give an unbiased estimate of the same loss with a cheaper backward pass.
     """
     if batch.learned is None:
         theta_grads, terms, loss_R = _generator_sums(state, base, batch.generator, settings)
@@ -189,7 +189,7 @@ STEPS: dict[StepKind, Step] = {"joint": joint_step, "inference": inference_step,
 def _generator_losses(
     state: TrainState, base: Params, batch: GeneratorBatch, settings: Settings
 ) -> tuple[Terms, jax.Array]:
-    """The terms to log and l of every row, without a gradient."""
+    """Returns the terms to log and the loss of each row, without a gradient."""
 
     def one(micro: GeneratorBatch):
         _, (loss_R, terms) = generator_loss(state.theta, base, micro, settings)
@@ -202,7 +202,7 @@ def _generator_losses(
 def _generator_sums(
     state: TrainState, base: Params, batch: GeneratorBatch, settings: Settings
 ) -> tuple[Params, Terms, jax.Array]:
-    """As `_generator_losses`, with the gradient of the rows' weighted sum before them."""
+    """Returns the gradient of the rows' weighted sum, then the same as `_generator_losses`."""
 
     def one(micro: GeneratorBatch):
         (_, (loss_R, terms)), grads = jax.value_and_grad(generator_loss, has_aux=True)(
@@ -215,16 +215,16 @@ def _generator_sums(
 
 
 def _of_each_row(loss_AxR: jax.Array, batch: GeneratorBatch) -> jax.Array:
-    """Loss of each row, from the micro-batch that holds it, [R]; 0 at padding."""
+    """Returns the loss of each row, taken from the micro-batch that holds it, [R]; 0 at padding."""
     return jnp.sum(jnp.where(batch.weight_R > 0, loss_AxR, 0.0), axis=0)
 
 
 def _inference_sums(
     state: TrainState, base: Params, batch: Batch, loss_R: jax.Array, settings: Settings
 ) -> tuple[Params, Terms, dict[str, jax.Array]]:
-    """The gradient of the summaries' summed loss, the terms to log and those to take a maximum of."""
+    """Returns the gradient of the summaries' summed loss, the (sum, count) terms to log and the maxima to log."""
     inference = batch.inference
-    assert inference is not None  # A generator step alone has none.
+    assert inference is not None  # Only a generator step has none.
     A, U, K = inference.lines.branch_length_BxN.shape
     reward_UxK = summary_rewards(loss_R, jnp.sum(batch.generator.weight_R, axis=0), A * U, K)
 
@@ -239,17 +239,17 @@ def _inference_sums(
 
 
 def _accumulate(one: Callable, batch: Any) -> Any:
-    """Calls `one` on each micro-batch of a stack; it returns ((sums, maxima), own).
+    """Calls `one`, which returns ((sums, maxima), own), on each micro-batch of a stack.
 
     Returns:
-        The sums added up (sums and counts, so that unequal micro-batches stay exact), the largest of the maxima, and
-        what each has of its own, stacked.
+        The same structure: sums and counts added up (which stays exact for unequal micro-batches), the largest of the
+        maxima, and the micro-batches' own values stacked.
     """
     first = jax.tree.map(lambda x: x[0], batch)
     if len(jax.tree.leaves(batch)[0]) == 1:
         reduced, own = one(first)
         return reduced, jax.tree.map(lambda x: x[None], own)
-    # Of bfloat16 gradients, too, the sum is float32. No maximum is below 0.
+    # bfloat16 gradients are summed in float32 as well. No maximum is below 0.
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(one, first)[0])
 
     def add(carry, micro):
@@ -276,7 +276,7 @@ def _update_theta(state: TrainState, sums: Params, terms: Terms, settings: Setti
 def _update(
     role: str, state: TrainState, tx: optax.GradientTransformation, sums: Params, loss: objective.SumCount, seed: int
 ) -> tuple[Params, Any, Metrics]:
-    """One role's parameters and optimizer state after an update by the mean gradient, and the norms of both."""
+    """Updates one role by the mean gradient. Returns its parameters, optimizer state, and gradient and update norms."""
     params, opt = getattr(state, role), getattr(state, f"opt_{role}")
     with jax.named_scope("optimizer"):
         grads = jax.tree.map(lambda g: g / jnp.maximum(loss[1], 1.0), sums)
@@ -286,7 +286,7 @@ def _update(
 
 
 def _float32(params: Params) -> Params:
-    """A float32 copy for the optimizer, whose moments are of its type."""
+    """Returns a float32 copy: the optimizer keeps its moments in the type of the parameters that it is given."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
 

@@ -1,6 +1,6 @@
 """Reads optimised HLO text, compiled.as_text(): computations, their instructions, and the bytes of shapes.
 
-It knows the text's grammar and no operation's meaning. Written for what XLA prints for CPU and TPU.
+It knows the grammar of the text but not the meaning of operations. Written for XLA's output for CPU and TPU.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 
-HBM = 0  # The memory space of a layout that names none.
+HBM = 0  # The memory space of a layout that does not name one.
 
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^{}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
@@ -18,18 +18,18 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _MARK = re.compile(r'"(?:[^"\\]|\\.)*"|[()\[\]{},]')
 _KEY = re.compile(r"\s*([\w.\-]+)=")
 _COUNT_COMMENT = re.compile(r"/\*index=\d+\*/")
-_BITS = {"pred": 8, "token": 0, "opaque": 0}  # Every other type says its own: f32, bf16, f8e4m3fn, u4, c64.
+_BITS = {"pred": 8, "token": 0, "opaque": 0}  # Other types name their width: f32, bf16, f8e4m3fn, u4, c64.
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array's shape as laid out.
+    """The shape and layout of an array.
 
     Attributes:
-        dtype: HLO's name of it.
-        dims: of a bounded dimension the bound.
-        memory_space: HBM, or the n of S(n) in the layout: on a TPU 1 is VMEM, 2, 4 and 6 are for scalars and
-            semaphores, 5 is the host's memory.
+        dtype: the dtype's name in HLO.
+        dims: the sizes; the bound of a bounded dimension.
+        memory_space: HBM, or the n of S(n) in the layout: on a TPU, 1 is VMEM, 2, 4 and 6 are for scalars and
+            semaphores, and 5 is host memory.
     """
 
     dtype: str
@@ -38,13 +38,13 @@ class Array:
 
     @property
     def bytes(self) -> float:
-        """Of the elements: what tiles pad at the edges is not in it."""
+        """Bytes of the elements, without the padding of tiles at the edges."""
         return math.prod(self.dims) * _bits(self.dtype) / 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuple:
-    """A tuple's shape."""
+    """The shape of a tuple."""
 
     parts: tuple["Shape", ...]
 
@@ -57,7 +57,7 @@ Shape = Array | Tuple
 
 
 def leaves(shape: Shape) -> Iterator[Array]:
-    """The arrays of a shape, in order."""
+    """Yields the arrays of a shape, in order."""
     if isinstance(shape, Array):
         yield shape
     else:
@@ -71,10 +71,10 @@ class Instruction:
 
     Attributes:
         name: unique in its module, without the %.
-        shape: of the result.
+        shape: the result's shape.
         opcode: such as fusion, all-gather-start, while.
-        operands: names; none for a parameter, a constant or what takes none.
-        literal: what a constant's or parameter's parentheses hold, else "".
+        operands: their names; empty for parameters and constants.
+        literal: the text in a constant's or parameter's parentheses, else "".
         rest: the line after the operands, as printed.
         root: whether it is its computation's result.
     """
@@ -89,26 +89,26 @@ class Instruction:
 
     @functools.cached_property
     def attributes(self) -> dict[str, str]:
-        """The values as printed, by key: calls, body, replica_groups, is_host_transfer, backend_config ..."""
+        """The printed values, by key: calls, body, replica_groups, is_host_transfer, backend_config ..."""
         keyed = ((_KEY.match(part), part) for part in _split(self.rest))
         return {key.group(1): part[key.end() :].strip() for key, part in keyed if key}
 
     def computation(self, attribute: str) -> str:
-        """The name of the computation that an attribute such as body names.
+        """Returns the name of the computation in an attribute such as body.
 
         Raises:
-            KeyError: it has no such attribute.
+            KeyError: the instruction has no such attribute.
         """
         return self.attributes[attribute].strip("{}").lstrip("%")
 
     @property
     def target(self) -> str:
-        """What a custom call calls; "" of any other instruction."""
+        """The target of a custom call; "" for any other instruction."""
         return self.attributes.get("custom_call_target", "").strip('"')
 
     @property
     def branches(self) -> list[str]:
-        """Names of the computations of a conditional, by index or true and false."""
+        """The names of a conditional's computations, by index, or the true and the false one."""
         listed = self.attributes.get("branch_computations")
         if listed is None:
             return [self.computation("true_computation"), self.computation("false_computation")]
@@ -128,12 +128,12 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
-        """By number."""
+        """The parameters by number."""
         return {int(i.literal): i for i in self.instructions.values() if i.opcode == "parameter"}
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """The instructions that take another one as an operand, by its name; each once."""
+        """For each instruction's name, the instructions that take it as an operand, each once."""
         found: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for i in self.instructions.values():
             for operand in dict.fromkeys(i.operands):
@@ -141,13 +141,13 @@ class Computation:
         return found
 
     def operands(self, i: Instruction) -> list[Instruction]:
-        """The instructions whose results `i` takes."""
+        """Returns the instructions that are the operands of `i`."""
         return [self.instructions[name] for name in i.operands]
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program. `entry` names the computation that runs; `devices` is how many it is compiled for."""
+    """A program. `entry` names its main computation; `devices` is the number of devices it is compiled for."""
 
     computations: dict[str, Computation]
     entry: str
@@ -155,7 +155,7 @@ class Module:
 
     @functools.cached_property
     def custom_calls(self) -> dict[str, list[tuple[Computation, Instruction]]]:
-        """By target, each with the computation that it stands in."""
+        """The custom calls by target, each with its computation."""
         found: dict[str, list[tuple[Computation, Instruction]]] = {}
         for computation in self.computations.values():
             for i in computation.instructions.values():
@@ -168,7 +168,7 @@ def parse(text: str) -> Module:
     """Reads compiled.as_text().
 
     Raises:
-        ValueError: a line that is not understood, or no entry computation.
+        ValueError: a line is not understood, or there is no entry computation.
     """
     computations: dict[str, Computation] = {}
     entry, name, devices = "", "", 1
@@ -178,7 +178,7 @@ def parse(text: str) -> Module:
             sizes = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", line)
             devices = math.prod(int(size) for size in sizes)
         elif not name:
-            header = _HEADER.match(line)  # Tables of source lines stand before the first computation.
+            header = _HEADER.match(line)  # Tables of source lines precede the first computation.
             if header:
                 name, lines = header.group(2), []
                 entry = name if header.group(1) else entry
@@ -188,7 +188,7 @@ def parse(text: str) -> Module:
             instructions = [_instruction(own) for own in lines]
             computations[name] = Computation(name, {i.name: i for i in instructions})
             name = ""
-        elif lines:  # A kernel's attributes go on over lines.
+        elif lines:  # A kernel's attributes span lines.
             lines[-1] += "\n" + line
         else:
             raise ValueError(f"not an HLO instruction: {line[:120]!r}")
@@ -207,7 +207,7 @@ def _instruction(line: str) -> Instruction:
     closed = _closing(line, opened)
     opcode, inside = line[end:opened].strip(), line[opened + 1 : closed]
     literal = inside if opcode in ("constant", "parameter") else ""
-    # Operands may be printed with their shapes before them.
+    # Operands may be printed after their shapes.
     names = () if literal else tuple(part.split()[-1].lstrip("%") for part in _split(inside) if part.strip())
     return Instruction(start.group(2), shape, opcode, names, literal, line[closed + 1 :], bool(start.group(1)))
 
@@ -216,13 +216,13 @@ def shape(text: str) -> Shape:
     """Reads a shape such as bf16[8,128]{1,0:T(8,128)(2,1)S(1)} or (f32[2], token[]).
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a shape.
     """
     return _shape(text, 0)[0]
 
 
 def _shape(text: str, place: int) -> tuple[Shape, int]:
-    """The shape that starts at `place`, and where it ends."""
+    """Returns the shape that starts at `place`, and its end."""
     if text[place] != "(":
         array = _ARRAY.match(text, place)
         if not array:
@@ -252,7 +252,7 @@ def _bits(dtype: str) -> int:
 
 
 def _closing(text: str, opened: int) -> int:
-    """The place of what closes the parenthesis at `opened`; those in strings do not count."""
+    """Returns the place that closes the parenthesis at `opened`, ignoring those in strings."""
     depth = 0
     for mark in _MARK.finditer(text, opened):
         depth += (mark.group() in "([{") - (mark.group() in ")]}")
@@ -262,13 +262,13 @@ def _closing(text: str, opened: int) -> int:
 
 
 def _balanced(text: str) -> bool:
-    """Whether everything that is opened is closed."""
+    """Returns whether all parentheses are closed."""
     marks = [mark.group() for mark in _MARK.finditer(text)]
     return sum(mark in "([{" for mark in marks) == sum(mark in ")]}" for mark in marks)
 
 
 def _split(text: str) -> list[str]:
-    """The parts between the commas that are in no parentheses, braces or strings."""
+    """Splits at the commas that are not in parentheses, braces or strings."""
     parts, depth, start = [], 0, 0
     for mark in _MARK.finditer(text):
         depth += (mark.group() in "([{") - (mark.group() in ")]}")

@@ -1,4 +1,4 @@
-"""FLOPs of a traced function's matrix products, loops included: the compiler's own count takes a loop's body once."""
+"""FLOPs of a traced function's matrix products, loops included; the compiler's own count takes a loop body once."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -7,28 +7,28 @@ from typing import Any
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-RECOMPUTED = "rematted_computation"  # jax.checkpoint's own name; model/attention.py gives it to what it computes again.
+RECOMPUTED = "rematted_computation"  # jax.checkpoint's own name, which model/attention.py also uses.
 
 
 def count(jaxpr: core.ClosedJaxpr, while_trips: Iterable[int] = (), *, recomputed: bool = True) -> float:
-    """FLOPs of all matrix products, a multiplication and its addition as two; nothing else is counted.
+    """Returns the FLOPs of all matrix products, a multiply-add as two; nothing else is counted.
 
-    Products that no result needs are not counted either: the compiler leaves them out (a gradient rule gives a frozen
-    weight its gradient, too). Shapes in a jaxpr are those of whole arrays, so this is the work of all devices together;
-    work that a device repeats of another's is not in it. Inside a shard_map shapes are one device's: they count once
-    for each device of the mesh axes that it is manual over. A Pallas kernel counts as its cost estimate says, else as
-    its products in one block times the blocks of its grid, those that it skips included. Convolutions and ragged
+    Products that no result needs are not counted, since the compiler removes them (a gradient rule computes gradients
+    of frozen weights, too). Shapes in a jaxpr are those of whole arrays, so this is the work of all devices together,
+    without work that devices duplicate. Inside a shard_map, shapes are those of one device: its products count once for
+    each device of the mesh axes that it is manual over. A Pallas kernel counts as in its cost estimate or, if it has
+    none, as its products in one block times the blocks of its grid, skipped ones included. Convolutions and ragged
     products are not counted: the models here have none.
 
     Args:
         jaxpr: from jax.make_jaxpr(f)(*args) or jax.jit(f).trace(*args).jaxpr.
-        while_trips: how often each `while` runs, in order, for its end depends on the data, which a scan's does not;
-            once where none is left.
-        recomputed: whether to count what a gradient computes a second time, which JAX and this package name
-            RECOMPUTED. Without it the count is the model's own work, the same for every choice of rematerialisation.
+        while_trips: trip counts of the `while` loops, in order, since their ends depend on the data, unlike a scan's;
+            1 for any further loop.
+        recomputed: whether to count work that a gradient recomputes, which JAX and this package mark as RECOMPUTED.
+            Without it the count is the model's own work, the same for every choice of rematerialisation.
 
     Raises:
-        ValueError: a kernel without a cost estimate whose grid is not known before it runs.
+        ValueError: a kernel has no cost estimate and a grid that is not known before it runs.
     """
     needed, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars), instantiate=True)
     return _count(needed, iter(while_trips), recomputed)
@@ -47,7 +47,7 @@ def _equation(eqn: core.JaxprEqn, while_trips: Iterator[int], recomputed: bool) 
     if name == "pallas_call" and params["cost_estimate"] is not None:
         return float(params["cost_estimate"].flops)
     repeats = _repeats(eqn, while_trips)
-    # Of a function with its own derivative only the primal is a jaxpr here: its rules are Python functions.
+    # Of a function with a custom derivative, only the primal is a jaxpr here: its rules are Python functions.
     inner = [_count(sub, while_trips, recomputed) for sub in core.jaxprs_in_params(params)]
     if name == "cond":
         return max(inner)
@@ -55,7 +55,7 @@ def _equation(eqn: core.JaxprEqn, while_trips: Iterator[int], recomputed: bool) 
 
 
 def _repeats(eqn: core.JaxprEqn, while_trips: Iterator[int]) -> int:
-    """How often an equation runs the jaxprs in it: once unless it is a loop, a shard_map or a kernel."""
+    """Returns how often an equation runs its jaxprs: once unless it is a loop, a shard_map or a kernel."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
         return params["length"]
@@ -66,13 +66,13 @@ def _repeats(eqn: core.JaxprEqn, while_trips: Iterator[int]) -> int:
     if name == "pallas_call":
         grid = params["grid_mapping"].grid
         if not all(isinstance(size, int) for size in grid):
-            raise ValueError(f"a Pallas kernel with the dynamic grid {grid} has no cost estimate to count")
+            raise ValueError(f"a Pallas kernel has the dynamic grid {grid} and no cost estimate; give it one")
         return math.prod(grid)
     return 1
 
 
 def _product(eqn: core.JaxprEqn) -> float:
-    """2 * batch * M * N * K: the result's elements, each a sum of K products."""
+    """Returns 2 * batch * M * N * K: each element of the result is a sum of K products."""
     lhs, out = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
     (contracted, _), _ = eqn.params["dimension_numbers"]
     return 2.0 * math.prod(out) * math.prod(lhs[axis] for axis in contracted)

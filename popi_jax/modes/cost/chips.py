@@ -1,15 +1,15 @@
-"""Public peaks of TPU chips, per device as JAX counts them.
+"""Published peaks of TPU chips, per JAX device.
 
 Source: the vendor's system architecture pages, one per version (cloud.google.com/tpu/docs): dense bf16 TFLOP/s, HBM
-capacity and bandwidth, and the inter-chip interconnect bandwidth of a chip, all links together and one direction. Where
-a page gives both directions together (TPU7x: 1200 GB/s), half of it stands here.
+capacity and bandwidth, and the inter-chip interconnect bandwidth of a chip, for all links together in one direction. If
+a page gives the sum of both directions (TPU7x: 1200 GB/s), half of it is used here.
 """
 
 import dataclasses
 
 from popi_jax.errors import UserError
 
-# Names that topologies.get_topology_desc takes, as examples for a message. Devices: 4, 4, 16, 64, 256, 4, 8, 64, 16, 8.
+# Names that topologies.get_topology_desc accepts, examples for messages. Devices: 4, 4, 16, 64, 256, 4, 8, 64, 16, 8.
 TOPOLOGIES = (
     "v4:2x2x1",
     "v5e:2x2",
@@ -31,9 +31,9 @@ class Chip:
     Attributes:
         name: jax.Device.device_kind.
         flops: dense bf16 FLOP/s.
-        hbm_bytes: HBM capacity, bytes. What a program may use is a little less: the runtime keeps some.
-        hbm_bandwidth: HBM, bytes/s.
-        link_bandwidth: bytes/s that the device can send over all of its inter-chip links together.
+        hbm_bytes: HBM capacity, bytes. A program can use a little less, since the runtime reserves some.
+        hbm_bandwidth: HBM bandwidth, bytes/s.
+        link_bandwidth: bytes/s that the device can send over all its inter-chip links together.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Chip:
 
 
 def _chip(name: str, tflops: float, gib: int, gb_s: float, gbit_s: float, devices: int = 1) -> Chip:
-    """A chip's figures as the pages print them, divided among its devices."""
+    """Converts a chip's published figures to those of one of its devices."""
     return Chip(
         name,
         flops=tflops * 1e12 / devices,
@@ -54,7 +54,7 @@ def _chip(name: str, tflops: float, gib: int, gb_s: float, gbit_s: float, device
     )
 
 
-# Topology descriptions show a chip of TPU7x as two devices.
+# In topology descriptions, a TPU7x chip is two devices.
 _CHIPS = {
     chip.name: chip
     for chip in (
@@ -68,14 +68,14 @@ _CHIPS = {
 
 
 def chip(device_kind: str) -> Chip:
-    """The peaks of a kind of device.
+    """Returns the peaks of a kind of device.
 
     Args:
         device_kind: jax.Device.device_kind, such as "TPU v5 lite".
 
     Raises:
-        UserError: no peaks are known for it; the message names those that are.
+        UserError: its peaks are unknown; the message lists the known kinds.
     """
     if device_kind not in _CHIPS:
-        raise UserError(f"no peaks are known for device kind {device_kind!r}; known are {', '.join(_CHIPS)}")
+        raise UserError(f"device kind {device_kind!r} has no known peaks; known kinds are {', '.join(_CHIPS)}")
     return _CHIPS[device_kind]

@@ -1,7 +1,7 @@
-"""How often a loop of an HLO module runs, where its text says so.
+"""Trip counts of the loops of an HLO module, as far as its text determines them.
 
-XLA may write the number down (known_trip_count); TPU text never has it. A scan's counter starts at a constant, each
-turn adds one, and the condition compares it with a constant, so the number is there to be worked out.
+XLA may print the count (known_trip_count); TPU text never has it. A scan's counter starts at a constant, each iteration
+adds one, and the condition compares it with a constant, so the count can be derived.
 """
 
 import dataclasses
@@ -9,17 +9,17 @@ import json
 import math
 from collections.abc import Callable
 
-from popi_jax.cost import hlo
-from popi_jax.cost.hlo import Computation, Instruction, Module
+from popi_jax.modes.cost import hlo
+from popi_jax.modes.cost.hlo import Computation, Instruction, Module
 
-# Their result is their first operand's value.
+# Their result has the value of their first operand.
 _SAME = ("copy", "bitcast", "reshape", "convert", "copy-start", "copy-done", "opt-barrier")
 _MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-    """A whole number: `offset`, plus that part of the loop's state on which it depends, if any."""
+    """An integer: `offset` plus the part of the loop's state with index `state`, if any."""
 
     offset: int
     state: int | None = None
@@ -27,10 +27,10 @@ class _Value:
 
 @dataclasses.dataclass(frozen=True)
 class Scope:
-    """A computation where it runs: what its parameters are is known.
+    """A computation together with the values of its parameters.
 
     Attributes:
-        argument: the value of part k of parameter n (k is None for one that is no tuple); None where it is not known.
+        argument: returns the value of part k of parameter n (k is None if it is not a tuple); None if unknown.
     """
 
     module: Module
@@ -39,16 +39,16 @@ class Scope:
 
 
 def entry(module: Module) -> Scope:
-    """The scope of the program: of its arguments nothing is known."""
+    """Returns the scope of the program, whose arguments are unknown."""
     return Scope(module, module.computations[module.entry], lambda n, k: None)
 
 
 def called(scope: Scope, i: Instruction, name: str) -> Scope:
-    """The scope of a computation that an instruction runs on its own operands."""
+    """Returns the scope of a computation that an instruction runs on its own operands."""
 
     def argument(n: int, k: int | None) -> _Value | None:
         operands = scope.computation.operands(i)
-        if n >= len(operands):  # What is handed to another core is printed without them.
+        if n >= len(operands):  # Work for another core is printed without operands.
             return None
         return _value(scope, operands[n]) if k is None else _part(scope, operands[n], k)
 
@@ -56,7 +56,7 @@ def called(scope: Scope, i: Instruction, name: str) -> Scope:
 
 
 def turn(scope: Scope, loop: Instruction, attribute: str) -> Scope:
-    """The scope of a loop's body or condition: known is the state that no turn changes."""
+    """Returns the scope of a loop's body or condition, in which only the state that never changes is known."""
     own = _state(scope, loop, attribute)
 
     def argument(n: int, k: int | None) -> _Value | None:
@@ -68,10 +68,10 @@ def turn(scope: Scope, loop: Instruction, attribute: str) -> Scope:
 
 
 def count(scope: Scope, loop: Instruction) -> int | None:
-    """How often the body of a `while` in this scope runs; None where the text does not say.
+    """Returns how often the body of a `while` in this scope runs; None if the text does not determine it.
 
-    Resolved are XLA's own known_trip_count, and conditions that compare a counter with a constant, the counter going
-    from a constant in constant steps towards it.
+    It uses XLA's own known_trip_count, or a condition that compares a constant with a counter, which starts at a
+    constant and approaches it in constant steps.
     """
     known = json.loads(loop.attributes.get("backend_config", "{}")).get("known_trip_count")
     if known:
@@ -93,7 +93,7 @@ def count(scope: Scope, loop: Instruction) -> int | None:
 
 
 def _settled(scope: Scope, loop: Instruction, value: _Value) -> _Value:
-    """A value in terms of the state, or, where no turn changes that part and it is known at first, the number."""
+    """Replaces a part of the state by its initial value if that is known and never changes."""
     if value.state is None or _step(scope, loop, value.state) != 0:
         return value
     initial = _initial(scope, loop, value.state)
@@ -101,7 +101,7 @@ def _settled(scope: Scope, loop: Instruction, value: _Value) -> _Value:
 
 
 def _turns(distance: int, step: int, direction: str) -> int | None:
-    """How often a counter, that far from its limit, is on the near side of it."""
+    """Returns the number of iterations of a counter that starts `distance` below its limit; None if it is unknown."""
     if direction in ("GT", "GE"):
         distance, step = -distance, -step
         direction = {"GT": "LT", "GE": "LE"}[direction]
@@ -113,7 +113,7 @@ def _turns(distance: int, step: int, direction: str) -> int | None:
 
 
 def _state(scope: Scope, loop: Instruction, attribute: str) -> Scope:
-    """The scope of a loop's body or condition, its state left open."""
+    """Returns the scope of a loop's body or condition, with its state as the unknown."""
     computation = scope.module.computations[loop.computation(attribute)]
     return Scope(scope.module, computation, lambda n, k: None if k is None else _Value(0, k))
 
@@ -124,14 +124,14 @@ def _initial(scope: Scope, loop: Instruction, k: int) -> _Value | None:
 
 
 def _step(scope: Scope, loop: Instruction, k: int) -> int | None:
-    """What a turn adds to part k of the loop's state."""
+    """Returns what an iteration adds to part k of the loop's state."""
     body = _state(scope, loop, "body")
     value = _part(body, body.computation.root, k)
     return value.offset if value and value.state == k else None
 
 
 def _comparison(condition: Scope) -> tuple[_Value, _Value, str] | None:
-    """What a condition compares, at its root or at that of a fusion that is its root."""
+    """Returns the operands and direction of a condition's comparison, at its root or that of a fusion at its root."""
     root = condition.computation.root
     while root.opcode in ("fusion", "call"):
         condition = called(condition, root, root.computation("calls" if root.opcode == "fusion" else "to_apply"))
@@ -143,7 +143,7 @@ def _comparison(condition: Scope) -> tuple[_Value, _Value, str] | None:
 
 
 def _value(scope: Scope, i: Instruction) -> _Value | None:
-    """The value of a scalar."""
+    """Returns the value of a scalar."""
     operands = scope.computation.operands(i)
     if i.opcode == "constant":
         return _constant(i)
@@ -169,7 +169,7 @@ def _value(scope: Scope, i: Instruction) -> _Value | None:
 
 
 def _part(scope: Scope, i: Instruction, k: int) -> _Value | None:
-    """The value of part k of a tuple."""
+    """Returns the value of part k of a tuple."""
     operands = scope.computation.operands(i)
     if i.opcode == "tuple":
         return _value(scope, operands[k])
@@ -180,7 +180,7 @@ def _part(scope: Scope, i: Instruction, k: int) -> _Value | None:
     if i.opcode in ("fusion", "call"):
         inner = called(scope, i, i.computation("calls" if i.opcode == "fusion" else "to_apply"))
         return _part(inner, inner.computation.root, k)
-    if i.opcode == "while":  # What a loop leaves as it was.
+    if i.opcode == "while":  # A part that the loop does not change.
         return _part(scope, operands[0], k) if _step(scope, i, k) == 0 else None
     return None
 

@@ -1,12 +1,12 @@
-"""What an HLO module executes: its instructions, each with how often it runs in one call of the program."""
+"""The instructions that an HLO module executes, each with its number of runs in one call of the program."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
 
-from popi_jax.cost import trips
-from popi_jax.cost.hlo import Computation, Instruction, Module
+from popi_jax.modes.cost import trips
+from popi_jax.modes.cost.hlo import Computation, Instruction, Module
 
-# The attribute that names what an instruction runs; on a TPU's SparseCore, too, where it is started and waited for.
+# The attribute that names the computation an instruction runs, also on a TPU's SparseCore, asynchronously.
 _RUNS = {
     "call": ("to_apply",),
     "call-start": ("to_apply",),
@@ -17,7 +17,7 @@ _RUNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """An instruction of a computation that is run, `times` times. A fusion is one instruction."""
+    """An instruction of an executed computation, which runs `times` times. A fusion is one instruction."""
 
     instruction: Instruction
     computation: Computation
@@ -26,11 +26,11 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What one call of a module executes.
+    """The instructions that one call of a module executes.
 
     Attributes:
-        executions: of each computation in order, as often as it is called.
-        unknown_loops: names of the loops whose number of turns the text does not say.
+        executions: the instructions of each computation in order, once for each call of it.
+        unknown_loops: names of the loops whose trip count is not in the text.
     """
 
     executions: list[Execution]
@@ -40,14 +40,14 @@ class Program:
 def walk(module: Module, unknown_trips: Iterable[int], weight: Callable[[Computation, Instruction], float]) -> Program:
     """Walks a module from its entry.
 
-    A loop's body and condition count as often as the body runs; loops in loops multiply. Of a conditional the heaviest
-    branch counts. Calls are entered, and what is started to run at the same time; fusions are not.
+    A loop's body and condition count as often as the body runs; nested loops multiply. A conditional counts as its
+    heaviest branch. Calls are entered, asynchronous ones too; fusions are not.
 
     Args:
         module: from hlo.parse.
-        unknown_trips: turns of each loop whose number the text does not say, in order, such as a decode loop's, which
-            ends when the rows have; one where none is left.
-        weight: of one run of an instruction; used to compare the branches of a conditional.
+        unknown_trips: trip counts, in order, of the loops whose count is not in the text, such as a decode loop, which
+            ends when all rows are finished; 1 for any further loop.
+        weight: weight of one run of an instruction, to compare the branches of a conditional.
     """
     walker = _Walker(unknown_trips, weight)
     executions = walker.computation(trips.entry(module), 1)
@@ -67,7 +67,7 @@ class _Walker:
         return found
 
     def _inside(self, scope: trips.Scope, i: Instruction, times: int) -> list[Execution]:
-        """What an instruction runs as instructions of their own."""
+        """Returns the executions of the computations that an instruction runs."""
         if i.opcode == "while":
             turns = trips.count(scope, i)
             if turns is None:
@@ -78,7 +78,7 @@ class _Walker:
         if i.opcode == "conditional":
             branches = []
             for n, name in enumerate(i.branches):
-                # Operand 0 chooses; each branch takes one of the others.
+                # Operand 0 selects the branch; each branch takes one of the others.
                 branch = dataclasses.replace(i, operands=(i.operands[n + 1],))
                 branches.append(self.computation(trips.called(scope, branch, name), times))
             return max(branches, key=self._weight)

@@ -3,7 +3,7 @@
 import math
 import re
 
-from popi_jax.cost.hlo import Array, Computation, Instruction, Module, Shape, Tuple
+from popi_jax.modes.cost.hlo import Array, Computation, Instruction, Module, Shape, Tuple
 
 KINDS = (
     "all-gather",
@@ -16,32 +16,32 @@ KINDS = (
 )
 _LISTED = re.compile(r"\{([\d,\s]*)\}")
 _IOTA = re.compile(r"\[(\d+),(\d+)\]<=")
-# The order of the devices may stand, after a comma, between a mesh and its axes.
+# The device order may follow the mesh, after a comma, before the axes.
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?:[^()]|\([^()]*\))*\))? *\{([^}]*)\}")
 _MESH_AXIS = re.compile(r"'([^']+)'=(\d+)")
 _MESH_GROUP = re.compile(r"'([^']+)'(?::\(\d+\)(\d+))?")
 
 
 def kind(i: Instruction) -> str | None:
-    """Which of KINDS an instruction is or starts; None for any other, its -done included."""
+    """Returns which of KINDS an instruction is or starts; None for all others, including a -done."""
     opcode = i.opcode.removesuffix("-start")
     return opcode if opcode in KINDS else None
 
 
 def result(i: Instruction) -> Shape:
-    """The shape that an instruction makes; of one that starts it, what its -done will return."""
+    """Returns the shape of an instruction's result; for a -start, that of its -done."""
     if not i.opcode.endswith("-start") or i.opcode == "all-reduce-start" or isinstance(i.shape, Array):
         return i.shape
-    # (destination, source, ...) of a copy, (operands, results, ...) of all others.
+    # A copy has (destination, source, ...), all others have (operands, results, ...).
     return i.shape.parts[0 if i.opcode == "copy-start" else 1]
 
 
 def sent(module: Module, computation: Computation, i: Instruction) -> float:
-    """Bytes that one device sends for one run of a collective, by a ring's algorithms among its n participants.
+    """Returns the bytes that one device sends in one run of a collective, with ring algorithms among n participants.
 
-    An all-gather and a reduce-scatter send (n-1)/n of the whole array, an all-reduce both after one another, an
-    all-to-all (n-1)/n of its operand, a permute its operand, a broadcast its result: an upper bound, for of the last
-    two a device may send nothing.
+    An all-gather and a reduce-scatter send (n-1)/n of the whole array, an all-reduce twice that, an all-to-all (n-1)/n
+    of its operand, a permute its operand, a broadcast its result. This is an upper bound: in the last two, some devices
+    may send nothing.
     """
     n = group_size(i, module.devices)
     operands = sum(operand.shape.bytes for operand in computation.operands(i))
@@ -57,13 +57,13 @@ def sent(module: Module, computation: Computation, i: Instruction) -> float:
 
 
 def group_size(i: Instruction, devices: int) -> int:
-    """How many devices take part in a collective together: of groups of several sizes the largest.
+    """Returns the number of devices that take part in a collective together; the largest if group sizes differ.
 
     Groups are printed as lists {{0,1},{2,3}}, as an iota [groups,size]<=[...], or as axes of a mesh
-    mesh['a'=2,'b'=4] {'b'}, an axis perhaps split: 'b':(1)2 is a part of size 2. No groups: all devices.
+    mesh['a'=2,'b'=4] {'b'}. A mesh axis may be split: 'b':(1)2 is a part of size 2. Without groups, it is all devices.
 
     Raises:
-        ValueError: printed in another way.
+        ValueError: the groups are printed in another form.
     """
     printed = i.attributes.get("replica_groups", "{}")
     if printed in ("{}", "{{}}"):
@@ -80,12 +80,12 @@ def group_size(i: Instruction, devices: int) -> int:
 
 
 def fused(module: Module, i: Instruction) -> list[tuple[Computation, Instruction]]:
-    """The collectives that a fusion is to count for: those in it, but for the ones that another fusion has started."""
+    """Returns the collectives that count for a fusion: those inside it, except those that another fusion started."""
     return [(at, own) for at, own in _within(module, i) if not carried(module, own)]
 
 
 def scatters(module: Module, computation: Computation, i: Instruction) -> bool:
-    """Whether an all-reduce in a fusion is a reduce-scatter: each device keeps its n-th part and nothing else."""
+    """Returns whether an all-reduce in a fusion is a reduce-scatter: each device keeps only its n-th part."""
     n = group_size(i, module.devices)
     users = computation.users[i.name]
     sliced = all(user.opcode == "dynamic-slice" and user.shape.bytes * n == i.shape.bytes for user in users)
@@ -93,10 +93,10 @@ def scatters(module: Module, computation: Computation, i: Instruction) -> bool:
 
 
 def carried(module: Module, i: Instruction) -> bool:
-    """Whether a collective in a fusion is one that another fusion has started.
+    """Returns whether a collective in a fusion was started by another fusion.
 
-    A TPU overlaps a collective with products by fusing it into them: one fusion starts it, others take it further, in
-    loops too, the last one ends it, and the same collective, of the same channel, is printed in each of them.
+    A TPU overlaps a collective with products by fusing it into them: one fusion starts it, others continue it, also in
+    loops, and the last one ends it. The same collective, with the same channel, is printed in each of them.
     """
     started = _started(module)
     channel = i.attributes.get("channel_id")
@@ -104,19 +104,19 @@ def carried(module: Module, i: Instruction) -> bool:
 
 
 def holds(module: Module, i: Instruction) -> bool:
-    """Whether a fusion has a collective in it, started there or before."""
+    """Returns whether a fusion contains a collective, started there or earlier."""
     return bool(_within(module, i))
 
 
 def _started(module: Module) -> dict[str, str | None]:
-    """The channels of the collectives that fusions start, by the names that they have there."""
+    """Returns the channels of the collectives that fusions start, by their names in those fusions."""
     calls = module.custom_calls.get("AsyncCollectiveStart", [])
     operands = [operand for at, call in calls for operand in at.operands(call) if kind(operand)]
     return {operand.name: operand.attributes.get("channel_id") for operand in operands}
 
 
 def _within(module: Module, i: Instruction) -> list[tuple[Computation, Instruction]]:
-    """The collectives in a fusion and in the fusions within it."""
+    """Returns the collectives in a fusion and in fusions nested in it."""
     if i.opcode != "fusion":
         return []
     inner = module.computations[i.computation("calls")]
@@ -125,5 +125,5 @@ def _within(module: Module, i: Instruction) -> list[tuple[Computation, Instructi
 
 
 def tuple_parts(shape: Shape) -> tuple[Shape, ...]:
-    """The parts of a tuple, or the array alone."""
+    """Returns the parts of a tuple, or the array alone."""
     return shape.parts if isinstance(shape, Tuple) else (shape,)

@@ -1,20 +1,20 @@
-"""What a compiled program moves on one device: HBM traffic, collectives, transfers to and from the host."""
+"""The data that a compiled program moves on one device: HBM traffic, collectives, host transfers."""
 
 import dataclasses
 import re
 from collections.abc import Iterable
 
-from popi_jax.cost import collectives as lib
-from popi_jax.cost import executed, hlo
-from popi_jax.cost.hlo import Computation, Instruction, Module, Shape
+from popi_jax.modes.cost import collectives as lib
+from popi_jax.modes.cost import executed, hlo
+from popi_jax.modes.cost.hlo import Computation, Instruction, Module, Shape
 
-# They name, order or pass on what is there. What a loop, a branch or a call moves is counted inside it.
+# These name, order or pass on existing data. The traffic of a loop, a branch or a call is counted inside it.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "opt-barrier",
     "partition-id", "replica-id", "domain", "while", "conditional", "call", "call-start", "async-start", "async-update",
     "custom-call-update",
 }  # fmt: skip
-# Custom calls of the TPU's compiler that give a name to memory and move nothing.
+# Custom calls of the TPU compiler that name memory but move nothing.
 _FREE_TARGETS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}
 _SLICES = ("dynamic-slice", "slice", "gather")
 _IN_PLACE = ("dynamic-update-slice", "scatter")
@@ -23,7 +23,7 @@ _ALIASED = re.compile(r"\{([\d, ]*)\}: \(")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Of one kind in one call of the program: how often it runs, and the bytes that one device sends for them all."""
+    """All collectives of one kind in one call of the program: number of runs, and total bytes that one device sends."""
 
     count: int
     bytes: float
@@ -31,16 +31,16 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Of one call of the program, on one device.
+    """The traffic of one call of the program on one device.
 
     Attributes:
-        hbm_bytes: read and written. Every instruction that runs reads its operands once and writes its results once, a
-            slice or an update in place only its part. An upper bound as far as a result may stay on the chip for who
-            reads it next, though what the compiler laid into VMEM is left out; what a product or a kernel reads again,
-            block by block, and what tiles pad are not in it.
+        hbm_bytes: bytes read and written. Every executed instruction reads its operands once and writes its results
+            once; slices and in-place updates count only their part, and arrays that the compiler put in VMEM do not
+            count. The count is too high if a result stays on the chip for its next reader, and too low if a product or
+            a kernel reads its operands again, block by block; the padding of tiles is left out.
         collectives: by kind, such as "all-gather".
-        host_transfers: names of the instructions that wait for or send to the host.
-        unknown_loops: names of the loops whose number of turns was not in the text: `unknown_trips` says them.
+        host_transfers: names of the instructions that send to or wait for the host.
+        unknown_loops: names of the loops whose trip count is not in the text; `unknown_trips` supplies it.
     """
 
     hbm_bytes: float
@@ -50,14 +50,14 @@ class Traffic:
 
 
 def measure(text: str, unknown_trips: Iterable[int] = ()) -> Traffic:
-    """Counts what a program moves.
+    """Measures a program's traffic.
 
     Args:
         text: optimised HLO, compiled.as_text().
-        unknown_trips: turns of each loop that ends when the data says so, such as decode's; see executed.walk.
+        unknown_trips: trip counts of the loops whose end depends on the data, such as decode's; see executed.walk.
 
     Raises:
-        ValueError: text that is not understood.
+        ValueError: the text is not understood.
     """
     module = hlo.parse(text)
     program = executed.walk(module, unknown_trips, lambda computation, i: _weight(module, computation, i))
@@ -78,14 +78,14 @@ def _weight(module: Module, computation: Computation, i: Instruction) -> float:
 
 
 def _collectives(module: Module, computation: Computation, i: Instruction) -> list[tuple[str, float]]:
-    """Kind and bytes sent of what an instruction is, or carries out as a fusion."""
+    """Returns kind and bytes sent of each collective that an instruction is or, if a fusion, contains."""
     if i.opcode != "fusion":
         kind = lib.kind(i)
         return [(kind, lib.sent(module, computation, i))] if kind else []
     found = []
     for at, own in lib.fused(module, i):
         kind, size = lib.kind(own) or "", lib.sent(module, at, own)
-        # An all-reduce is a reduce-scatter and an all-gather: half of it.
+        # Half of an all-reduce, which is a reduce-scatter and an all-gather.
         found.append(("reduce-scatter", size / 2) if lib.scatters(module, at, own) else (kind, size))
     return found
 
@@ -97,7 +97,7 @@ def _is_host_transfer(i: Instruction) -> bool:
 
 
 def hbm_bytes(module: Module, computation: Computation, i: Instruction) -> float:
-    """Bytes of HBM that one run of an instruction reads and writes; see Traffic."""
+    """Returns the bytes of HBM that one run of an instruction reads and writes; see Traffic."""
     operands = [operand.shape for operand in computation.operands(i)]
     if i.opcode in _FREE or i.opcode.endswith("-done") or i.target in _FREE_TARGETS:
         return 0.0
@@ -124,12 +124,12 @@ def _in_hbm(shape: Shape) -> float:
 
 
 def _part_of(shape: Shape, size: float) -> float:
-    """`size` bytes of an array, as far as it is in HBM: never more than it has."""
+    """Returns `size`, but at most the bytes of the array that are in HBM."""
     return min(_in_hbm(shape), size)
 
 
 def _changed(computation: Computation, i: Instruction) -> float:
-    """Bytes of its first operand that an update in place writes; a scatter combines with what is there: it reads too.
+    """Returns the bytes of its first operand that an in-place update writes; a scatter also reads what it updates.
 
     A scatter's operands are n arrays, the indices, and n arrays of updates.
     """
@@ -144,7 +144,7 @@ def _fusion(module: Module, computation: Computation, i: Instruction) -> float:
     parts, written = lib.tuple_parts(i.shape), _written(module, inner)
     results = list(range(len(parts)))
     if lib.holds(module, i):
-        # The buffers of a collective on its way are handed on from fusion to fusion: they count where it starts.
+        # Fusions pass on the buffers of a running collective; these count where it starts.
         aliased = {
             index.split(",")[0] for index in _ALIASED.findall(i.attributes.get("output_to_operand_aliasing", ""))
         }
@@ -155,7 +155,7 @@ def _fusion(module: Module, computation: Computation, i: Instruction) -> float:
 
 
 def _read(module: Module, computation: Computation, i: Instruction) -> float:
-    """Bytes of a fusion's parameter, or of a view of it, that are read within the fusion."""
+    """Returns the bytes of a fusion's parameter, or of a view of it, that the fusion reads."""
     whole = i.shape.bytes
     if i.root:
         return whole
@@ -165,11 +165,11 @@ def _read(module: Module, computation: Computation, i: Instruction) -> float:
         if user.opcode in _SLICES and is_first:
             total += user.shape.bytes
         elif user.opcode in _IN_PLACE and is_first and user in _results(computation):
-            continue  # Its part counts as written.
+            continue  # The updated part counts as written.
         elif user.opcode == "tuple" and user.root and i.opcode == "parameter":
-            continue  # Handed on as it is.
+            continue  # Passed on unchanged.
         elif user.target == "AsyncCollectiveDone" or (lib.kind(user) and lib.carried(module, user)):
-            continue  # It counts where the collective starts.
+            continue  # Counted where the collective starts.
         elif user.opcode == "bitcast":
             total += _read(module, computation, user)
         elif user.opcode == "fusion":
@@ -182,7 +182,7 @@ def _read(module: Module, computation: Computation, i: Instruction) -> float:
 
 
 def _results(computation: Computation) -> list[Instruction]:
-    """What makes each result of a fusion, behind views."""
+    """Returns the instruction that computes each result of a fusion, looking through views."""
     root = computation.root
     results = computation.operands(root) if root.opcode == "tuple" else [root]
     return [_viewed(computation, one) for one in results]
@@ -195,7 +195,7 @@ def _viewed(computation: Computation, i: Instruction) -> Instruction:
 
 
 def _written(module: Module, computation: Computation) -> list[float]:
-    """Bytes of each result of a fusion that it writes."""
+    """Returns the bytes of each result that a fusion writes."""
     written: list[float] = []
     for one in _results(computation):
         if one.opcode in _IN_PLACE:
