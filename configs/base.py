@@ -29,9 +29,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # Type in which the trained weights are stored: float32 or bfloat16. bfloat16 takes half the memory. Its updates are
     # rounded up or down at random, because rounding to the nearest value would lose small ones.
     c.model.trained_dtype = "float32"
-    # Recomputation in the backward pass, in place of storing activations, from most memory and least time to least memory
-    # and most time: none, dots (everything but the products with weights and the results of attention) or full (everything
-    # but the input of each layer).
+    # Recomputation in the backward pass, which replaces stored activations, from most memory and least time to least
+    # memory and most time: none, dots (everything but the products with weights and the results of attention) or full
+    # (everything but the input of each layer).
     c.model.remat = "none"
     # Attention kernel: auto, xla (any device), splash (TPUs) or cudnn (NVIDIA GPUs, with compute_dtype bfloat16). auto
     # takes splash on TPUs, cudnn on GPUs in bfloat16, and xla otherwise.

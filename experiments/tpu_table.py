@@ -43,12 +43,12 @@ HEAD = """# The Llama configs on TPU slices
 
 These programs were compiled, not run. Memory is the plan of the TPU compiler (libtpu) with every text at its limit
 (signals 8,192 tokens, summaries 2,048, prompts 4,096, responses 1,024), K = 8 and one user per device and step. @N
-splits weights over N devices (`mesh.fsdp=N`, `mesh.data=-1`); +alternate is `schedule.name=alternate`, whose steps train
-one model at a time. GiB are per device: arguments / temporaries / total. The bounds are rooflines from the chip's public
-peaks: FLOPs of the products, recomputation included; bytes of HBM that the compiled instructions read and write (an
-overestimate: data that stays on the chip between two instructions counts too); bytes sent. The largest bound decides,
-and MFU is the model's own FLOPs against it. A "?" means that the compiler cannot print the program, so that its memory
-is known and its traffic is not.
+splits weights over N devices (`mesh.fsdp=N`, `mesh.data=-1`); +alternate is `schedule.name=alternate`, whose steps
+train one model at a time. GiB are per device: arguments / temporaries / total. The bounds are rooflines from the chip's
+public peaks: FLOPs of the products, recomputation included; bytes of HBM that the compiled instructions read and write
+(an overestimate: data that stays on the chip between two instructions counts too); bytes sent. The largest bound
+decides, and MFU is the model's own FLOPs against it. A "?" means that the compiler cannot print the program, so that
+its memory is known and its traffic is not.
 """
 
 
