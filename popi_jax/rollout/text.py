@@ -94,7 +94,7 @@ class TextSampler:
             self.base,
             delta,
             *jax.device_put(lines, sharding.batch_sharding(mesh)),
-            jax.device_put(key, sharding.replicated(mesh)),
+            key,
             branches=branches,
             max_tokens=max_tokens,
             temperature=sampling.temperature,
