@@ -29,9 +29,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # Type in which the trained weights are stored: float32 or bfloat16. bfloat16 takes half the memory. Its updates are
     # rounded up or down at random, because rounding to the nearest value would lose small ones.
     c.model.trained_dtype = "float32"
-    # What the backward pass computes again instead of storing it, from most memory and least time to least memory and
-    # most time: none, dots (everything but the products with weights and the results of attention) or full (everything
-    # but the input of each layer).
+    # Recomputation in the backward pass, which replaces stored activations, from most memory and least time to least
+    # memory and most time: none, dots (everything but the products with weights and the results of attention) or full
+    # (everything but the input of each layer).
     c.model.remat = "none"
     # Attention kernel: auto, xla (any device), splash (TPUs) or cudnn (NVIDIA GPUs, with compute_dtype bfloat16). auto
     # takes splash on TPUs, cudnn on GPUs in bfloat16, and xla otherwise.
@@ -99,8 +99,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # typical prompt with its responses is a good value. Where a bucket pads less, or a single prompt with its responses
     # is longer, the length of a bucket is used instead.
     c.limits.bin = 512
-    # What happens to a user whose signals exceed limits.signals, or limits.prompt where the generator or the reference
-    # reads them: error, or drop, which leaves out the oldest signals and logs how many.
+    # For a user whose signals exceed limits.signals, or limits.prompt where the generator or the reference reads them:
+    # error, or drop, which leaves out the oldest signals and logs how many.
     c.limits.on_overflow = "error"
     # Lengths, in tokens, to which prompts and bins are padded. Each one is compiled separately, so a few are enough.
     # (): chosen from the data.
@@ -139,8 +139,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.objective.beta = 0.1
     # How the log-probability of a response is taken from those of its tokens, the end token included: sum or mean.
     c.objective.logp_reduction = "sum"
-    # What the reference model reads besides the question: prompt (nothing), summary (what the generator is told of the
-    # user) or signals (the user's signals).
+    # The reference model reads the question, and besides it: prompt (nothing), summary (the generator's context) or
+    # signals (the user's signals).
     c.objective.reference_context = "prompt"
     # How the rewards of a user's summaries become the weights of their gradients: rloo (minus the mean of the others),
     # reinforce (minus a moving average over earlier steps), group_mean (minus the mean of all) or grpo (group_mean,
@@ -215,7 +215,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.eval.response_tokens = 64  # Longest generated response, in tokens.
     c.eval.bootstrap = 2000  # Bootstrap resamples behind each 95% interval.
 
-    # What experiments/results_table.py runs, unless its flags say otherwise.
+    # The runs of experiments/results_table.py, unless its flags say otherwise.
     c.table = ml_collections.ConfigDict()
     # Rows of the table: values of method, or popi with another schedule (popi_joint, popi_two_phase, popi_alternate,
     # inference_only, generator_only), or the best possible decision given the signals or the persona (bayes_signals,

@@ -306,7 +306,9 @@ def api_pages() -> dict[pathlib.Path, str]:
     package = ROOT / "popi_jax"
     groups = {"popi_jax": sorted(path for path in package.glob("*.py") if path.stem != "__init__")}
     for folder in sorted(path.parent for path in package.rglob("*/__init__.py")):
-        groups[".".join(folder.relative_to(ROOT).parts)] = sorted(path for path in folder.glob("*.py") if path.stem != "__init__")
+        groups[".".join(folder.relative_to(ROOT).parts)] = sorted(
+            path for path in folder.glob("*.py") if path.stem != "__init__"
+        )
     pages = {}
     for name, paths in groups.items():
         docstring = importlib.import_module(name).__doc__ or ""

@@ -37,23 +37,23 @@ CASES = (
     "llama3_8b:full@v5p:2x2x1",
     "llama3_8b:full@v5p:2x2x2",
 )
-HEAD = """# What the Llama configs take of TPU slices
+HEAD = """# The Llama configs on TPU slices
 
     JAX_PLATFORMS=cpu python experiments/tpu_table.py --output=experiments/results/tpu{cases}
 
-Compiled, not run: memory is the plan of the TPU compiler (libtpu) at the limits of the config, every signal, summary,
-prompt and response as long as may be (8,192, 2,048, 4,096 and 1,024 tokens), K = 8 and one user a step for every
-device; where a case ends in @N, weights are split over N devices (`mesh.fsdp=N`, `mesh.data=-1`), and +alternate is
-`schedule.name=alternate`, whose steps train one model at a time. GiB are per device,
-arguments / temporaries / total. The bounds are a roofline's, from the chip's public peaks: products with what is
-computed again, bytes of HBM that the compiled instructions read and write (an estimate: what stays on the chip between
-two of them counts too), bytes sent. The largest decides; MFU is what it leaves to the model's own products. A "?"
-stands where a program's text cannot be had: memory is known there, traffic is not.
+These programs were compiled, not run. Memory is the plan of the TPU compiler (libtpu) with every text at its limit
+(signals 8,192 tokens, summaries 2,048, prompts 4,096, responses 1,024), K = 8 and one user per device and step. @N
+splits weights over N devices (`mesh.fsdp=N`, `mesh.data=-1`); +alternate is `schedule.name=alternate`, whose steps
+train one model at a time. GiB are per device: arguments / temporaries / total. The bounds are rooflines from the chip's
+public peaks: FLOPs of the products, recomputation included; bytes of HBM that the compiled instructions read and write
+(an overestimate: data that stays on the chip between two instructions counts too); bytes sent. The largest bound
+decides, and MFU is the model's own FLOPs against it. A "?" means that the compiler cannot print the program, so that
+its memory is known and its traffic is not.
 """
 
 
 def run_case(case: str, folder: pathlib.Path) -> dict[str, Any]:
-    """The report of one case, from its file if there is one. Raises UserError for a case that is not one."""
+    """Returns the report of one case, read from its file if that exists; UserError for a malformed case."""
     path = folder / f"{case.replace(':', '_').replace('@', '_on_').replace('+', '_')}.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))

@@ -1,5 +1,7 @@
-"""--mode=compile: its abstract programs are those of a run, and its figures those that can be had by hand."""
+"""--mode=compile: its programs are those of a run, and its figures agree with counts by hand."""
 
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -21,7 +23,7 @@ from popi_jax.training import batches
 
 
 def small(**values: object) -> Config:
-    """The smallest config that has every part: two micro-batches, a share of the summaries for theta, adapters."""
+    """The smallest config with every part: two micro-batches, fewer summaries for theta, adapters."""
     config = quickstart.get_config("runlocal")
     config.train.users_per_step = 8
     config.train.accumulation_generator = 2
@@ -77,7 +79,7 @@ def test_the_report_on_this_machine():
 
 
 def score_flops(config) -> float:
-    """Of reading the rows of an evaluation's batch once, by hand."""
+    """FLOPs of reading the rows of an evaluation batch once, by hand."""
     model = hub.read_config(hub.STYLEBOOK / "config.json")
     limits, devices = config.limits, 4
     row = limits.prompt + 2 * limits.response
@@ -93,7 +95,7 @@ def score_flops(config) -> float:
     return 2.0 * (model.n_layers * layer + devices * W * D * model.vocab_size)
 
 
-def test_sampling_shapes_are_those_that_are_drawn():
+def test_compiled_and_drawn_samples_have_the_same_shapes():
     config = small()
     run = setup.load(config)
     drawn = run.sampler.draw(
@@ -124,8 +126,15 @@ def test_published_shapes_need_no_weights(module, arg):
     assert batch.generator.bins.tokens_CxL.shape == (8, 16, 6144)
 
 
+def documented_fields() -> set[str]:
+    """The fields of a step in docs/reference/command-line.md."""
+    page = (pathlib.Path(__file__).parents[1] / "docs/reference/command-line.md").read_text()
+    rows = page[page.index("## The report of `--mode=compile`") :].split("\n| `")[1:]
+    return {name for row in rows for name in re.findall(r"`?(\w+)`", row.split(" | ")[0])}
+
+
 def test_every_program_compiles_for_a_tpu_slice():
-    """The real compiler, without a TPU: no dynamic shape, nothing that Mosaic refuses, no word with the host."""
+    """The real compiler, without a TPU: no dynamic shape, nothing that Mosaic refuses, no host transfer."""
     pytest.importorskip("libtpu")
     found = compile_lib.report(small(), "v5e:2x2")
     assert found["device_kind"] == "TPU v5 lite" and found["devices"] == 4
@@ -134,6 +143,8 @@ def test_every_program_compiles_for_a_tpu_slice():
         # Decoding ends when all texts have, which nothing says before; a device's last two prompts may become one.
         assert bool(row["unknown_loops"]) == row["name"].endswith(("sample", "respond"))
         assert row["total_bytes_per_device"] < found["hbm_bytes_per_device"] and row["bound_s"] > 0
+    fields = {field for row in found["steps"] for field in row} | {"why_not", "why_no_traffic"}
+    assert fields == documented_fields()
     joint = next(row for row in found["steps"] if row["name"] == "joint_step")
     assert joint["collective_counts"]["all-gather"] > 1
 
@@ -147,7 +158,7 @@ def test_every_program_compiles_for_a_tpu_slice():
 
 
 @pytest.mark.parametrize("topology", chips.TOPOLOGIES)
-def test_slices_that_a_message_names_have_a_mesh_and_known_peaks(topology):
+def test_every_suggested_slice_has_a_mesh_and_known_peaks(topology):
     pytest.importorskip("libtpu")
     devices = compile_lib.slice_devices(topology)
     config = small(mesh__data=-1, mesh__fsdp=4, mesh__tensor=1)
@@ -155,7 +166,7 @@ def test_slices_that_a_message_names_have_a_mesh_and_known_peaks(topology):
     assert chips.chip(devices[0].device_kind).flops > 0
 
 
-def test_what_goes_to_a_sparse_core_is_counted():
+def test_sparse_core_traffic_is_counted():
     """On v5p a scatter does, and XLA's reader refuses the program's text: JAX cannot print it."""
     pytest.importorskip("libtpu")
     mesh = setup.make_mesh(small(), compile_lib.slice_devices("v5p:2x2x1"))
@@ -180,7 +191,7 @@ def test_two_processes_compile_side_by_side():
     assert done.stdout == "4\n", done.stderr
 
 
-def test_mistakes_are_told():
+def test_mistakes_are_reported():
     with pytest.raises(UserError, match="--topology=v5e:nonsense: .*such as .*v5e:4x4"):
         compile_lib.report(small(), "v5e:nonsense")
     with pytest.raises(UserError, match="config.model.attention"):
@@ -189,7 +200,7 @@ def test_mistakes_are_told():
         compile_lib.report(small(model__path="somebody/model"), compile_lib.HERE)
 
 
-def test_what_the_compiler_cannot_print_has_no_bound():
+def test_unprintable_programs_have_no_bound():
     row = {"fits": True, "executed_flops_per_device": 2e15, "model_flops_per_device": 1.5e15}
     chip = chips.chip("TPU v5")
     found = compile_lib.at_best(row, None, chip)
@@ -211,6 +222,6 @@ def test_what_the_compiler_cannot_print_has_no_bound():
         "Used 15.88G of 15.75G hbm.",
     ],
 )
-def test_what_does_not_fit_says_by_how_much(sentence):
+def test_an_oom_message_keeps_both_figures(sentence):
     error = RuntimeError(f"RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: No memory. {sentence} Exceeded by 1M.\nmore")
     assert compile_lib._why_not(error) == sentence

@@ -63,9 +63,11 @@ def test_tokens_per_second_covers_the_steps_since_the_last_line(tmp_path, monkey
         clock[0] = 104.0
         assert log.write(3, {"tokens": 800.0})["tokens_per_s"] == 200.0
         assert log.write(3, {"eval_loss": 1.0}) == {"eval_loss": 1.0}  # A line without tokens has no rate.
-        clock[0] = 114.0
+        with log.pause():  # An evaluation of 6 seconds is not training.
+            clock[0] = 110.0
+        clock[0] = 120.0
         log.write(5, {"tokens": 1000.0})
-    assert metrics.read_metrics(tmp_path)[-1] == {"step": 5, "wall_s": 64.0, "tokens": 1000.0, "tokens_per_s": 200.0}
+    assert metrics.read_metrics(tmp_path)[-1] == {"step": 5, "wall_s": 70.0, "tokens": 1000.0, "tokens_per_s": 200.0}
 
 
 def test_lines_of_the_resume_step_are_kept(tmp_path):

@@ -193,10 +193,19 @@ def test_the_key_determines_the_samples():
 
 
 def test_a_draw_equals_jax_random_categorical():
-    key, V = jax.random.key(3), 1000
-    logp_XxV = sampler.truncate(2 * jax.random.normal(jax.random.key(4), (500, V)), temperature=1.0, top_p=0.9)
-    got_X = sampler._first_largest(logp_XxV + jax.random.gumbel(key, logp_XxV.shape))
-    np.testing.assert_array_equal(got_X, jax.random.categorical(key, logp_XxV))
-    assert len(set(got_X.tolist())) > 50
+    B, T, N = 40, 6, 10
+    prompt, key = prompts(B, T)[0], jax.random.key(3)
+    out = draw(prompt, np.full(B, T, np.int32), key, N, 1, top_p=0.9)
+    decoder = POLICY.bind(BASE, DELTA)
+    hidden_BxTxD = decoder(prompt, jnp.tile(jnp.arange(T), (B, 1)), jnp.zeros((B, T), jnp.int32))
+    logp_BxV = sampler.truncate(decoder.logits(hidden_BxTxD)[:, -1], temperature=1.0, top_p=0.9)
+    logp_BxNxV = jnp.broadcast_to(logp_BxV[:, None], (B, N, tiny.CONFIG.vocab_size))
+    want_BxN = jax.random.categorical(jax.random.fold_in(key, 0), logp_BxNxV)
+    np.testing.assert_array_equal(out.tokens_BxNxS[..., 0], want_BxN)
+    assert len(np.unique(want_BxN)) > 20
+
+
+def test_greedy_takes_the_first_of_equal_logits():
     ties_XxV = jnp.array([[0.0, 2.0, 2.0, -jnp.inf], [-jnp.inf] * 4, [-1.0, -3.0, -1.0, -2.0]])
-    np.testing.assert_array_equal(sampler._first_largest(ties_XxV), jnp.argmax(ties_XxV, axis=-1))
+    logp_XxV = sampler.truncate(ties_XxV, temperature=0.0, top_p=1.0)
+    np.testing.assert_array_equal(np.exp(logp_XxV), jax.nn.one_hot(jnp.array([1, 0, 0]), 4))

@@ -184,7 +184,7 @@ def score_function_loss(
 
 
 class KLTerms(NamedTuple):
-    """What a KL estimator adds to a step. Use all three for every estimator: a part that it does not have is zero."""
+    """The terms that a KL estimator adds to a step. Use all three for every estimator: a term that it lacks is zero."""
 
     penalty_UxK: jax.Array  # Subtract lambda times this from the reward before computing advantages. No gradient.
     loss: SumCount  # Add lambda times this to the loss. Differentiable.
