@@ -32,6 +32,8 @@ Measure = Callable[[Turn], dict[str, Any]]
 Prepared = tuple[Measure, dict[str, Any]]
 # Numbers and named arrays that both sides must agree on.
 Checked = tuple[dict[str, Any], dict[str, Any]]
+# How a side prepares and checks each kind of case; some have no check.
+Cases = Mapping[str, tuple[Callable[["Job"], Prepared], Callable[["Job"], Checked] | None]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,7 @@ The worker runs in the environment of its side. It imports the side by name, bec
 all sides. A side is a module of `benchmarks.sides` that defines:
 
     PACKAGES    the distributions whose versions to record
-    PREPARE     for each kind of case, a function from a `cases.Job` to `cases.Prepared`
-    CHECK       for each kind of case that has a check, a function from a `cases.Job` to `cases.Checked`
+    CASES       how to prepare and to check each kind of case, see `cases.Cases`
 
 A `cases.Measure` calls back after each measurement, rather than being called for each, because the trainers of TRL and
 Tunix have loops of their own and a measurement must be one turn of such a loop.
@@ -145,13 +144,14 @@ def main() -> None:
     channel = Channel()
     side = importlib.import_module(f"benchmarks.sides.{flags.side}")
     job = Job.read(flags.case, flags.peer, flags.work)
+    prepare, check = side.CASES[job.kind]
     last: dict[str, Any] = {}
     if flags.check:
-        write_check(job, "peer" if job.peer else "ours", *side.CHECK[job.kind](job))
+        write_check(job, "peer" if job.peer else "ours", *check(job))
         channel.say("ready")
     else:
         clock, started = CompileClock(), time.perf_counter()
-        measure, setup = side.PREPARE[job.kind](job)
+        measure, setup = prepare(job)
         turns = Turns(channel, clock, setup | {"load_s": time.perf_counter() - started})
         last = measure(turns) | {"peak_bytes": turns.peak_bytes}
     channel.say("end", versions={name: importlib.metadata.version(name) for name in side.PACKAGES}, **last)

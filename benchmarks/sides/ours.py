@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import machine, profile, roofline, rows
-from benchmarks.cases import DPO, Checked, Job, Measure, Prepared, Turn, repeat
+from benchmarks.cases import DPO, Cases, Checked, Job, Measure, Prepared, Turn, repeat
 from popi_jax import config
 from popi_jax.data.schema import Example
 from popi_jax.model import hub
@@ -302,15 +302,10 @@ def measure_roofline(job: Job) -> Prepared:
     return repeat(measurement), {}
 
 
-PREPARE = dict.fromkeys(DPO, dpo) | dict.fromkeys(("scaling_signals", "scaling_k", "scaling_k_long"), scaling)
-PREPARE |= {
-    "roofline": measure_roofline,
-    "sampling": sampling,
-    "evaluation": evaluation,
-    "popi_iteration": popi_iteration,
-}
-CHECK = dict.fromkeys(DPO, check_dpo) | {
-    "sampling": check_sampling,
-    "evaluation": check_evaluation,
-    "popi_iteration": check_rewards,
+CASES: Cases = dict.fromkeys(DPO, (dpo, check_dpo)) | {
+    "roofline": (measure_roofline, None),
+    **dict.fromkeys(("scaling_signals", "scaling_k", "scaling_k_long"), (scaling, None)),
+    "sampling": (sampling, check_sampling),
+    "evaluation": (evaluation, check_evaluation),
+    "popi_iteration": (popi_iteration, check_rewards),
 }

@@ -16,7 +16,7 @@ import transformers
 import trl
 
 from benchmarks import roofline
-from benchmarks.cases import DPO, Checked, Job, Prepared, Turn, repeat
+from benchmarks.cases import DPO, Cases, Checked, Job, Prepared, Turn, repeat
 from benchmarks.sides.reward import Generator, render
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets")
@@ -322,14 +322,9 @@ def measure_roofline(job: Job) -> Prepared:
     return repeat(measurement), {}
 
 
-PREPARE = dict.fromkeys(DPO, dpo) | {
-    "roofline": measure_roofline,
-    "sampling": sampling,
-    "evaluation": evaluation,
-    "popi_iteration": popi_iteration,
-}
-CHECK = dict.fromkeys(DPO, check_dpo) | {
-    "sampling": check_sampling,
-    "evaluation": check_evaluation,
-    "popi_iteration": check_rewards,
+CASES: Cases = dict.fromkeys(DPO, (dpo, check_dpo)) | {
+    "roofline": (measure_roofline, None),
+    "sampling": (sampling, check_sampling),
+    "evaluation": (evaluation, check_evaluation),
+    "popi_iteration": (popi_iteration, check_rewards),
 }

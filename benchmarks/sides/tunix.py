@@ -27,7 +27,7 @@ from tunix.rl.rollout import base_rollout
 from tunix.sft import utils
 from tunix.sft.dpo import dpo_trainer as dpo_lib
 
-from benchmarks.cases import DPO, Checked, Job, Prepared, Turn, repeat
+from benchmarks.cases import DPO, Cases, Checked, Job, Prepared, Turn, repeat
 from benchmarks.sides.reward import Generator, render
 
 PACKAGES = ("google-tunix", "jax", "jaxlib", "flax", "optax", "qwix", "transformers")
@@ -366,13 +366,8 @@ def check_rewards(job: Job) -> Checked:
     return {"rewards": NnxGenerator(job).persona_rewards()}, {}
 
 
-PREPARE = dict.fromkeys(DPO, dpo) | {
-    "sampling": sampling,
-    "evaluation": evaluation,
-    "popi_iteration": popi_iteration,
-}
-CHECK = dict.fromkeys(DPO, check_dpo) | {
-    "sampling": check_sampling,
-    "evaluation": check_evaluation,
-    "popi_iteration": check_rewards,
+CASES: Cases = dict.fromkeys(DPO, (dpo, check_dpo)) | {
+    "sampling": (sampling, check_sampling),
+    "evaluation": (evaluation, check_evaluation),
+    "popi_iteration": (popi_iteration, check_rewards),
 }
