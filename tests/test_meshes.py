@@ -284,8 +284,6 @@ def test_a_checkpoint_of_another_model_raises_a_user_error(name, tmp_path):
     there, here, shown = OTHERS[name]
     run = make_run(ALONE, *there)
     saved(tmp_path, run, make_state(run))
-    with pytest.raises(
-        UserError, match=f"{shown}; use the config that it was made with, or another --workdir"
-    ) as error:
+    with pytest.raises(UserError, match=f"{shown}; use the config of that run, or another --workdir") as error:
         make_run((2, 2, 2), *here).restore(tmp_path)
     assert "\n" not in str(error.value)
