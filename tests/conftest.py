@@ -33,3 +33,11 @@ def clear_compiled_programs() -> Iterator[None]:
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def fast_compilation() -> Iterator[None]:
+    """Compiling is nearly all that these tests do, and takes half as long without the compiler's optimizations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
