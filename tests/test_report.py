@@ -175,7 +175,7 @@ def test_a_sample_may_lack_any_field_but_its_user(tmp_path):
 
 def test_broken_file_is_one_line(tmp_path):
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(UserError, match="results.json: not JSON"):
+    with pytest.raises(UserError, match="results.json:1: not JSON"):
         report.write(tmp_path)
 
 
