@@ -199,7 +199,7 @@ def read_rows(bins: PackedBatch) -> list[tuple[tuple[int, ...], ...] | None]:
     L, N = bins.tokens_CxL.shape[1], bins.length_RxN.shape[1]
     found = {}
     # A branch's tokens are in order: its last one stays.
-    for predictor, target, branch in zip(bins.predictor_GxW[0], bins.target_GxW[0], bins.branch_GxW[0], strict=True):
+    for predictor, target, branch in zip(bins.predictor_ShxW[0], bins.target_ShxW[0], bins.branch_ShxW[0], strict=True):
         c, i = divmod(int(predictor), L)
         own = int(bins.segments_CxL[c, i])
         visible_L = np.isin(bins.segments_CxL[c], (own, own // ROW * ROW)) & (np.arange(L) <= i)
