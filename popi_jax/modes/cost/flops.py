@@ -7,7 +7,7 @@ from typing import Any
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-RECOMPUTED = "rematted_computation"  # jax.checkpoint's own name, which model/attention.py also uses.
+from popi_jax.model.remat import RECOMPUTED
 
 
 def count(jaxpr: core.ClosedJaxpr, while_trips: Iterable[int] = (), *, recomputed: bool = True) -> float:
