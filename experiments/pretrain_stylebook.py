@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import functools
 import operator
+import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,8 @@ from popi_jax.data import stylebook, templates
 from popi_jax.data import stylebook_text as text
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.data.stylebook_exact import difference
-from popi_jax.model import hub
+from popi_jax.errors import UserError
+from popi_jax.model import folders, hub
 from popi_jax.model.config import ModelConfig
 from popi_jax.model.decoder import Decoder
 from popi_jax.model.policy import Policy
@@ -303,6 +305,10 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="Multiplies the number of updates.")
     parser.add_argument("--seed", type=int, default=0, help="The seed of the initial weights and the users.")
     args = parser.parse_args()
+    try:
+        folders.check_replaceable(pathlib.Path(args.output))  # Else hub.save would refuse it after the training.
+    except UserError as error:
+        parser.error(str(error))
     prompts = quickstart.get_config().prompts
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = train_tokenizer(scratch, corpus(prompts, 3000))

@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from popi_jax import config as config_lib
-from popi_jax.data import files
+from popi_jax.data import checks, files
 from popi_jax.errors import UserError
 from popi_jax.modes import cli
 from popi_jax.modes import compile as compile_lib
@@ -122,11 +122,13 @@ def short(reports: list[dict[str, Any]]) -> str:
 
 def _main(argv: list[str]) -> None:
     folder = pathlib.Path(flags.FLAGS.output)
+    table = folder / "README.md"
+    if table.exists() and not checks.read_text(table, "choose another --output").startswith(HEAD.split("\n")[0]):
+        raise UserError(f"{table}: not a table of this script; choose another --output")
     asked = ",".join(flags.FLAGS.cases or ())
     reports = [run_case(case, folder) for case in flags.FLAGS.cases or CASES]
-    files.write_text(
-        folder / "README.md", HEAD.format(cases=f" --cases={asked}" if asked else "") + "\n" + markdown(reports)
-    )
+    head = HEAD.format(cases=f" --cases={asked}" if asked else "")
+    files.write_text(table, head + "\n" + markdown(reports))
     print(markdown(reports))
     print(short(reports))
 

@@ -70,10 +70,13 @@ def _compile(config: config_lib.Config) -> None:
     from popi_jax.modes import compile as compile_lib
 
     jax.config.update("jax_enable_compilation_cache", False)  # The report measures compile times.
+    output = None if _OUTPUT.value is None else pathlib.Path(_OUTPUT.value)
+    if output is not None:
+        compile_lib.check_output(output)
     report = compile_lib.report(config, _TOPOLOGY.value)
     print(compile_lib.table(report))
-    if _OUTPUT.value is not None:
-        files.write_json(pathlib.Path(_OUTPUT.value), report)
+    if output is not None:
+        files.write_json(output, report)
 
 
 def _join(cluster: str) -> None:

@@ -1,10 +1,13 @@
-"""The one JSONL reader and the one atomic writer of the files of a run."""
+"""The one JSONL reader and the one writer of the files of a run: completely or not at all."""
 
+import contextlib
 import io
 import json
 import math
 import os
 import pathlib
+import secrets
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +15,7 @@ import jax
 import numpy as np
 
 from popi_jax.data import checks
+from popi_jax.errors import UserError, first_line
 
 
 def read_json(path: pathlib.Path, remedy: str = "remove the file and run again") -> dict[str, Any] | None:
@@ -46,9 +50,30 @@ def numbered_objects(
             yield number, checks.as_object(checks.parse_json(line, str(path), number, if_damaged), where)
 
 
+def check_output(path: pathlib.Path) -> None:
+    """Raises UserError unless `path` can name a file to write: its folder exists, and it is no folder or device."""
+    if not path.parent.is_dir():
+        raise UserError(f"--output={path}: {path.parent} is not a folder; create it, or choose another --output")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--output={path}: not a file; choose another --output")
+
+
 def write_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes one JSON object per line. JSON has no non-finite numbers, so they become null."""
-    write_text(path, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
+    write_bytes(path, _lines(rows))
+
+
+def append_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Appends one JSON object per line. If an error interrupts it, the file is as before; a kill can cut a line."""
+    with _told(path), path.open("ab", buffering=0) as file:
+        before, rest = file.seek(0, os.SEEK_END), memoryview(_lines(rows))
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(before)
+            raise
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
@@ -57,27 +82,54 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file completely or not at all. In a multi-process run, only the first process writes."""
-    _write(path, text.encode())
+    """Writes a text file as UTF-8, under the same rules as `write_bytes`."""
+    write_bytes(path, text.encode())
 
 
 def write_npz(path: pathlib.Path, **arrays: Any) -> None:
-    """Writes arrays as an npz file, under the same rules as `write_text`."""
+    """Writes arrays as an npz file, under the same rules as `write_bytes`."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    _write(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
-def _write(path: pathlib.Path, data: bytes) -> None:
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file completely or not at all. In a multi-process run, only the first process writes.
+
+    A link stays a link, and an existing file keeps its mode; a new one has the mode that the umask gives.
+
+    Raises:
+        UserError: the disk is full, or the file cannot be written.
+    """
     if jax.process_index() != 0:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())  # Otherwise a power cut could leave an empty file under the new name.
-    scratch.replace(path)
+    path = pathlib.Path(os.path.realpath(path))
+    scratch = path.with_name(f".{secrets.token_hex(8)}.tmp")  # No other process's, and no user's file.
+    with _told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with scratch.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # Otherwise a power cut could leave an empty file under the new name.
+            if path.exists():
+                shutil.copymode(path, scratch)
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _told(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(f"{path}: cannot be written ({reason}); free space, or choose another place") from error
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def finite(value: Any) -> Any:

@@ -18,7 +18,7 @@ def read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
     Raises:
         UserError: one line that names the file, the line, the field and the remedy.
     """
-    beside = path.parent / "summaries.jsonl"
+    beside = summaries_beside(path)
     summaries = _read_summaries(beside) if beside.exists() else {}
     entries: list[dict[str, Any]] = []
     for number, record in files.numbered_objects(path, "give the path of a prompts.jsonl file"):
@@ -39,6 +39,11 @@ def read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
     if not entries:
         raise UserError(f"{path}: no prompts; write one JSON object per line")
     return entries
+
+
+def summaries_beside(path: pathlib.Path) -> pathlib.Path:
+    """Returns the file that has the summaries of the users of a prompts.jsonl."""
+    return path.parent / "summaries.jsonl"
 
 
 def _read_summaries(path: pathlib.Path) -> dict[str, str]:

@@ -9,7 +9,6 @@
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -53,8 +52,7 @@ def read_users(path: str | pathlib.Path, split: str = "train", require_queries: 
 
 def write_users(path: str | pathlib.Path, examples: Iterable[Example]) -> None:
     """Writes users.jsonl. `read_users` returns the same examples except for provenance, split and group."""
-    lines = [json.dumps(_user_record(example), ensure_ascii=False) for example in examples]
-    pathlib.Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    files.write_jsonl(pathlib.Path(path), [_user_record(example) for example in examples])
 
 
 def _parse_user(record: dict[str, Any], path: pathlib.Path, number: int, split: str, require_queries: bool) -> Example:

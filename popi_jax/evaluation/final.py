@@ -14,6 +14,18 @@ from popi_jax.evaluation import decomposition, evaluate, report
 from popi_jax.evaluation.evaluate import Evaluator
 from popi_jax.training.steps import TrainState
 
+# The files that `finish` writes.
+FILES = (
+    "results.json",
+    "eval_records.jsonl",
+    "samples.jsonl",
+    "decomposition.npz",
+    "report.html",
+    "results.png",
+    "personas.png",
+    "curves.png",
+)
+
 
 def finish(
     evaluator: Evaluator, workdir: pathlib.Path, state: TrainState, test: Sequence[Example], step: int

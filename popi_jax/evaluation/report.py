@@ -61,7 +61,9 @@ def write(workdir: pathlib.Path) -> None:
     }
     drawn = {name: figure for name, figure in figures.items() if figure is not None}
     for name, figure in drawn.items():
-        figure.savefig(workdir / f"{name}.png", dpi=160)
+        png = io.BytesIO()
+        figure.savefig(png, dpi=160)
+        files.write_bytes(workdir / f"{name}.png", png.getvalue())
     columns, rows = _table(summaries)
     page = _TEMPLATES.get_template("report.html").render(
         results=results,

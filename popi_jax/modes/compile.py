@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from popi_jax.config import SUMMARIZED, Config
+from popi_jax.data import files
 from popi_jax.data.shapes import Shapes, placed
 from popi_jax.errors import UserError, first_line
 from popi_jax.model import hub, sharding
@@ -157,6 +158,15 @@ def report(config: Config, topology: str) -> dict[str, Any]:
         "mesh": dict(mesh.shape),
         "steps": steps,
     }
+
+
+def check_output(path: pathlib.Path) -> None:
+    """Raises UserError unless the path is free or has an earlier report."""
+    files.check_output(path)
+    if path.exists() and path.stat().st_size:
+        there = files.read_json(path, "choose another --output") or {}
+        if not {"schema", "topology", "steps"} <= there.keys():
+            raise UserError(f"--output={path}: not a report of --mode=compile; choose another --output")
 
 
 def model_shape(config: Config) -> pathlib.Path:

@@ -1,9 +1,10 @@
 """--mode=evaluate: evaluates a checkpoint on all test users, of the run's data or other data."""
 
 import pathlib
+from typing import Any
 
 from popi_jax.config import Config
-from popi_jax.data import prepared
+from popi_jax.data import files, prepared
 from popi_jax.errors import UserError
 from popi_jax.evaluation import final
 from popi_jax.modes import runfiles, setup
@@ -11,8 +12,8 @@ from popi_jax.modes.setup import Run
 from popi_jax.training.steps import TrainState
 
 
-def trained(config: Config, workdir: pathlib.Path, step: int | None) -> tuple[Run, TrainState]:
-    """Loads the newest checkpoint of the workdir, or that of `step`.
+def trained(config: Config, workdir: pathlib.Path, step: int | None) -> tuple[Run, TrainState, dict[str, Any]]:
+    """Loads the newest checkpoint of the workdir, or that of `step`, with the record saved in it.
 
     Raises:
         UserError: the workdir has no such checkpoint, or holds a run of another config.
@@ -22,7 +23,7 @@ def trained(config: Config, workdir: pathlib.Path, step: int | None) -> tuple[Ru
     restored = run.restore(workdir, step)
     if restored is None:
         raise UserError(f"{workdir} has no checkpoint; train first with --mode=train")
-    return run, restored[0]
+    return run, *restored
 
 
 def evaluate_checkpoint(
@@ -44,7 +45,9 @@ def evaluate_checkpoint(
     Returns:
         The row of results.json.
     """
-    run, state = trained(config, workdir, step)
+    if output is not None:
+        _check_output(output)
+    run, state, _ = trained(config, workdir, step)
     shared = workdir if shared is None else shared
     sources = {"test": prepared.from_config(config.data, shared)["test"]}
     run = run.fitted(sources)
@@ -52,3 +55,13 @@ def evaluate_checkpoint(
     folder = workdir / f"evaluation_step{int(state.step)}" if output is None else output
     runfiles.describe(folder, config)
     return final.finish(evaluator, folder, state, list(sources["test"]), int(state.step))
+
+
+def _check_output(folder: pathlib.Path) -> None:
+    """Raises UserError if the folder has files of these names that no evaluation wrote."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output={folder}: not a folder; choose another --output")
+    taken = [name for name in ("config.json", *final.FILES) if (folder / name).exists()]
+    of_a_run = any((folder / name).exists() for name in ("checkpoints", "data", "metrics.jsonl"))
+    if taken and (of_a_run or "popi_jax" not in (files.read_json(folder / "environment.json") or {})):
+        raise UserError(f"--output={folder}: {taken[0]} there is not from an evaluation; choose another --output")

@@ -1,21 +1,30 @@
 """--mode=summarize and --mode=generate: writes summaries of users and personalized responses with a trained run."""
 
+import fcntl
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.progress
 
 from popi_jax.config import Config
-from popi_jax.data import files, prompts, users
+from popi_jax.data import checks, files, prompts, users
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError
 from popi_jax.modes import runfiles
 from popi_jax.modes.evaluate import trained
 from popi_jax.rollout import text
 from popi_jax.training.rng import stream_key
+from popi_jax.training.steps import TrainState
+
+_ELSEWHERE = "choose another --output"
+# The fields that a model's text adds to those of the input, by the name of the text.
+_MADE = {
+    "summaries": ("summary", "summary_tokens", "signal_tokens", "signals_dropped", "finished"),
+    "responses": ("response", "response_tokens", "finished"),
+}
 
 
 def summarize(
@@ -24,19 +33,19 @@ def summarize(
     """Writes one summary per user of a users.jsonl. Resumes an earlier call that was interrupted.
 
     A line of the output has the fields "user", "summary", "summary_tokens", "signal_tokens", "signals_dropped" (to fit
-    limits.signals, with on_overflow = "drop"), "finished", "step" (the checkpoint's), "sampling" (temperature and
-    top_p) and "signals" (a digest of the signals that the model read).
+    limits.signals, with on_overflow = "drop"), "finished", "run" (a digest of the checkpoint and the settings), "step"
+    (the checkpoint's), "sampling" (temperature and top_p) and "signals" (a digest of those that the model read).
     """
-    runfiles.one_process("summarize")
+    _check_paths("summarize", output_path, input_path)
     examples = users.read_users(input_path, require_queries=False)
-    run, state = trained(config, workdir, step)
+    run, state, record = trained(config, workdir, step)
     encoder, sampler, sampling = run.encoder, run.sampler, text.in_use(config)
+    source = _source(config, state, record)
     for example in examples:  # Reports an exceeded limit before the first summary is drawn.
         encoder.signals(example)
 
     def identity(example: Example) -> dict[str, Any]:
-        digest = hashlib.sha256(str(encoder.signals(example)).encode()).hexdigest()[:12]
-        return {"user": example.user, "step": int(state.step), "sampling": _shown(sampling), "signals": digest}
+        return {"user": example.user} | source | {"signals": _digest(str(encoder.signals(example)))}
 
     def lines(part: Sequence[Example], batch: int) -> Iterator[dict[str, Any]]:
         key = stream_key(config.seed, "personalize", batch)
@@ -62,17 +71,19 @@ def generate(
     """Writes one personalized response per prompt.
 
     A line of the input has "prompt", and either "summary" or a "user" of the summaries.jsonl in the same folder.
-    A line of the output adds "response", "response_tokens", "finished", "step" (the checkpoint's) and "sampling".
+    A line of the output adds "run", "step" and "sampling", as for `summarize`, "response", "response_tokens" and
+    "finished".
     """
-    runfiles.one_process("generate")
+    _check_paths("generate", output_path, input_path, prompts.summaries_beside(input_path))
     entries = prompts.read_prompts(input_path)
-    run, state = trained(config, workdir, step)
+    run, state, record = trained(config, workdir, step)
     encoder, sampler, sampling = run.encoder, run.sampler, text.in_use(config)
+    source = _source(config, state, record)
     for entry in entries:
         encoder.check_prompt(entry["prompt"], entry["summary"])
 
     def identity(entry: dict[str, Any]) -> dict[str, Any]:
-        return entry | {"step": int(state.step), "sampling": _shown(sampling)}
+        return entry | source
 
     def lines(part: Sequence[dict[str, Any]], batch: int) -> Iterator[dict[str, Any]]:
         drawn = sampler.draw(
@@ -91,8 +102,25 @@ def generate(
     _resumable(output_path, entries, identity, lines, sampling.batch_size, "responses")
 
 
-def _shown(sampling: text.Sampling) -> str:
-    return f"temperature {sampling.temperature}, top_p {sampling.top_p}"
+def _check_paths(mode: str, output: pathlib.Path, *inputs: pathlib.Path) -> None:
+    """Refuses what --output must not be before anything is loaded."""
+    runfiles.one_process(mode)
+    files.check_output(output)
+    for path in inputs:
+        if output.exists() and path.exists() and output.samefile(path):
+            raise UserError(f"--output={output}: is the file {path}, which this command reads; choose another --output")
+
+
+def _source(config: Config, state: TrainState, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that say which run and settings a text comes from, beside its own input."""
+    lasting = {name: value for name, value in record.items() if name not in ("wall_s", "iterator")}
+    settings = [lasting, config.seed, config.prompts.model_dump(), config.limits.summary, config.eval.response_tokens]
+    sampling = f"temperature {config.eval.temperature}, top_p {config.eval.top_p}"
+    return {"run": _digest(json.dumps(settings, sort_keys=True)), "step": int(state.step), "sampling": sampling}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _resumable(
@@ -103,28 +131,66 @@ def _resumable(
     size: int,
     what: str,
 ) -> None:
-    """Writes the lines of whole batches, and skips the batches that the output already has.
+    """Appends the lines that the output lacks, batch by batch. Lines that it has stay as they are.
 
-    The existing lines must have the fields of `identity`, which say what a line was made from.
+    A line has the fields of `identity`, which say what it was made from, and those of `_MADE`.
     """
-    if output.exists():  # Drops an incomplete last line.
-        there = output.read_text(encoding="utf-8")
-        files.write_text(output, there[: there.rfind("\n") + 1])
-    present = files.read_jsonl(output, "choose another --output")
-    if len(present) > len(entries):
-        raise UserError(f"{output}: has {len(present)} lines, but the input {len(entries)}; choose another --output")
-    whole = len(present) // size * size if len(present) < len(entries) else len(entries)
-    for number, (line, entry) in enumerate(zip(present[:whole], entries, strict=False), start=1):
-        for field, value in identity(entry).items():
+    with output.open("a+b", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{output}: another process writes this file; wait until it ends") from None
+        file.seek(0)
+        *present, cut = file.read().split(b"\n")
+        ends = bool(cut) and _is_json(cut)  # Only the line's end is missing.
+        present += [cut] if ends else []
+        expected = [identity(entry) for entry in entries]
+        _check_lines(output, present, expected, _MADE[what])
+        if ends:
+            file.write(b"\n")
+        elif cut:
+            if len(present) == len(entries) or not _begins(cut, expected[len(present)], what):
+                raise UserError(f"{output}:{len(present) + 1}: this command did not write this line; {_ELSEWHERE}")
+            file.truncate(file.tell() - len(cut))
+        for start in rich.progress.track(range(len(present) // size * size, len(entries), size), description=what):
+            # A batch is drawn as a whole, so that its lines do not depend on where an earlier call was interrupted.
+            drawn = list(lines(entries[start : start + size], start // size))
+            files.append_jsonl(output, drawn[max(len(present) - start, 0) :])
+    print(f"{len(entries)} {what} in {output}")
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _check_lines(
+    output: pathlib.Path, present: Sequence[bytes], expected: Sequence[Mapping[str, Any]], made: Sequence[str]
+) -> None:
+    """Raises UserError unless this command wrote every line of the output."""
+    if len(present) > len(expected):
+        raise UserError(f"{output}: has {len(present)} lines, but the input {len(expected)}; {_ELSEWHERE}")
+    for number, (written, fields) in enumerate(zip(present, expected, strict=False), start=1):
+        where = f"{output}:{number}"
+        try:
+            line = checks.as_object(checks.parse_json(written.decode(), str(output), number, _ELSEWHERE), where)
+        except UnicodeDecodeError:
+            raise UserError(f"{where}: not UTF-8; {_ELSEWHERE}") from None
+        for field, value in fields.items():
             if line.get(field) != value:
                 raise UserError(
-                    f"{output}:{number}: field {field!r} is {line.get(field)!r}, but input and checkpoint give"
-                    f" {value!r}; choose another --output"
+                    f"{where}: field {field!r} is {line.get(field)!r}, but input and checkpoint give {value!r};"
+                    f" {_ELSEWHERE}"
                 )
-    files.write_jsonl(output, present[:whole])
-    with output.open("a", encoding="utf-8") as file:
-        for start in rich.progress.track(range(whole, len(entries), size), description=what):
-            for entry in lines(entries[start : start + size], start // size):
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            file.flush()
-    print(f"{len(entries)} {what} in {output}")
+        if line.keys() != {*fields, *made}:
+            raise UserError(f"{where}: the fields are not those that this command writes; {_ELSEWHERE}")
+
+
+def _begins(cut: bytes, fields: Mapping[str, Any], what: str) -> bool:
+    """Whether an incomplete line begins like the one with these fields that this command writes."""
+    first = {"user": fields["user"]} if what == "summaries" else fields
+    start = json.dumps({**first, _MADE[what][0]: ""}, ensure_ascii=False)[:-2].encode()
+    return start.startswith(cut) or cut.startswith(start)
