@@ -4,7 +4,9 @@ Expected values are in tests/fixtures, made by make_fixtures.py; with torch inst
 """
 
 import functools
+import json
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -153,6 +155,29 @@ def test_transformers_reads_an_export(family: str, shard_bytes: int, tmp_path: p
     messages = [{"role": "user", "content": "Tea or coffee?"}]
     theirs_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert Tokenizer.load(tmp_path).render(messages) == theirs_ids
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_export_writes_the_same_text_and_stops_at_the_same_token(family: str, tmp_path: pathlib.Path):
+    torch = pytest.importorskip("torch", reason="live parity needs torch: pip install -e '.[torch]'")
+    import transformers
+
+    source = shutil.copytree(FIXTURES / family, tmp_path / "source", copy_function=shutil.copyfile)
+    checkpoint, messages = hub.load(source), [{"role": "user", "content": "Tea or coffee?"}]
+    prompt = np.array(Tokenizer.load(source).render(messages))
+    greedy = np.asarray(decode_greedily(Policy(checkpoint.config), checkpoint.params, *pad([prompt]), 24)[0])[0]
+    # The source's generation_config.json names a token that ends this text early, and a penalty that would change it.
+    end = int(greedy[8])
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": end, "repetition_penalty": 2.0}))
+    hub.save(tmp_path / "out", checkpoint.config, checkpoint.params, source)
+    stops = set(Tokenizer.load(source).stop_ids)
+    expected = greedy[: next(i for i, token in enumerate(greedy) if int(token) in stops) + 1]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    given = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    written = model.generate(**given, do_sample=False, max_new_tokens=24)[0, len(prompt) :]
+    assert end in stops and written.tolist() == expected.tolist()
 
 
 # Rounding of float32: our cached logits, our full logits and transformers' logits each differ by up to 9e-5 from those

@@ -64,9 +64,14 @@ def write_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def append_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Appends one JSON object per line. If an error interrupts it, the file is as before; a kill can cut a line."""
+    """Appends one JSON object per line, under the same rules as `append`."""
+    append(path, _lines(rows))
+
+
+def append(path: pathlib.Path, data: bytes) -> None:
+    """Appends to a file. If an error interrupts it, the file is as before; a kill can cut the data anywhere."""
     with _told(path), path.open("ab", buffering=0) as file:
-        before, rest = file.seek(0, os.SEEK_END), memoryview(_lines(rows))
+        before, rest = file.seek(0, os.SEEK_END), memoryview(data)
         try:
             while rest:
                 rest = rest[file.write(rest) :]

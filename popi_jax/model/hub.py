@@ -358,7 +358,9 @@ def save(
 
 def _portable(tokenizer_config: dict[str, Any]) -> dict[str, Any]:
     """Returns a tokenizer_config.json that transformers 4 and 5 read with the class that reads it here."""
-    tokenizer_config = {**tokenizer_config, "tokenizer_class": "PreTrainedTokenizerFast"}
+    # Without the names, version 4 adds token_type_ids, which its models refuse.
+    fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    tokenizer_config = tokenizer_config | fixed
     for name in ("backend", "auto_map"):  # Of version 5 alone; of code that is not copied.
         tokenizer_config.pop(name, None)
     if isinstance(tokenizer_config.get("extra_special_tokens"), list):  # Version 4 has another name for the list.
