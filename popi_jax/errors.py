@@ -1,4 +1,9 @@
-"""The exception for a user's mistake."""
+"""The exception for a user's mistake, and how other errors are told."""
+
+import errno
+import os
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
@@ -11,3 +16,10 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """Returns the first line of another library's error, at most 200 characters, or its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def disk_full(error: BaseException | None) -> BaseException | None:
+    """Returns the error of a full disk among this one and those that led to it, whatever its type; None without one."""
+    while error is not None and not any(os.strerror(number) in str(error) for number in _FULL):
+        error = error.__cause__ or error.__context__
+    return error

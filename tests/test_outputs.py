@@ -6,6 +6,8 @@ import os
 import pathlib
 import resource
 import stat
+import subprocess
+import sys
 import types
 
 import jax
@@ -430,3 +432,26 @@ def test_compile_goes_over_no_other_file(tmp_path):
     (tmp_path / "empty.json").write_text("")
     for name in ("report.json", "empty.json", "new.json"):
         compile_lib.check_output(tmp_path / name)
+
+
+FULL = """
+from absl import logging
+from popi_jax.modes import cli
+
+def entry(argv):
+    try:
+        raise RuntimeError("write() failed: No space left on device; writing /data/part-0")
+    except RuntimeError as error:
+        logging.exception("a thread failed")
+        raise ValueError("the writer is closed") from error
+
+cli.run(entry)
+"""
+
+
+def test_a_full_disk_is_one_line_whichever_library_finds_it():
+    done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, check=False)
+    (line,) = done.stderr.splitlines()
+    assert (
+        done.returncode == 2 and line.startswith("error: the disk is full: write() failed: ") and "/data/part-0" in line
+    )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, disk_full, first_line
 from popi_jax.modes import host_memory
 from popi_jax.modes.runfiles import Stopped
 
@@ -20,6 +20,8 @@ def run(entry: Callable[[list[str]], None]) -> None:
         # At absl's default level, info, Orbax and TFDS log too much. --verbosity=0 shows it.
         if not any(argument.startswith(("--verbosity", "-v")) for argument in sys.argv):
             logging.set_verbosity(logging.WARNING)
+            # Orbax logs each thread's trace of an error that is told below.
+            logging.get_absl_handler().addFilter(lambda record: not disk_full((record.exc_info or (None, None))[1]))
         entry(argv)
 
     host_memory.keep()
@@ -28,14 +30,19 @@ def run(entry: Callable[[list[str]], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:  # Flags and config name the files, so a file error is the user's mistake.
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(143)
+    except Exception as error:
+        full = disk_full(error)
+        if full is not None:
+            print(f"error: the disk is full: {first_line(full)}; free space, and run the same command again", file=sys.stderr)
+        elif isinstance(error, OSError) and error.filename is not None:
+            # Flags and config name the files, so a file error is the user's mistake.
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        else:
+            raise
+        sys.exit(2)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
