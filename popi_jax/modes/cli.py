@@ -36,7 +36,8 @@ def run(entry: Callable[[list[str]], None]) -> None:
     except Exception as error:
         full = disk_full(error)
         if full is not None:
-            print(f"error: the disk is full: {first_line(full)}; free space, and run the same command again", file=sys.stderr)
+            told = f"the disk is full: {first_line(full)}; free space, and run the same command again"
+            print(f"error: {told}", file=sys.stderr)
         elif isinstance(error, OSError) and error.filename is not None:
             # Flags and config name the files, so a file error is the user's mistake.
             print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
