@@ -25,6 +25,8 @@ class WordTokenizer:
                 self.words.append(word)
         return [4 + self.words.index(word) for word in text.split()]
 
+    encode_start = encode_part = encode
+
     def render(self, messages: list[dict[str, str]]) -> list[int]:
         ids = []
         for message in messages:

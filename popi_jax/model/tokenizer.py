@@ -7,6 +7,7 @@ Tokens of white space alone (Gemma's "\\n\\n") are no control tokens.
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -44,8 +45,11 @@ class Tokenizer:
         pad_id: fills rows; never read, since lengths and masks mark the end of a row.
         end_id: ends every response in training: the token that the chat template puts after an assistant's answer.
         stop_ids: ids that end decoding: end_id and the end-of-sequence ids of tokenizer and generation_config.json.
+        date: the date that the chat template reads, whatever the day is.
         fingerprint: sha256 of the tokenizer's files and of the fixed arguments of its template, among them the date.
     """
+
+    date = chat_template.DATE
 
     def __init__(self, backend: PreTrainedTokenizerFast, folder: pathlib.Path):
         """Use load()."""
@@ -54,6 +58,7 @@ class Tokenizer:
         # The same users, prompts and responses recur at every step, and rendering a template is slow.
         self._render_once = functools.lru_cache(_REMEMBERED)(self._render_ids)
         self._encode_once = functools.lru_cache(_REMEMBERED)(self._encode_ids)
+        self._piece_once = functools.lru_cache(self._piece_ids)
         self._full = backend.backend_tokenizer
         # A file saved in the middle of training may cut and pad every text, and draw its tokens at random.
         self._full.no_truncation()
@@ -149,8 +154,8 @@ class Tokenizer:
         pieces, contents = self._chat.pieces(turns)
         text = pieces[0] + "".join(content + piece for content, piece in zip(contents, pieces[1:], strict=True))
         ids = self._ids(self._full, text)
-        first, *rest = [self._ids(self._full, pieces[0]), *(self._after(self._full, piece) for piece in pieces[1:])]
-        if self._controls(ids) == self._controls(sum(rest, first)):
+        rest = [self._piece_once(piece) for piece in pieces[1:]]
+        if self._controls(ids) == self._controls([*self._piece_once(pieces[0]), *itertools.chain(*rest)]):
             return tuple(ids)
         # A content would become a control token, alone or with the template's text around it.
         spaces = len(pieces[0]) - len(pieces[0].rstrip(" "))
@@ -160,6 +165,9 @@ class Tokenizer:
             spaces = 0
             ids += piece_ids
         return tuple(ids)
+
+    def _piece_ids(self, piece: str) -> tuple[int, ...]:
+        return tuple(self._after(self._full, piece))
 
     def _encode_ids(self, text: str) -> tuple[int, ...]:
         return self._in_context(self._chat.response(text) + self._closing)
