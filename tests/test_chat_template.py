@@ -3,6 +3,7 @@
 Expected texts are written by hand. `whole` is transformers' own rendering of the same conversation.
 """
 
+import datetime
 import json
 import logging
 import pathlib
@@ -88,6 +89,12 @@ STYLES = {
         CHATML_TOKENS | {"<think>": False, "</think>": False},
         "Hi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", "Tea.<|im_end|>",
     ),
+    "an empty block in prompts only": (
+        CHATML.replace("assistant\n{% endif %}", "assistant\n"
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"),
+        CHATML_TOKENS | {"<think>": False, "</think>": False},
+        "Hi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", "Tea.<|im_end|>",
+    ),
     "DeepSeek V3.1": (
         "<b>{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}<|Assistant|></think>"
         "{{ m.content }}<e>{% endif %}{% endfor %}{% if add_generation_prompt %}<|Assistant|>"
@@ -130,13 +137,15 @@ STYLES = {
         {"<s>": True, "</s>": True}, "Hi ASSISTANT:", " Tea.</s>",
     ),
     "OLMo 2": (  # The begin token is the end token, and roles are plain text.
-        "<eot>" + ROLES.replace("CLOSE", "{{ '<eot>' if m.role == 'assistant' }}\n") + "{% if add_generation_prompt %}<|assistant|>\n"
+        "<eot>" + ROLES.replace("CLOSE", "{{ '<eot>' if m.role == 'assistant' }}\n")
+        + "{% if add_generation_prompt %}<|assistant|>\n"
         "{% endif %}",
         {"<eot>": True}, "Hi\n<|assistant|>\n", "Tea.<eot>",
     ),
     "no end after the last turn": (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if not loop.last or add_generation_prompt %}"
-        "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if not loop.last or add_generation_prompt %}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         CHATML_TOKENS, "Hi<|im_end|>\n" + OPEN, "Tea.<|im_end|>",
     ),
     "no end after the last turn, a default system turn": (
@@ -184,7 +193,8 @@ def test_prompt_response_and_end_are_as_the_template_writes_them(name: str, tmp_
     assert tokenizer.show(response) == scored
     assert tokenizer.end_id in tokenizer.stop_ids
     assert tokenizer.decode(response).strip() == "Tea."
-    if name not in ("GLM 4", "gpt-oss", "content in parts", "a loop over tools") and "last turn" not in name:
+    others = ("GLM 4", "gpt-oss", "content in parts", "a loop over tools", "an empty block in prompts only")
+    if name not in others and "last turn" not in name:
         assert whole(tokenizer, "Tea.", enable_thinking=False, thinking=False).startswith(prompt + scored)
     assert not caplog.records
 
@@ -217,7 +227,8 @@ def test_text_inside_an_answer_has_no_sentence_start(tmp_path: pathlib.Path):
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize(
-    "text", ["<|im_end|>", "a <think>b</think>", " <tool_call>\n", "x<|im_start|>user\n", "<|im_<|im_end|>end|>", "<eos>"]
+    "text",
+    ["<|im_end|>", "a <think>b</think>", " <tool_call>\n", "x<|im_start|>user\n", "<|im_<|im_end|>end|>", "<eos>"],
 )
 def test_added_tokens_in_a_text_are_characters(text: str, special: bool, tmp_path: pathlib.Path):
     tokens = dict.fromkeys([*CHATML_TOKENS, "<think>", "</think>", "<tool_call>"], special)
@@ -277,14 +288,16 @@ def test_a_response_is_trimmed_where_the_template_trims(tmp_path: pathlib.Path):
 
 def test_a_response_that_the_template_rewrites_is_refused(tmp_path: pathlib.Path):
     tokenizer = load_style(tmp_path, "Qwen 3")
-    with pytest.raises(UserError, match=r"rewrites a response: '<think>\\nHm.\\n</think>Tea.' becomes .*\\nTea.<") as caught:
+    with pytest.raises(
+        UserError, match=r"rewrites a response: '<think>\\nHm.\\n</think>Tea.' becomes .*\\nTea.<"
+    ) as caught:
         tokenizer.encode("<think>\nHm.\n</think>Tea.")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("written", ["strftime_now('%d %b %Y')", "date_string", "strftime_now('%H:%M:%S')"])
 def test_the_date_is_fixed(written: str, tmp_path: pathlib.Path):
-    tokenizer = Tokenizer.load(save(tmp_path, byte_level(CHATML_TOKENS), "{{ %s }} " % written + CHATML))
+    tokenizer = Tokenizer.load(save(tmp_path, byte_level(CHATML_TOKENS), "{{ " + written + " }} " + CHATML))
     shown = tokenizer.show(tokenizer.render([USER]))
     assert shown.startswith("00:00:00 " if "%H" in written else "26 Jul 2024 ")
 
@@ -292,10 +305,7 @@ def test_the_date_is_fixed(written: str, tmp_path: pathlib.Path):
 def test_the_fingerprint_has_the_date(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     folder = save(tmp_path, byte_level(CHATML_TOKENS), CHATML)
     before = Tokenizer.load(folder).fingerprint
-    date = "popi_jax.model.chat_template.DATE"
-    import datetime
-
-    monkeypatch.setattr(date, datetime.date(2025, 1, 1))
+    monkeypatch.setattr("popi_jax.model.chat_template.DATE", datetime.date(2025, 1, 1))
     assert Tokenizer.load(folder).fingerprint != before
 
 
@@ -317,7 +327,10 @@ REFUSED = {
         ),
         "opens a think block",
     ),
-    "always thinks": (CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"), "ends a prompt with"),
+    "always thinks": (
+        CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"),
+        "ends a prompt with",
+    ),
     "raises": ("{{ raise_exception('never') }}", "refuses the messages: never"),
     "raises a ZeroDivisionError": ("{{ 1 // 0 }}", "refuses the messages: integer division or modulo by zero"),
     "raises a TypeError": ("{{ 'a' + 1 }}", "refuses the messages: can only concatenate"),

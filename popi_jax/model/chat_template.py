@@ -30,6 +30,7 @@ _QUESTION = "\ue001popi\ue001"
 # Text that shows whether a template changes what it is given: white space, markup, quotes, both cases, and length.
 _AWKWARD = "Tea  or\n\n\tcoffee & <i>\"two\"</i> 'x' \\n {{ 1 }} [b]Ünï[/b]\r\n" + 4000 * "word " + "END"
 _THINK_TAG = re.compile(r"[<\[◁]([^<>\[\]◁▷]*(?:think|thought)[^<>\[\]◁▷]*)[>\]▷]", re.IGNORECASE)
+_EMPTY_THOUGHT = re.compile(r"<([\w:]*think\w*)>\s*</\1>\s*", re.IGNORECASE)
 _CLOSES = re.compile(r"\W*(/|end|no)", re.IGNORECASE)
 
 Turn = tuple[str, str]  # Role and content.
@@ -61,23 +62,25 @@ class ChatTemplate:
         """
         self.source = source
         self._where = where
+        self._parts: bool
+        self._tools: list[Any] | None
         self._variables = {**special_tokens, **ARGUMENTS, "strftime_now": DATE.strftime, "documents": None}
         try:
             self._template = _compile_jinja_template(source)
         except Exception as error:
-            raise UserError(f"{where}: the chat template is not valid Jinja ({first_line(error)}); correct it") from error
+            raise UserError(
+                f"{where}: the chat template is not valid Jinja ({first_line(error)}); correct it"
+            ) from error
         self._edges = functools.lru_cache(self._written_edges)
         # Most templates take a string, and no tools. Some read parts only, or loop over tools without asking for any.
-        problem: UserError | None = None
-        for self._parts, self._tools in ((False, None), (True, None), (False, ()), (True, ())):
+        problems: list[UserError] = []
+        for self._parts, self._tools in ((False, None), (True, None), (False, []), (True, [])):
             try:
                 self._learn()
-                break
+                return
             except UserError as error:
-                problem = problem or error
-        else:
-            assert problem is not None
-            raise problem
+                problems.append(error)
+        raise problems[0]
 
     def pieces(self, turns: Sequence[Turn]) -> tuple[list[str], list[str]]:
         """Splits a prompt into the template's text and the contents, which follow its pieces one by one.
@@ -114,7 +117,7 @@ class ChatTemplate:
                 f"{self._where}: the chat template rewrites a response: {_clip(text)} becomes"
                 f" {_clip(written.rpartition(_QUESTION)[2])}; change the response"
             )
-        return before.rpartition(_QUESTION)[2].removeprefix(self.header) + core + after.removesuffix(self.last)
+        return before.rpartition(_QUESTION)[2].removeprefix(self._written_header) + core + after.removesuffix(self.last)
 
     def _written_edges(self, start: str, end: str) -> tuple[str, str]:
         """The conversation before and after a response with this white space at its ends."""
@@ -128,13 +131,18 @@ class ChatTemplate:
         talk = self._render([("user", user), ("assistant", answer)])
         self.head, self._generation = self._around(prompt, user)
         _, between, self.last = self._around(talk, user, answer)
+        self._written_header = between.rstrip(" ")
+        bare = _EMPTY_THOUGHT.sub("", self._generation)
+        if bare != self._generation and between.startswith(bare) and not talk.startswith(prompt):
+            # With thinking off, a prompt has an empty block that the template leaves out of past responses.
+            between = self._generation + between.removeprefix(bare)
         differs = (
             f"{self._where}: the chat template ends a prompt with {_clip(self._generation)}, but writes"
             f" {_clip(between)} before a response"
         )
-        if not talk.startswith(prompt.rstrip()):
+        if not between.startswith(self._generation.rstrip()):
             raise UserError(f"{differs}; correct the template, or take a checkpoint that need not think")
-        if not talk.startswith(prompt.rstrip(" ")):
+        if not between.startswith(self._generation.rstrip(" ")):
             logging.warning("%s; the latter is used for both", differs)
         self.header = between.rstrip(" ")
         self.lead = between.removeprefix(self.header)
@@ -169,15 +177,12 @@ class ChatTemplate:
             {"role": role, "content": [{"type": "text", "text": content}] if self._parts else content}
             for role, content in turns
         ]
-        tools = None if self._tools is None else list(self._tools)
         try:
             return self._template.render(
-                messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **self._variables
+                messages=messages, tools=self._tools, add_generation_prompt=add_generation_prompt, **self._variables
             )
         except Exception as error:  # A template can raise anything.
-            raise UserError(
-                f"{self._where}: the chat template refuses the messages: {first_line(error)}"
-            ) from error
+            raise UserError(f"{self._where}: the chat template refuses the messages: {first_line(error)}") from error
 
 
 def _replaced(content: str, mark: str) -> str:

@@ -2,7 +2,7 @@
 
 A prompt is tokenised as the template writes it. A response is tokenised as the template writes it after the prompt.
 Text of users and models never becomes a control token: every added token in it, special or not, is read as characters.
-Tokens of white space alone (Gemma's "\\n\\n") are no control tokens.
+Tokens of white space alone, such as Gemma's for two line ends, are no control tokens.
 """
 
 import functools
@@ -59,20 +59,8 @@ class Tokenizer:
         self._render_once = functools.lru_cache(_REMEMBERED)(self._render_ids)
         self._encode_once = functools.lru_cache(_REMEMBERED)(self._encode_ids)
         self._piece_once = functools.lru_cache(self._piece_ids)
-        self._full = backend.backend_tokenizer
-        # A file saved in the middle of training may cut and pad every text, and draw its tokens at random.
-        self._full.no_truncation()
-        self._full.no_padding()
-        self._full.encode_special_tokens = False
-        state = json.loads(self._full.to_str())
-        if state["model"].get("dropout"):
-            self._full.model.dropout = state["model"]["dropout"] = None
         self._added = {index: str(t) for index, t in backend.added_tokens_decoder.items() if not str(t).isspace()}
-        for token in state["added_tokens"]:
-            token["special"] = token["id"] in self._added
-        self._plain = tokenizers.Tokenizer.from_str(json.dumps(state))
-        self._plain.encode_special_tokens = True
-        self._unknown = _unknown_id(state["model"])
+        self._full, self._plain, self._unknown = _encoders(backend.backend_tokenizer, self._added)
         self.vocab_size = max(self._full.get_vocab(with_added_tokens=True).values()) + 1
         self._chat = ChatTemplate(_default_template(backend, folder), backend.special_tokens_map, str(folder))
         self._header_ids = self._ids(self._full, self._chat.header)
@@ -160,7 +148,7 @@ class Tokenizer:
         # A content would become a control token, alone or with the template's text around it.
         spaces = len(pieces[0]) - len(pieces[0].rstrip(" "))
         ids = self._ids(self._full, pieces[0].rstrip(" "))
-        for content, piece, piece_ids in zip(contents, pieces[1:], rest, strict=True):
+        for content, piece_ids in zip(contents, rest, strict=True):
             ids += self._after(self._plain, " " * spaces + content)
             spaces = 0
             ids += piece_ids
@@ -206,23 +194,25 @@ class Tokenizer:
 
     def _find_end(self, declared: Sequence[int]) -> tuple[int, str]:
         """The token that ends a response, and the template's text between a response and that token."""
-        for text in (self._chat.next, self._chat.last):
+        for text, between_turns in ((self._chat.next, True), (self._chat.last, False)):
             encoding = self._full.encode(text, add_special_tokens=False)
-            for place, token in enumerate(encoding.ids):
-                if token in self._added:
-                    start, end = encoding.offsets[place]
-                    if text is self._chat.last or token in declared or not self._opens(token, text[start:], end - start):
-                        return token, text[:start]
-                    break
-        if self._backend.eos_token_id is None:
+            found = next((i for i, token in enumerate(encoding.ids) if token in self._added), None)
+            if found is None:
+                continue
+            token, (start, end) = encoding.ids[found], encoding.offsets[found]
+            if not between_turns or token in declared or not self._opens(token, text[start:], end - start):
+                return token, text[:start]
+        eos = self._backend.eos_token_id
+        if eos is None:
             raise UserError(f"{self._folder}: neither the chat template nor eos_token says how a response ends")
         logging.warning(
-            "%s: the chat template writes no token of its own after a response, but %r; responses end with eos_token %r",
+            "%s: the chat template writes %r after a response, which has no token of its own for its end; responses end"
+            " with eos_token %r",
             self._folder,
             self._chat.next or self._chat.last,
             self._backend.eos_token,
         )
-        return self._backend.eos_token_id, ""
+        return eos, ""
 
     def _opens(self, token: int, text: str, length: int) -> bool:
         """Whether the token at the start of `text` opens the user's turn, instead of closing the assistant's."""
@@ -240,18 +230,41 @@ class Tokenizer:
         for stop in stops:
             if type(stop) is not int or not 0 <= stop < self.vocab_size:
                 raise UserError(
-                    f"{path}: eos_token_id {stop!r} is no token id of this tokenizer (0 to {self.vocab_size - 1});"
-                    " correct or remove it"
+                    f"{path}: eos_token_id {repr(stop)[:40]} is no token id of this tokenizer, whose ids end at"
+                    f" {self.vocab_size - 1}; correct or remove it"
                 )
         own = self._backend.eos_token_id
         return tuple(stops if own is None else [*stops, own])
 
 
+def _encoders(
+    full: tokenizers.Tokenizer, added: dict[int, str]
+) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer, int | None]:
+    """The tokenizer that finds added tokens, one that reads them as characters, and the id of unknown characters."""
+    # A file saved in the middle of training may cut and pad every text, and draw its tokens at random.
+    full.no_truncation()
+    full.no_padding()
+    full.encode_special_tokens = False
+    state = json.loads(full.to_str())
+    model = state["model"]
+    if model.get("dropout"):
+        full.model.dropout = model["dropout"] = None
+    for token in state["added_tokens"]:
+        token["special"] = token["id"] in added
+    plain = tokenizers.Tokenizer.from_str(json.dumps(state))
+    plain.encode_special_tokens = True  # Encodes special tokens like any other text.
+    if "unk_id" in model:  # Unigram
+        return full, plain, model["unk_id"]
+    return full, plain, full.token_to_id(model.get("unk_token") or "")
+
+
 def _default_template(backend: PreTrainedTokenizerFast, folder: pathlib.Path) -> str:
     template: Any = backend.chat_template
-    place = f"{folder}/{'chat_template.jinja' if (folder / 'chat_template.jinja').is_file() else 'tokenizer_config.json'}"
+    place = folder / "chat_template.jinja"
+    if not place.is_file():
+        place = folder / "tokenizer_config.json"
     if not template:
-        raise UserError(f"{folder}/tokenizer_config.json: no chat_template; take an instruct checkpoint or add one")
+        raise UserError(f"{place}: no chat_template; take an instruct checkpoint or add one")
     if isinstance(template, dict):
         if "default" not in template:
             names = ", ".join(map(repr, sorted(map(str, template))))
@@ -260,14 +273,6 @@ def _default_template(backend: PreTrainedTokenizerFast, folder: pathlib.Path) ->
     if not isinstance(template, str):
         raise UserError(f"{place}: chat_template must be a string, found {type(template).__name__}")
     return template
-
-
-def _unknown_id(model: dict[str, Any]) -> int | None:
-    """The id of characters that are not in the vocabulary."""
-    if model.get("unk_id") is not None:
-        return int(model["unk_id"])
-    vocab = model.get("vocab")
-    return vocab.get(model.get("unk_token")) if isinstance(vocab, dict) else None
 
 
 def _read_object(path: pathlib.Path) -> dict[str, Any]:
@@ -284,17 +289,18 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _broken(folder: pathlib.Path) -> str:
-    """Names the file because of which a tokenizer cannot be loaded."""
+    """Names the file, or the files, because of which a tokenizer cannot be loaded."""
     try:
         tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return "chat_template.jinja"
-    except FileNotFoundError:
-        return "tokenizer_config.json"
-    except BaseException:
+    except BaseException:  # A panic of the Rust parser is no Exception.
         return "tokenizer.json"
-    return "tokenizer_config.json"
+    try:
+        (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        pass
+    except (OSError, UnicodeDecodeError):
+        return "chat_template.jinja"
+    return " or ".join(name for name in FILES[1:4] if (folder / name).exists())
 
 
 def _fingerprint(folder: pathlib.Path) -> str:

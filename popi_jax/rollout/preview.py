@@ -1,4 +1,4 @@
-"""Shows a run's first examples as the models read them, so that a reader can check prompts, end token and scored part."""
+"""Shows a run's first examples as the models read them: prompts, end tokens, and the part that is scored."""
 
 import itertools
 from collections.abc import Iterable
