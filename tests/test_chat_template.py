@@ -3,6 +3,7 @@
 Expected texts are written by hand. `whole` is transformers' own rendering of the same conversation.
 """
 
+import dataclasses
 import datetime
 import json
 import logging
@@ -12,8 +13,12 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
+from configs import users
+from popi_jax import config
+from popi_jax.data import encoding, schema
 from popi_jax.errors import UserError
 from popi_jax.model.tokenizer import Tokenizer
+from popi_jax.rollout import preview
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -269,6 +274,37 @@ def test_a_vocabulary_that_knows_control_tokens_as_words(tmp_path: pathlib.Path)
     ids = tokenizer.render([{"role": "user", "content": "a<|im_end|>b é"}])
     assert names(tokenizer, ids).count("<|im_end|>") == 1
     assert tokenizer.show(ids).startswith("<|im_start|>user\na<|im_end|>b <unk><|im_end|>\n")
+
+
+def test_the_unknown_token_in_a_text_is_characters(tmp_path: pathlib.Path):
+    tokens = STYLES["Mistral"][1] | {"<unk>": True}
+    tokenizer = Tokenizer.load(save(tmp_path, sentence_piece("first", tokens), STYLES["Mistral"][0], eos_token="</s>"))
+    for ids in (tokenizer.encode("a<unk>"), tokenizer.render([{"role": "user", "content": "a<unk>"}])):
+        assert "<unk>" not in names(tokenizer, ids)
+
+
+def test_characters_without_a_token_are_warned_of(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture):
+    backend = byte_level(CHATML_TOKENS)
+    state = json.loads(backend.to_str())
+    del state["model"]["vocab"]["#"]
+    Tokenizer.load(save(tmp_path, tokenizers.Tokenizer.from_str(json.dumps(state)), CHATML))
+    assert "has no token for # and" in caplog.records[0].getMessage()
+
+
+def test_a_run_shows_its_first_examples_with_the_scored_part_marked(tmp_path: pathlib.Path):
+    c = users.get_config("runlocal")
+    c.method, c.limits.signals = "zero_shot_summary", 8192
+    settings = config.parse(c)
+    encoder = encoding.Encoder(load_style(tmp_path, "Llama 2"), settings.prompts, settings.limits)
+    signal = schema.Signal("comment", prompt="Tea?", text="Brief\x1b[31m, please. " + "x" * 5000)
+    example = schema.Example("Ann", "train", (signal,), (schema.Query("Why?", "Tea.", "No.", ""),))
+    shown = preview.of_examples(settings, encoder, [example] * 3)
+    assert shown.count("user 'Ann'") == 4  # Two examples, each as both models read it.
+    assert ">>>(the summary)</s><<<" in shown and "[/INST]>>> Tea. </s><<<" in shown
+    assert "characters ...]" in shown and "\x1b" not in shown and "\\x1b[31m" in shown
+    c.method = "oracle"
+    told = preview.of_examples(config.parse(c), encoder, [dataclasses.replace(example, persona="Old")])
+    assert "Old" in told and "(the summary)" not in told
 
 
 def test_white_space_tokens_stay_tokens(tmp_path: pathlib.Path):

@@ -94,9 +94,10 @@ class ChatTemplate:
             mark += _MARK
         marked = [(role, _replaced(content, mark)) for role, content in turns]
         *pieces, tail = self._render(marked, add_generation_prompt=True).split(mark)
-        if len(pieces) != len(turns):
+        if len(pieces) != len(turns) or not tail.endswith(self._generation):
             raise UserError(
-                f"{self._where}: the chat template writes {len(pieces)} of {len(turns)} messages; correct the template"
+                f"{self._where}: the chat template writes {len(turns)} messages as {_clip(mark.join([*pieces, tail]))};"
+                " correct the template"
             )
         return [*pieces, tail.removesuffix(self._generation) + self.header], contents
 

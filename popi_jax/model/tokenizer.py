@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pathlib
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,8 +34,9 @@ FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-_REMEMBERED = 1 << 15  # Number of texts whose ids are cached, in each of the two caches.
+_REMEMBERED = 1 << 15  # Number of texts whose ids are cached, in each of the caches.
 _SAMPLE = "Tea"
+_LETTERS = string.ascii_letters + string.digits + string.punctuation + "é你🙂"
 
 
 class Tokenizer:
@@ -59,6 +61,7 @@ class Tokenizer:
         self._render_once = functools.lru_cache(_REMEMBERED)(self._render_ids)
         self._encode_once = functools.lru_cache(_REMEMBERED)(self._encode_ids)
         self._piece_once = functools.lru_cache(self._piece_ids)
+        self._spelled_once = functools.lru_cache(_REMEMBERED)(self._spelled)
         self._added = {index: str(t) for index, t in backend.added_tokens_decoder.items() if not str(t).isspace()}
         self._full, self._plain, self._unknown = _encoders(backend.backend_tokenizer, self._added)
         self.vocab_size = max(self._full.get_vocab(with_added_tokens=True).values()) + 1
@@ -68,6 +71,8 @@ class Tokenizer:
         self._anchor, self._anchor_ids = "", []
         if self._in_context(self._chat.lead + _SAMPLE) != tuple(self._after(self._plain, self._chat.lead + _SAMPLE)):
             self._anchor, self._anchor_ids = "\n", self._ids(self._plain, "\n")
+        if lost := [letter for letter in _LETTERS if not self.encode_part(letter)]:
+            logging.warning("%s/tokenizer.json: has no token for %s and leaves them out", folder, " ".join(lost))
         declared = self._declared_stops()
         self.end_id, self._closing = self._find_end(declared)
         self.stop_ids = tuple(sorted({self.end_id, *declared}))
@@ -161,10 +166,11 @@ class Tokenizer:
         return self._in_context(self._chat.response(text) + self._closing)
 
     def _in_context(self, text: str) -> tuple[int, ...]:
-        """The ids of text after the header of a response. Ids that began in the header would be cut: none do."""
+        """The ids that follow the header of a response, if this text does."""
         both, start = self._ids(self._full, self._chat.header + text), len(self._header_ids)
         if both[:start] == self._header_ids and not self._controls(both[start:]):
             return tuple(both[start:])
+        # The text has a control token, or would be one token with the end of the header, which no sampler can draw.
         return tuple(self._after(self._plain, text))
 
     def _after(self, encoder: tokenizers.Tokenizer, text: str) -> list[int]:
@@ -174,15 +180,17 @@ class Tokenizer:
         ids = ids[start:] if ids[:start] == self._anchor_ids else self._ids(encoder, text)
         if encoder is self._full:
             return ids
-        # Some models (Unigram) know control tokens as words of their vocabulary.
-        return [part for token in ids for part in (self._spelled(token) if token in self._controls(ids) else (token,))]
+        # Some models (Unigram) know control tokens as words of their vocabulary; these are spelled out.
+        return [part for token in ids for part in self._spelled_once(token)]
 
-    def _spelled(self, token: int) -> list[int]:
-        letters = [self._ids(self._plain, self._anchor + letter) for letter in self._added[token]]
-        return [part for ids in letters for part in ids[len(self._anchor_ids) :]]
+    def _spelled(self, token: int) -> tuple[int, ...]:
+        if token not in self._added or token == self._unknown:
+            return (token,)
+        letters = (self._ids(self._plain, self._anchor + letter) for letter in self._added[token])
+        return tuple(part for ids in letters for part in ids[len(self._anchor_ids) :])
 
     def _controls(self, ids: Sequence[int]) -> list[int]:
-        return [token for token in ids if token in self._added and token != self._unknown]
+        return [token for token in ids if token in self._added]
 
     def _ids(self, encoder: tokenizers.Tokenizer, text: str) -> list[int]:
         try:
