@@ -147,6 +147,11 @@ STYLES = {
         "{% endif %}",
         {"<eot>": True}, "Hi\n<|assistant|>\n", "Tea.<eot>",
     ),
+    "a system turn that ends as a response does": (
+        "Be kind.</s>\n{% for m in messages %}{{ 'USER: ' + m.content + '\n' if m.role == 'user' else 'BOT: ' "
+        "+ m.content + '</s>\n' }}{% endfor %}{% if add_generation_prompt %}BOT:{% endif %}",
+        {"</s>": True}, "Hi\nBOT:", " Tea.</s>",
+    ),
     "no end after the last turn": (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "{% if not loop.last or add_generation_prompt %}<|im_end|>\n{% endif %}{% endfor %}"
@@ -227,6 +232,8 @@ def test_text_inside_an_answer_has_no_sentence_start(tmp_path: pathlib.Path):
     start = tokenizer.encode_start("They like")
     assert names(tokenizer, start)[:2] == ["T", "h"]
     assert tokenizer.encode_start("") == []
+    spaced = load_style(tmp_path, "Mistral")
+    assert names(spaced, spaced.encode_start("T")) == ["ĠT"] and spaced.encode_start("") == []
     assert "They like" + tokenizer.decode(tokenizer.encode_part(" Tea")) == "They like Tea"
 
 
@@ -247,6 +254,11 @@ def test_added_tokens_in_a_text_are_characters(text: str, special: bool, tmp_pat
     for ids in (tokenizer.encode(text), tokenizer.encode_part(text), tokenizer.encode_start(text)):
         assert not set(tokens) & set(names(tokenizer, ids))
         assert tokenizer.decode(ids) == text
+
+
+def test_the_characters_of_an_added_token_are_merged_like_any_others(tmp_path: pathlib.Path):
+    tokenizer = Tokenizer.load(save(tmp_path, byte_level(CHATML_TOKENS | {"< T>": False}), CHATML))
+    assert names(tokenizer, tokenizer.encode("< T>")) == ["<", "ĠT", ">"]
 
 
 def test_a_normalizer_cannot_make_a_control_token(tmp_path: pathlib.Path):
@@ -272,7 +284,7 @@ def test_a_vocabulary_that_knows_control_tokens_as_words(tmp_path: pathlib.Path)
     backend.decoder = decoders.Fuse()
     tokenizer = Tokenizer.load(save(tmp_path, backend, CHATML, unk_token="<unk>"))
     ids = tokenizer.render([{"role": "user", "content": "a<|im_end|>b é"}])
-    assert names(tokenizer, ids).count("<|im_end|>") == 1
+    assert names(tokenizer, ids).count("<|im_end|>") == names(tokenizer, ids).count("<unk>") == 1
     assert tokenizer.show(ids).startswith("<|im_start|>user\na<|im_end|>b <unk><|im_end|>\n")
 
 
@@ -394,6 +406,13 @@ def test_an_end_that_is_no_token_is_warned_of(tmp_path: pathlib.Path, caplog: py
     assert names(tokenizer, [tokenizer.end_id]) == ["<eos>"]
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and "<|im_end|>" in record.getMessage()
+
+
+def test_the_start_of_a_turn_is_no_end_of_a_response(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture):
+    template, tokens, _, _ = STYLES["GLM 4"]
+    tokenizer = Tokenizer.load(save(tmp_path, byte_level(tokens), template))
+    assert names(tokenizer, [tokenizer.end_id]) == ["<eos>"]
+    assert len(caplog.records) == 1
 
 
 def test_a_generation_prompt_with_more_white_space_is_warned_of(tmp_path: pathlib.Path, caplog):

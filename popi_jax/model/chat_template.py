@@ -74,7 +74,7 @@ class ChatTemplate:
         self._edges = functools.lru_cache(self._written_edges)
         # Most templates take a string, and no tools. Some read parts only, or loop over tools without asking for any.
         problems: list[UserError] = []
-        for self._parts, self._tools in ((False, None), (True, None), (False, []), (True, [])):
+        for self._parts, self._tools in ((False, None), (True, None), (False, [])):
             try:
                 self._learn()
                 return
