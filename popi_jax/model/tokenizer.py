@@ -208,7 +208,7 @@ class Tokenizer:
             if found is None:
                 continue
             token, (start, end) = encoding.ids[found], encoding.offsets[found]
-            if not between_turns or token in declared or not self._opens(token, text[start:], end - start):
+            if not between_turns or token in declared or not self._opens(text[start:], end - start):
                 return token, text[:start]
         eos = self._backend.eos_token_id
         if eos is None:
@@ -222,9 +222,9 @@ class Tokenizer:
         )
         return eos, ""
 
-    def _opens(self, token: int, text: str, length: int) -> bool:
-        """Whether the token at the start of `text` opens the user's turn, instead of closing the assistant's."""
-        if not self._chat.head.endswith(text) or token in self._ids(self._full, self._chat.last):
+    def _opens(self, text: str, length: int) -> bool:
+        """Whether the token of `length` characters at the start of `text` opens the user's turn, instead of closing the assistant's."""
+        if not self._chat.head.endswith(text):
             return False
         # "<end>\n<turn>user" after a default system turn closes that turn. In "<turn>user", the role follows.
         following = text[length:].lstrip()
