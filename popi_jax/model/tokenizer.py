@@ -223,7 +223,7 @@ class Tokenizer:
         return eos, ""
 
     def _opens(self, text: str, length: int) -> bool:
-        """Whether the token of `length` characters at the start of `text` opens the user's turn, instead of closing the assistant's."""
+        """Whether the token at the start of `text`, `length` characters long, opens a turn instead of closing one."""
         if not self._chat.head.endswith(text):
             return False
         # "<end>\n<turn>user" after a default system turn closes that turn. In "<turn>user", the role follows.
