@@ -25,6 +25,8 @@ class WordTokenizer:
                 self.words.append(word)
         return [4 + self.words.index(word) for word in text.split()]
 
+    encode_start = encode_part = encode
+
     def render(self, messages: list[dict[str, str]]) -> list[int]:
         ids = []
         for message in messages:
@@ -159,3 +161,15 @@ def test_the_summary_stop_is_at_most_one_token() -> None:
     assert encoder(summary_stop=".").summary_stop() == tuple(TOKENIZER.encode("."))
     with pytest.raises(UserError, match="config.prompts.summary_stop is 'two words', 2 tokens of this tokenizer"):
         encoder(summary_stop="two words").summary_stop()
+
+
+def test_a_response_that_the_template_rewrites_names_the_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(text: str) -> list[int]:
+        raise UserError("the chat template rewrites a response")
+
+    checker = encoder()
+    prefix = TOKENIZER.render([{"role": "user", "content": "why now"}])
+    monkeypatch.setattr(encoding.Encoder, "prompt", lambda *_: prefix)
+    monkeypatch.setattr(TOKENIZER, "encode", refuse)
+    with pytest.raises(UserError, match="query f#1: the chat template rewrites a response"):
+        checker.check(EXAMPLE.queries[0], None)

@@ -66,7 +66,7 @@ class Encoder:
         Raises:
             UserError: no signals, or more than limits.signals tokens (see on_overflow).
         """
-        start = self.tokenizer.encode(self.prompts.summary_start)
+        start = self.tokenizer.encode_start(self.prompts.summary_start)
 
         def render(signals: Sequence[Signal]) -> Ids:
             messages = templates.inference_messages(
@@ -107,7 +107,10 @@ class Encoder:
         that should not end a run.
         """
         where = f"query {query.provenance or repr(query.prompt[:40])}"
-        prefix, chosen, rejected = self.pair(query, context)
+        try:
+            prefix, chosen, rejected = self.pair(query, context)
+        except UserError as error:  # The chat template rewrites a response.
+            raise UserError(f"{where}: {error}") from None
         with_summary = f" with a summary of limits.summary = {more}" if more else ""
         for name, tokens, limit in (
             (f"the generator's prompt{with_summary}", len(prefix) + more, "prompt"),
@@ -128,11 +131,11 @@ class Encoder:
 
     def cost(self, context: str | None) -> int:
         """The tokens that `context` adds to the generator's prompt."""
-        return len(self.tokenizer.encode(context)) if context else 0
+        return len(self.tokenizer.encode_part(context)) if context else 0
 
     def summary_stop(self) -> tuple[int, ...]:
         """The extra token that ends a summary, if any; UserError if prompts.summary_stop is more than one token."""
-        ids = self.tokenizer.encode(self.prompts.summary_stop)
+        ids = self.tokenizer.encode_part(self.prompts.summary_stop)
         if len(ids) > 1:
             raise UserError(
                 f"config.prompts.summary_stop is {self.prompts.summary_stop!r}, {len(ids)} tokens of this tokenizer;"

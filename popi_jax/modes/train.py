@@ -16,6 +16,7 @@ from popi_jax.evaluation import final
 from popi_jax.evaluation.evaluate import Evaluator
 from popi_jax.modes import programs, runfiles, setup
 from popi_jax.modes.setup import Run
+from popi_jax.rollout import preview
 from popi_jax.rollout.pairs import Item
 from popi_jax.training import metrics, schedule
 from popi_jax.training.batches import BatchMaker, WrittenSummaries
@@ -43,6 +44,7 @@ def train(config: Config, workdir: pathlib.Path, shared: pathlib.Path | None = N
     shared = workdir if shared is None else shared
     sources = prepared.from_config(config.data, shared)
     run = run.fitted(sources)
+    print(preview.of_examples(config, run.encoder, sources["train"]))
     evaluator = run.evaluator(run.references(shared / "cache"))
     total = schedule.total_steps(config)
     state = run.initial_state() if total == 0 else _loop(run, workdir, sources, evaluator)
