@@ -1,8 +1,8 @@
 """The decoder against a plain float64 reference, and the guarantees of its masks and cache."""
 
 import dataclasses
-import math
 import functools
+import math
 
 import jax
 import jax.numpy as jnp

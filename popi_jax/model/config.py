@@ -151,13 +151,13 @@ class ModelConfig:
         if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
             found = _shown(model_type) if "model_type" in hub else "missing"
             raise UserError(f"{source}: model_type is {found}; supported: {', '.join(_ARCHITECTURES)}")
-        sizes = {name: _size(hub, name, source, most) for name, most in _HUB_SIZES.items()}
+        sizes = {name: read_size(hub, name, source, most) for name, most in _HUB_SIZES.items()}
         hub = {**_HUB_DEFAULTS, **_FAMILY_DEFAULTS[model_type], **hub}
         _refuse_unsupported(hub, source)
         theta, scaling = _rope_from_hub(hub, source)
         n_heads = n_kv_heads = sizes["num_attention_heads"]
         if hub["num_key_value_heads"] is not None:
-            n_kv_heads = _size(hub, "num_key_value_heads", source)
+            n_kv_heads = read_size(hub, "num_key_value_heads", source)
         if n_heads % n_kv_heads:
             raise UserError(
                 f"{source}: num_attention_heads={n_heads} is not a multiple of num_key_value_heads={n_kv_heads}"
@@ -166,7 +166,7 @@ class ModelConfig:
             )
         head_dim = sizes["hidden_size"] // n_heads
         if hub["head_dim"] is not None:
-            head_dim = _size(hub, "head_dim", source)
+            head_dim = read_size(hub, "head_dim", source)
         if head_dim < 1 or head_dim % 2:
             raise UserError(f"{source}: head_dim={head_dim} must be even, since rope rotates pairs of features")
         return cls(
@@ -179,7 +179,7 @@ class ModelConfig:
             d_ff=sizes["intermediate_size"],
             rope_theta=theta,
             rope_scaling=scaling,
-            norm_eps=_number(hub, "rms_norm_eps", source),
+            norm_eps=read_number(hub, "rms_norm_eps", source),
             tie_embeddings=_flag(hub, "tie_word_embeddings", source),
             qkv_bias=model_type == "qwen2",
             qk_norm=model_type == "qwen3",
@@ -238,10 +238,10 @@ def _refuse_unsupported(hub: dict[str, Any], source: str) -> None:
         return  # Its reader knows no windows.
     window, kinds = None, hub["layer_types"]
     if _flag(hub, "use_sliding_window", source) and hub["sliding_window"] is not None:
-        window = _size(hub, "sliding_window", source)
+        window = read_size(hub, "sliding_window", source)
     n_layers = hub["num_hidden_layers"]
     if kinds is None:
-        slides = window is not None and n_layers > _size(hub, "max_window_layers", source, least=0)
+        slides = window is not None and n_layers > read_size(hub, "max_window_layers", source, least=0)
         kinds = ["sliding_attention" if slides else "full_attention"] * n_layers
     if not isinstance(kinds, list) or len(kinds) != n_layers or any(not isinstance(kind, str) for kind in kinds):
         raise UserError(f"{source}: layer_types={_shown(kinds)} must name the kind of each of the {n_layers} layers")
@@ -265,7 +265,7 @@ def _rope_from_hub(hub: dict[str, Any], source: str) -> tuple[float, Llama3RopeS
         raise UserError(f"{source}: {name}={_shown(rope)} must be one flat object of rope settings")
     where = f"{source}: {name}"
     rope = {"rope_theta": hub["rope_theta"], "partial_rotary_factor": hub["partial_rotary_factor"], **rope}
-    theta = _number(rope, "rope_theta", where)
+    theta = read_number(rope, "rope_theta", where)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None  # The readers' default rope rotates whole heads, whatever partial_rotary_factor says.
@@ -277,17 +277,19 @@ def _rope_from_hub(hub: dict[str, Any], source: str) -> tuple[float, Llama3RopeS
     rope.setdefault(original, hub["max_position_embeddings"])
     if original in hub:
         rope[original] = hub[original]
-    factor, low, high = (_number(rope, field, where) for field in ("factor", "low_freq_factor", "high_freq_factor"))
+    factor, low, high = (read_number(rope, field, where) for field in ("factor", "low_freq_factor", "high_freq_factor"))
     if high <= low:
         raise UserError(f"{where}: high_freq_factor={high} must exceed low_freq_factor={low}")
-    return theta, Llama3RopeScaling(factor, low, high, _size(rope, original, where, 2**31))
+    return theta, Llama3RopeScaling(factor, low, high, read_size(rope, original, where, 2**31))
 
 
-def _size(record: dict[str, Any], name: str, where: str, most: int = 2**24, *, least: int = 1) -> int:
+def read_size(record: dict[str, Any], name: str, where: str, most: int = 2**24, *, least: int = 1) -> int:
+    """Returns record[name], an integer within these bounds; UserError, which begins with `where`, otherwise."""
     return _checked(record, name, where, f"an integer from {least} to {most}", (int,), least, most)
 
 
-def _number(record: dict[str, Any], name: str, where: str) -> float:
+def read_number(record: dict[str, Any], name: str, where: str) -> float:
+    """Returns record[name], a positive number; UserError, which begins with `where`, otherwise."""
     return _checked(record, name, where, "a number above 0 and below 1e30", (int, float), 1e-30, 1e30)
 
 

@@ -158,6 +158,11 @@ def leaves(config: ModelConfig) -> list[Leaf]:
     return table
 
 
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the name and shape of every hub tensor of the model."""
+    return {name: leaf.hub_shape for leaf in leaves(config) for name in _names(leaf, config.n_layers)}
+
+
 class _Weights:
     """The tensors of a folder's safetensors files, memory-mapped and read only as needed."""
 
@@ -259,8 +264,8 @@ def _weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, s
         for name, file in weight_map.items():
             if not isinstance(file, str) or not file.endswith(".safetensors") or pathlib.PurePath(file).name != file:
                 raise UserError(
-                    f"{folder / _INDEX}: weight_map gives tensor {name} the file {json.dumps(file)}; it must be the name"
-                    " of a safetensors file in this folder"
+                    f"{folder / _INDEX}: weight_map gives tensor {name} the file {json.dumps(file)}; it must be the"
+                    " name of a safetensors file in this folder"
                 )
         files = sorted(set(weight_map.values()))
     for file in files:
@@ -335,7 +340,7 @@ def load(path_or_id: str | os.PathLike[str], mesh: jax.sharding.Mesh | None = No
 
     Raises:
         UserError: a file is missing or broken, the architecture is not supported, or a tensor is missing, unexpected,
-            of the wrong shape or of a dtype other than float32, float16 and bfloat16, or has a value that is not finite.
+            of the wrong shape, not finite, or of a dtype other than float32, float16 and bfloat16.
     """
     folder = resolve(path_or_id)
     config = read_config(folder / "config.json", **options)
