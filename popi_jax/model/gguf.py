@@ -118,7 +118,7 @@ def hub_config(meta: dict[str, Any], tied: bool, source: str) -> dict[str, Any]:
     """
     heads, d_model = (read_size(meta, f"llama.{name}", source) for name in ("attention.head_count", "embedding_length"))
     head_dim = d_model // heads
-    defaults = {
+    defaults: dict[str, Any] = {
         "llama.attention.head_count_kv": heads,
         "llama.rope.freq_base": 10000.0,
         "llama.rope.dimension_count": head_dim,

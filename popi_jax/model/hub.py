@@ -256,9 +256,10 @@ def _names(leaf: Leaf, n_layers: int) -> list[str]:
 
 def _weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
     """Returns the weight files, and each tensor's file as the index says; {} if there is a single file."""
-    files, weight_map = [_SINGLE], {}
+    files = [_SINGLE]
+    weight_map: dict[str, str] = {}
     if (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file():  # As in transformers, the single file wins.
-        weight_map = _read_json(folder / _INDEX).get("weight_map")
+        weight_map = _read_json(folder / _INDEX).get("weight_map") or {}
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{folder / _INDEX}: weight_map is missing; it names the file of every tensor")
         for name, file in weight_map.items():
