@@ -37,6 +37,7 @@ setuptools.setup(
         "etils[epath]>=1.9",
         "filelock>=3.16",  # JAX's limit on the folder of compiled programs needs it, and does not require it by itself.
         "gguf>=0.17",
+        "google-crc32c>=1.6",  # Checksums of checkpoints.
         "grain>=0.2.18",
         "huggingface_hub>=1.0",
         "jinja2>=3.1",  # Chat templates; transformers does not require it by itself.

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+import types
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -160,21 +162,74 @@ def test_resuming_before_a_damaged_step_writes_it_again(tmp_path, caplog):
     assert_same(checkpoint.restore(tmp_path, abstract(make_state()), step=3).state, make_state(3))
 
 
+def crc32c(data: bytes) -> int:
+    """The checksum of RFC 3720, bit by bit."""
+    register = 0xFFFFFFFF
+    for byte in data:
+        register ^= byte
+        for _ in range(8):
+            register = register >> 1 ^ 0x82F63B78 * (register & 1)
+    return register ^ 0xFFFFFFFF
+
+
+def test_checksums_are_crc32c_of_the_bytes():
+    assert crc32c(b"123456789") == 0xE3069283
+    arrays = {"x": jnp.asarray(np.random.default_rng(1).normal(size=(3, 5)), jnp.float32)}
+    arrays |= {"half": arrays["x"].astype(jnp.bfloat16), "mask": arrays["x"] > 0, "scalar": jnp.int32(7)}
+    sums = checkpoint._checksums(arrays | {"empty": jnp.zeros((0, 3))})
+    assert sums == {name: crc32c(np.asarray(x).tobytes()) for name, x in arrays.items()} | {"empty": 0}
+
+
 def test_checksum_depends_on_every_bit_and_on_the_order():
-    x = np.random.default_rng(1).integers(0, 2**32, (3, 5), dtype=np.uint32)
-    checksum = jax.jit(checkpoint.checksum)
-    base = int(checksum(x))
+    x = np.random.default_rng(1).normal(size=(3, 5)).astype(np.float32)
+
+    def of(x: np.ndarray) -> int:
+        return checkpoint._checksums({"x": jnp.asarray(x)})["x"]
+
+    swapped, two_signs, nan, payload = x.copy(), x.copy(), x.copy(), x.copy()
+    swapped[0, :2] = x[0, 1::-1]
+    two_signs[[0, 2], [1, 3]] *= -1
+    nan.view(np.uint32)[1, 1], payload.view(np.uint32)[1, 1] = 0x7FC00000, 0x7FC00001
+    changed = [swapped, two_signs, -x, nan, payload, np.where(x == x[0, 0], 0.0, x), np.where(x == x[0, 0], -0.0, x)]
     for index in np.ndindex(x.shape):
         for bit in range(32):
-            y = x.copy()
-            y[index] ^= np.uint32(1 << bit)
-            assert int(checksum(y)) != base
-    swapped = x.copy()
-    swapped[0, 0], swapped[0, 1] = x[0, 1], x[0, 0]
-    assert int(checksum(swapped)) != base
-    # Computed independently with Python integers.
-    flat = [int(v) for v in x.reshape(-1)]
-    assert base == sum(v * ((i * 2654435761 + 1) % 2**32 | 1) for i, v in enumerate(flat)) % 2**32
+            changed.append(x.copy())
+            changed[-1].view(np.uint32)[index] ^= np.uint32(1 << bit)
+    sums = [of(y) for y in (x, *changed)]
+    assert len(set(sums)) == len(sums)
+
+
+@pytest.mark.parametrize("chunk", [8, 100, 2**20])
+def test_checksum_is_independent_of_the_mesh_and_of_the_processes(chunk, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_CHUNK", chunk)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    value = np.random.default_rng(0).normal(size=(8, 12, 2)).astype(np.float32)
+    for spec in ((), ("fsdp",), (None, "tensor"), (("data", "fsdp"), "tensor"), ("tensor", None, "fsdp")):
+        placed = jax.device_put(value, NamedSharding(mesh, PartitionSpec(*spec)))
+        assert checkpoint._checksums({"x": placed}) == {"x": crc32c(value.tobytes())}
+        for count in (2, 4, 8):  # Processes, each with some of the devices; the first need not hold the first part.
+            parts = []
+            for process in range(count):
+                monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+                own = [s for s in placed.addressable_shards if (s.device.id * 3 + 1) % count == process]
+                part = types.SimpleNamespace(shape=value.shape, dtype=value.dtype, addressable_shards=own)
+                parts.append(checkpoint._of_own_part(part))
+            monkeypatch.setattr(jax, "process_index", lambda: 0)
+            assert np.bitwise_xor.reduce(parts) == crc32c(value.tobytes())
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path):
+    write(tmp_path, [1])
+    path = tmp_path / "1" / "_CHECKPOINT_METADATA"
+    metadata = json.loads(path.read_text())
+    record = json.loads(metadata["custom_metadata"]["record"])
+    record["checksums"] = record.pop("crc32c")
+    text = json.dumps(record)
+    metadata["custom_metadata"] = {"record": text, "crc32": zlib.crc32(text.encode())}
+    path.write_text(json.dumps(metadata))
+    with pytest.raises(UserError, match="/1 is a checkpoint of an earlier version") as error:
+        checkpoint.restore(tmp_path, abstract(make_state()))
+    assert "\n" not in str(error.value)
 
 
 def test_checkpoint_of_another_model_or_config_is_refused(tmp_path):
@@ -262,4 +317,4 @@ def test_record_is_plain_json(tmp_path):
     custom = json.loads((tmp_path / "1" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
     record = json.loads(custom["record"])
     assert record["tree"]["params/w"] == "float32[4, 2000, 3]"
-    assert record["checksums"].keys() == record["tree"].keys()
+    assert record["crc32c"].keys() == record["tree"].keys()

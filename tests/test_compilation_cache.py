@@ -59,11 +59,17 @@ def test_next_process_compiles_nothing(kept):
     assert run(home) == (value, 1)
 
 
-def test_damaged_program_is_compiled_again(kept):
+@pytest.mark.parametrize(
+    "damage",
+    [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: raw[:99] + bytes([raw[99] ^ 1]) + raw[100:]],
+    ids=["cut", "empty", "flipped"],
+)
+def test_damaged_program_is_compiled_again_and_replaced(kept, damage):
     value, home = kept
     (entry,) = home.glob("popi_jax/compiled/*/jit_slow_to_compile*-cache")
-    entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])
+    entry.write_bytes(damage(entry.read_bytes()))
     assert run(home) == (value, 0)
+    assert run(home) == (value, 1)  # It was replaced.
 
 
 def test_jax_environment_variables_take_precedence(tmp_path):

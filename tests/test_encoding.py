@@ -146,6 +146,12 @@ def test_prompts_and_responses_are_never_cut(on_overflow: str) -> None:
         encoder(prompt=4).check_prompt("why now", None)
 
 
+def test_responses_that_are_the_same_tokens_state_no_preference() -> None:
+    with pytest.raises(UserError, match=r"^query f#7: chosen and rejected .* the same tokens.*remove the pair$"):
+        encoder().check(Query("why now", "yes indeed", "yes  indeed", "f#7"), None)
+    encoder().check(Query("why now", "yes indeed", "yes", "f#7"), None)
+
+
 def test_a_prompt_leaves_room_for_the_coming_summary() -> None:
     query = EXAMPLE.queries[0]
     with pytest.raises(UserError, match=r"prompt with a summary of limits.summary = 6 takes 17 .*limits.prompt"):

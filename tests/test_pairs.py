@@ -1,12 +1,18 @@
 """Pairs that are scored together share the common start of their prompts, and their scores do not change."""
 
+import dataclasses
+
+import jax
 import numpy as np
+import pytest
 
 from configs import quickstart
 from popi_jax.config import parse
-from popi_jax.data.schema import Query
+from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.data.shapes import Measured
+from popi_jax.errors import UserError
 from popi_jax.modes import setup
+from popi_jax.rollout import text
 from popi_jax.rollout.pairs import Item
 
 
@@ -24,6 +30,22 @@ def test_queries_of_a_user_share_one_copy_of_the_context():
     assert once < each - 1.5 * len(run.encoder.tokenizer.encode(told))
     alone = np.concatenate([scorer.logps(None, [item], 1) for item in items])
     np.testing.assert_allclose(scorer.logps(None, items, 3), alone, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_no_figure_comes_from_weights_that_are_not_finite(value):
+    """A comparison with NaN is false: it would count as an accuracy of 0."""
+    run = setup.load(parse(quickstart.get_config("runlocal")))
+    base = jax.tree.map(lambda x: x, run.base)
+    base["final_norm"]["scale"] = base["final_norm"]["scale"].at[0].set(value)
+    item = Item(Query("Why?", "Yes.", "No.", "f#1"), None)
+    with pytest.raises(UserError, match=r"^query f#1: the log-probabilities .* not finite"):
+        dataclasses.replace(run.scorer, base=base).logps(None, [item])
+    example = Example("u", "test", (Signal("profile", text="Short answers."),), (item.query,))
+    run = run.fitted({"test": [example]})
+    with pytest.raises(UserError, match="log-probabilities of sampled tokens are not finite"):
+        sampler = dataclasses.replace(run.sampler, base=base)
+        sampler.summaries(None, [example], jax.random.key(0), text.in_use(run.config), k=1)
 
 
 def test_micro_batches_divide_the_bins_of_all_rows():

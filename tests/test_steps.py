@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -13,6 +14,7 @@ from configs import quickstart
 from popi_jax.config import changed, parse
 from popi_jax.data.batch import Batch, GeneratorBatch, InferenceBatch
 from popi_jax.model import sharding
+from popi_jax.model.policy import Policy
 from popi_jax.modes import programs
 from popi_jax.training import scoring, steps
 from popi_jax.training.steps import Settings
@@ -265,3 +267,49 @@ def test_sharded_equals_one_device(sizes, lora):
     sharded, sharded_metrics = jitted(steps.joint_step, split)(placed, placed_base, rows)
     assert_close(metrics, sharded_metrics, rtol=1e-4, atol=1e-5)
     assert_close((alone.phi, alone.theta), (sharded.phi, sharded.theta), rtol=1e-5, atol=1e-5)
+
+
+def bfloat16(**changes) -> Settings:
+    model = dataclasses.replace(tiny.CONFIG, trained_dtype="bfloat16", qkv_bias=True, **changes)
+    return settings(policy=Policy(model))
+
+
+def gradients(config, state, base, batch, params):
+    """Returns the gradients of both roles at these weights."""
+    state = dataclasses.replace(state, phi=params, theta=params)
+    theta, _, loss_R = steps._generator_sums(state, base, batch.generator, config)
+    return theta, steps._inference_sums(state, base, batch, loss_R, config)[0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_bfloat16_weights_equal_those_of_float32_weights(tied, monkeypatch):
+    """Frequent tokens and many chunks of logits: sums in bfloat16 would be off by percents."""
+    monkeypatch.setattr(scoring, "_default_chunk", lambda decoder: 4)
+    config = bfloat16(tie_embeddings=tied)
+    base, state, batch = world(config, users=16)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.theta)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), rounded)
+    found = jax.jit(functools.partial(gradients, config))(state, base, batch, rounded)
+    wanted = jax.jit(functools.partial(gradients, config))(state, base, batch, exact)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b)
+        # One rounding to bfloat16 of what was summed in float32.
+        np.testing.assert_allclose(a, b, rtol=2**-8, atol=1e-5 * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
+
+
+def test_no_gradient_is_gathered_or_summed_in_bfloat16():
+    config = bfloat16(compute_dtype="bfloat16")
+    base, state, batch = world(config)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.theta)
+    summed = set()
+
+    def visit(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name in ("scatter-add", "reduce_sum", "cumsum"):
+                summed.add((eqn.primitive.name, eqn.outvars[0].aval.dtype.name))
+            for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+                visit(getattr(inner, "jaxpr", inner))
+
+    visit(jax.make_jaxpr(functools.partial(gradients, config))(state, base, batch, rounded).jaxpr)
+    assert ("scatter-add", "float32") in summed and ("reduce_sum", "float32") in summed
+    assert not [(name, dtype) for name, dtype in summed if dtype == "bfloat16"]

@@ -101,7 +101,10 @@ class Encoder:
         return self.prompt(query.prompt, context), chosen, rejected
 
     def check(self, query: Query, context: str | None, more: int = 0) -> int:
-        """The tokens of a prompt with both responses and `more` tokens still to come; UserError if a limit is exceeded.
+        """The tokens of a prompt with both responses and `more` tokens still to come.
+
+        Raises:
+            UserError: a limit is exceeded, or the responses are equal as tokens and state no preference.
 
         Checked before a run, not during it. A summary may take a few more tokens when its text is tokenised again, and
         that should not end a run.
@@ -111,6 +114,11 @@ class Encoder:
             prefix, chosen, rejected = self.pair(query, context)
         except UserError as error:  # The chat template rewrites a response.
             raise UserError(f"{where}: {error}") from None
+        if chosen == rejected:
+            raise UserError(
+                f"{where}: chosen and rejected differ as text, but the tokenizer makes the same tokens of them; change"
+                " one or remove the pair"
+            )
         with_summary = f" with a summary of limits.summary = {more}" if more else ""
         for name, tokens, limit in (
             (f"the generator's prompt{with_summary}", len(prefix) + more, "prompt"),

@@ -16,7 +16,7 @@ import numpy as np
 from popi_jax.config import SUMMARIZED
 from popi_jax.data import files, stylebook, stylebook_exact, stylebook_text
 from popi_jax.data.schema import Example
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, first_line
 from popi_jax.evaluation import stats
 from popi_jax.evaluation.evaluate import Evaluator
 from popi_jax.model.weights import Tree
@@ -108,9 +108,13 @@ def write(path: pathlib.Path, measured: Measured) -> None:
 
 
 def read(path: pathlib.Path) -> Measured:
-    """Reads a file of `write`; UserError if another version of this code wrote it."""
-    with np.load(path, allow_pickle=False) as stored:
-        try:
-            return Measured(**{name: stored[name] for name in stored.files})
-        except TypeError as error:
-            raise UserError(f"{path}: written by another version ({error}); choose another --workdir") from error
+    """Reads a file of `write`; UserError if it is damaged or another version of this code wrote it."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except Exception as error:  # numpy and zipfile raise errors of many types.
+        raise UserError(f"{path}: not readable ({first_line(error)}); remove the file and run again") from error
+    try:
+        return Measured(**arrays)
+    except TypeError as error:
+        raise UserError(f"{path}: written by another version ({error}); choose another --workdir") from error

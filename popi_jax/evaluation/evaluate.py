@@ -230,11 +230,20 @@ def write_records(path: pathlib.Path, records: Sequence[Record]) -> None:
 
 
 def read_records(path: pathlib.Path) -> list[Record]:
-    """Reads a file of `write_records`; UserError if another version of this code wrote it."""
-    try:
-        return [Record(**record) for record in files.read_jsonl(path)]
-    except TypeError as error:
-        raise UserError(f"{path}: written by another version ({error}); choose another --workdir") from error
+    """Reads a file of `write_records`; UserError if it is damaged or another version of this code wrote it."""
+    found = []
+    for number, record in enumerate(files.read_jsonl(path), start=1):
+        try:
+            found.append(Record(**record))
+        except TypeError as error:
+            raise UserError(f"{path}: written by another version ({error}); choose another --workdir") from error
+        for field in dataclasses.fields(Record):
+            value = record[field.name]
+            if not isinstance(value, field.type):  # type: ignore[arg-type]
+                raise UserError(
+                    f"{path}:{number}: field {field.name!r} is {value!r:.60}; remove the file and run again"
+                )
+    return found
 
 
 def informativeness(

@@ -165,7 +165,9 @@ class Linear(nnx.Module):
         from_axis, to_axis = self.axes[0], self.axes[self.input_dims]
         y_RxOut = times(x_RxIn, kernel.reshape(into, -1), from_axis, to_axis)
         if self.bias is not None:
-            y_RxOut += self.bias[...].reshape(1, -1).astype(x.dtype)
+            # Added in float32, so that the bias's gradient is summed over the rows in float32.
+            bias_1xOut = self.bias[...].reshape(1, -1).astype(x.dtype).astype(jnp.float32)
+            y_RxOut = (y_RxOut.astype(jnp.float32) + bias_1xOut).astype(x.dtype)
         if self.a is not None and self.b is not None:
             a_Inxr = self.a[...].reshape(into, -1)
             b_rxOut = self.b[...].reshape(a_Inxr.shape[1], -1)

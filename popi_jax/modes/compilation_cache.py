@@ -8,12 +8,16 @@ import hashlib
 import os
 import pathlib
 import platform
+import re
+import warnings
+from typing import Any
 
 import jax
 from etils import epath
 
 _MAX_BYTES = 4 << 30  # The limit of the folder. JAX removes the least recently used programs beyond it.
 _NO_LIMIT = -1
+_UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '([\w.]+)'")
 _MIN_COMPILE_S = 0.1  # JAX's default, 1 s, would leave out half of a small model's programs.
 
 
@@ -25,6 +29,7 @@ def enable() -> None:
     JAX_COMPILATION_CACHE_MAX_SIZE and JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS replace our values. Call this before
     anything is compiled.
     """
+    _replace_damaged()
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     own = folder()
@@ -38,6 +43,31 @@ def enable() -> None:
     if jax.config.jax_compilation_cache_max_size != _NO_LIMIT:  # type: ignore[attr-defined]
         _remove_unfinished(own)
     jax.config.update("jax_compilation_cache_dir", str(own))
+
+
+def _replace_damaged() -> None:
+    """Makes a program that JAX cannot read give way to the one that is compiled instead.
+
+    JAX 0.10.2 warns, compiles, and keeps the old entry, so that every start warns and compiles again. It names the
+    program in the warning, which comes before the new entry is written. All entries of that name are removed, since
+    their keys are not in the warning.
+    """
+    show = warnings.showwarning
+    if getattr(show, "replaces_damaged", False):
+        return
+
+    def showwarning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        found = _UNREADABLE.match(str(message))
+        kept_in = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+        if found and kept_in:
+            with contextlib.suppress(OSError):
+                for entry in epath.Path(kept_in).glob(f"{found[1]}-*-cache"):
+                    entry.unlink(missing_ok=True)
+            message = f"{message}; the program is compiled again and replaced"
+        show(message, *args, **kwargs)
+
+    showwarning.replaces_damaged = True  # type: ignore[attr-defined]
+    warnings.showwarning = showwarning
 
 
 def folder() -> pathlib.Path:

@@ -1,7 +1,4 @@
-"""Every compiled program of a run, with its shardings and donation. --mode=compile compiles the same programs.
-
-checkpoint.py has one more jit, for its checksums, which does not depend on the model.
-"""
+"""Every compiled program of a run, with its shardings and donation. --mode=compile compiles the same programs."""
 
 import dataclasses
 import functools

@@ -12,6 +12,7 @@ from popi_jax.data.encoding import Encoder
 from popi_jax.data.packing import Row, Tree
 from popi_jax.data.schema import Query
 from popi_jax.data.shapes import Bins, Shapes, shardings_of
+from popi_jax.errors import UserError
 from popi_jax.model import sharding, weights
 
 
@@ -116,7 +117,8 @@ class PairScorer:
     def logps(self, theta: weights.Tree | None, items: Sequence[Item], at_a_time: int | None = None) -> np.ndarray:
         """Log pi(y+|x,z) and log pi(y-|x,z) of each item, [items, 2], in nats; theta None is the reference.
 
-        About `at_a_time` items (None: eval.rows) are scored together, and all parts have one shape. Equal items are
+        UserError if one is not finite: as a number in a table it would be an accuracy of 0 or a missing figure. About
+        `at_a_time` items (None: eval.rows) are scored together, and all parts have one shape. Equal items are
         scored once, since a trained model writes many equal summaries.
         """
         shapes = self.packer.shapes
@@ -135,4 +137,12 @@ class PairScorer:
             packed = self.packer.pack_rows([planted.rows[r] for r in chosen], own, like)
             out = self.score(self.base, theta, jax.device_put(packed, shardings_of(like)))
             logps[chosen] = sharding.to_host(out)[: len(chosen)]
-        return logps[planted.first_R]
+        logps = logps[planted.first_R]
+        for item, logp in zip(items, logps, strict=True):
+            if not np.isfinite(logp).all():
+                raise UserError(
+                    f"query {item.query.provenance or repr(item.query.prompt[:40])}: the log-probabilities of its"
+                    f" responses are {logp.tolist()}; the weights have values that are not finite, or"
+                    f" model.compute_dtype is too narrow for them"
+                )
+        return logps

@@ -15,6 +15,7 @@ from popi_jax.data import packing
 from popi_jax.data.encoding import Encoder
 from popi_jax.data.schema import Example
 from popi_jax.data.shapes import Shapes
+from popi_jax.errors import UserError
 from popi_jax.model import sharding
 from popi_jax.model.weights import Tree
 from popi_jax.rollout import sampler
@@ -103,6 +104,11 @@ class TextSampler:
             pad_id=tokenizer.pad_id,
         )
         samples = sharding.to_host(samples)
+        if not np.isfinite(samples.logp_BxNxS).all():
+            raise UserError(
+                "log-probabilities of sampled tokens are not finite; the weights have values that are not finite, or"
+                " model.compute_dtype is too narrow for them"
+            )
         texts = [
             [
                 (start + tokenizer.decode(samples.tokens_BxNxS[b, n, : samples.length_BxN[b, n]].tolist())).strip()

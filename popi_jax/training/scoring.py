@@ -62,8 +62,9 @@ def predictors(decoder: Decoder, batch: PrefixBatch) -> jax.Array:
     _, N, S = batch.branches_BxNxS.shape
     hidden_BxLxD = decoder(*layout(batch))
     last_B = jnp.maximum(batch.prefix_length_B - 1, 0)
-    last_Bx1xD = jnp.take_along_axis(hidden_BxLxD, last_B[:, None, None], axis=1)
-    first_BxNx1xD = jnp.broadcast_to(last_Bx1xD[:, None], (B, N, 1, hidden_BxLxD.shape[-1]))
+    # In float32, so that the gradients of the branches are summed in float32.
+    last_Bx1xD = jnp.take_along_axis(hidden_BxLxD.astype(jnp.float32), last_B[:, None, None], axis=1)
+    first_BxNx1xD = jnp.broadcast_to(last_Bx1xD[:, None], (B, N, 1, hidden_BxLxD.shape[-1])).astype(hidden_BxLxD.dtype)
     rest_BxNxSxD = hidden_BxLxD[:, T:].reshape(B, N, S, -1)[:, :, :-1]
     return jnp.concatenate([first_BxNx1xD, rest_BxNxSxD], axis=2)
 
@@ -124,7 +125,9 @@ def score_packed(decoder: Decoder, batch: PackedBatch, *, chunk: int | None = No
     # Each shard gathers from its own bins only, so that devices need not communicate.
     predictor_ShxW = jnp.asarray(batch.predictor_ShxW)
     by_shard = hidden_CxLxD.reshape(len(predictor_ShxW), -1, hidden_CxLxD.shape[-1])
-    hidden_ShxWxD = jnp.take_along_axis(by_shard, predictor_ShxW[:, :, None], axis=1)
+    # In float32, since a state that predicts several branches sums their gradients.
+    hidden_ShxWxD = jnp.take_along_axis(by_shard.astype(jnp.float32), predictor_ShxW[:, :, None], axis=1)
+    hidden_ShxWxD = hidden_ShxWxD.astype(hidden_CxLxD.dtype)
 
     def one(hidden_JxXxD: jax.Array, target_JxX: jax.Array) -> jax.Array:
         return _gather(_log_softmax(decoder, hidden_JxXxD, 1.0), target_JxX)

@@ -206,7 +206,7 @@ def _generator_sums(
 
     def one(micro: GeneratorBatch):
         (_, (loss_R, terms)), grads = jax.value_and_grad(generator_loss, has_aux=True)(
-            state.theta, base, micro, settings
+            _differentiated(state.theta), base, micro, settings
         )
         return ((grads, terms), {}), loss_R
 
@@ -230,7 +230,7 @@ def _inference_sums(
 
     def one(micro: tuple[InferenceBatch, jax.Array]):
         (_, (terms, maxima)), grads = jax.value_and_grad(inference_loss, has_aux=True)(
-            state.phi, base, *micro, state.baseline, settings
+            _differentiated(state.phi), base, *micro, state.baseline, settings
         )
         return ((grads, terms), maxima), ()
 
@@ -283,6 +283,15 @@ def _update(
         updates, opt = tx.update(grads, opt, params)
         params = rounding.add(params, updates, rng.stream_key(seed, f"round_{role}", state.step))
         return params, opt, {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+
+
+def _differentiated(params: Params) -> Params:
+    """Returns the weights as the loss is differentiated: the embedding and the head in float32, all else as stored.
+
+    A gradient has its weight's type. These two are sums of many parts, one for each token or chunk of tokens, and a sum
+    in bfloat16 stops growing at 256 times its terms. The function is the same, since both are cast before use.
+    """
+    return {name: _float32(own) if name in ("embed", "head") else own for name, own in params.items()}
 
 
 def _float32(params: Params) -> Params:
