@@ -47,11 +47,12 @@ def train(config: Config, workdir: pathlib.Path, shared: pathlib.Path | None = N
     run = setup.load(config).fitted(examples)
     shared = workdir if shared is None else shared
     with locks.held(workdir):
-        runfiles.claim(workdir, config, run.inputs(examples))
+        inputs, total = run.inputs(examples), schedule.total_steps(config)
+        begin = _start(run, workdir, inputs) if total else _Start(run.initial_state())
+        runfiles.claim(workdir, config, inputs)
         sources = prepared.from_examples(config.data, examples, shared)
         evaluator = run.evaluator(run.references(shared / "cache"))
-        total = schedule.total_steps(config)
-        state = run.initial_state() if total == 0 else _loop(run, workdir, sources, evaluator)
+        state = _loop(run, workdir, sources, evaluator, begin) if total else begin.state
         return final.finish(evaluator, workdir, state, list(sources["test"]), total)
 
 
@@ -73,19 +74,19 @@ class _Start:
     evaluates: bool = False
 
 
-def _start(run: Run, workdir: pathlib.Path, sources: Mapping[str, ExampleSource]) -> _Start:
-    """Restores the newest checkpoint of the workdir, if it has one."""
+def _start(run: Run, workdir: pathlib.Path, inputs: Mapping[str, str]) -> _Start:
+    """Restores the newest checkpoint of the workdir, if it has one; UserError if it is of another run."""
     restored = run.restore(workdir)
     if restored is None:
         return _Start(run.initial_state())
     state, meta = restored
     runfiles.check_trained(str(workdir), meta["config"], run.config)
-    if meta["data"] != sources["train"].fingerprint:
+    if meta["data"] != inputs["train"]:
         raise UserError(
             f"{workdir}: the checkpoint was trained on other examples than config.data gives now; restore those"
             " examples, or choose another --workdir"
         )
-    if meta["test"] != sources["test"].fingerprint:
+    if meta["test"] != inputs["test"]:
         print(
             "the test examples changed since the checkpoint; earlier evaluations in metrics.jsonl are of the old ones"
         )
@@ -93,11 +94,12 @@ def _start(run: Run, workdir: pathlib.Path, sources: Mapping[str, ExampleSource]
     return _Start(state, int(state.step), meta["wall_s"], meta["iterator"], meta["written"], meta["evaluates"])
 
 
-def _loop(run: Run, workdir: pathlib.Path, sources: Mapping[str, ExampleSource], evaluator: Evaluator) -> TrainState:
+def _loop(
+    run: Run, workdir: pathlib.Path, sources: Mapping[str, ExampleSource], evaluator: Evaluator, begin: _Start
+) -> TrainState:
     config, references = run.config, evaluator.references
     total = schedule.total_steps(config)
     iterator = prepared.training_iterator(sources["train"], config.train.users_per_step, config.seed)
-    begin = _start(run, workdir, sources)
     state, start = begin.state, begin.step
     if begin.iterator is not None:
         iterator.set_state(begin.iterator)
