@@ -121,7 +121,7 @@ def short(reports: list[dict[str, Any]]) -> str:
 
 
 def _main(argv: list[str]) -> None:
-    folder = pathlib.Path(flags.FLAGS.output)
+    folder = config_lib.local_path(flags.FLAGS.output, "--output")
     asked = ",".join(flags.FLAGS.cases or ())
     reports = [run_case(case, folder) for case in flags.FLAGS.cases or CASES]
     files.write_text(

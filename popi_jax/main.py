@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
         train.train(config, workdir)
         return
     output = None if _MODE.value == "evaluate" and _OUTPUT.value is None else _path(_OUTPUT)
-    signals.say(lambda: f"{workdir} is unchanged, and {output or 'its evaluation'} may be incomplete")
+    signals.say(lambda: f"the run in {workdir} is safe, and {output or 'its evaluation'} may be incomplete")
     if _MODE.value == "evaluate":
         print(json.dumps(evaluate.evaluate_checkpoint(config, workdir, output, _STEP.value), indent=2))
     elif _MODE.value == "summarize":
