@@ -10,6 +10,7 @@ import ast
 import functools
 import importlib
 import io
+import itertools
 import json
 import pathlib
 import re
@@ -251,11 +252,11 @@ def key_comments(source: str) -> dict[str, str]:
 def described(hint: Any) -> str:
     """A type of popi_jax/config.py in words: its choices, or its name and its bounds."""
     if typing.get_origin(hint) is typing.Annotated:
-        kind, field = typing.get_args(hint)
+        kind, *notes = typing.get_args(hint)
         words = [
             f"{sign} {getattr(entry, name):,}"
             for name, sign in BOUNDS.items()
-            for entry in field.metadata
+            for entry in itertools.chain.from_iterable(getattr(note, "metadata", ()) for note in notes)
             if hasattr(entry, name)
         ]
         return " ".join([described(kind), *([", ".join(words)] if words else [])])

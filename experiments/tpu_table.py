@@ -121,7 +121,7 @@ def short(reports: list[dict[str, Any]]) -> str:
 
 
 def _main(argv: list[str]) -> None:
-    folder = pathlib.Path(flags.FLAGS.output)
+    folder = config_lib.local_path(flags.FLAGS.output, "--output")
     table = folder / "README.md"
     if table.exists() and not checks.read_text(table, "choose another --output").startswith(HEAD.split("\n")[0]):
         raise UserError(f"{table}: not a table of this script; choose another --output")

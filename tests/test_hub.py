@@ -159,7 +159,7 @@ def test_a_slice_reads_no_more_than_its_part():
     assert reads == [(slice(0, 12), slice(head_dim, 3 * head_dim))]
 
 
-def test_fingerprint_covers_only_the_weights(folder: pathlib.Path):
+def test_fingerprint_covers_the_weights(folder: pathlib.Path):
     before = hub.load(folder).fingerprint
     assert before == hub.load(FIXTURES / "qwen3").fingerprint
     (folder / "tokenizer_config.json").write_text("{}")

@@ -3,8 +3,9 @@
 import pathlib
 from typing import Any
 
+from popi_jax import checkpoint
 from popi_jax.config import Config
-from popi_jax.data import files, prepared
+from popi_jax.data import files, locks, prepared
 from popi_jax.errors import UserError
 from popi_jax.evaluation import final
 from popi_jax.modes import runfiles, setup
@@ -47,14 +48,22 @@ def evaluate_checkpoint(
     """
     if output is not None:
         _check_output(output)
+    examples = prepared.read(config.data)
     run, state, _ = trained(config, workdir, step)
     shared = workdir if shared is None else shared
-    sources = {"test": prepared.from_config(config.data, shared)["test"]}
-    run = run.fitted(sources)
+    test = examples["test"]
+    run = run.fitted({"test": test})
     evaluator = run.evaluator(run.references(shared / "cache"))
     folder = workdir / f"evaluation_step{int(state.step)}" if output is None else output
-    runfiles.describe(folder, config)
-    return final.finish(evaluator, folder, state, list(sources["test"]), int(state.step))
+    inputs = run.inputs(examples) | checkpoint_input(workdir, int(state.step))
+    with locks.held(folder):
+        runfiles.describe(folder, config, inputs)
+        return final.finish(evaluator, folder, state, test, int(state.step))
+
+
+def checkpoint_input(workdir: pathlib.Path, step: int | None = None) -> dict[str, str]:
+    """Returns the fingerprint of the newest checkpoint, or that of `step`, as an input beside those of the run."""
+    return {"checkpoint": checkpoint.fingerprint(workdir / "checkpoints", step) or "none"}
 
 
 def _check_output(folder: pathlib.Path) -> None:
