@@ -1,6 +1,7 @@
-"""The exception for a user's mistake."""
+"""The exception for a user's mistake, and the words for its message."""
 
 import re
+from typing import Any
 
 
 class UserError(Exception):
@@ -19,3 +20,12 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """Returns the first line of another library's error, at most 200 characters, or its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def shown(value: Any, limit: int = 100) -> str:
+    """Returns a value for an error message: its repr, cut to `limit` characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # An integer of thousands of digits, or deep nesting.
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[:limit]}..."

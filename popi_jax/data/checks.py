@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from popi_jax.errors import UserError, first_line
+from popi_jax.errors import UserError, first_line, shown
 
 # The first bytes of files that are no plain text, and the way to convert them. Nothing of them is the start of JSON.
 _FORMATS = {
@@ -79,15 +79,6 @@ def parse_json(text: str, where: str, line: int | None = None, remedy: str = "fi
         raise UserError(f"{place}: a number has too many digits; {remedy}") from None
     except RecursionError:
         raise UserError(f"{place}: JSON is nested too deeply; {remedy}") from None
-
-
-def shown(value: Any, limit: int = 100) -> str:
-    """Returns a value for an error message: its repr, cut to `limit` characters."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # An integer of thousands of digits, or deep nesting.
-        return f"a value of type {type(value).__name__}"
-    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def as_object(value: Any, where: str, remedy: str = "write {...}") -> dict[str, Any]:

@@ -4,7 +4,7 @@ import pathlib
 from typing import Any
 
 from popi_jax.data import checks, files
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, shown
 
 FIELDS = ("prompt", "summary", "user")
 
@@ -50,6 +50,6 @@ def _read_summaries(path: pathlib.Path) -> dict[str, str]:
         where = f"{path}:{number}"
         user = checks.text_field(record, "user", where)
         if user in summaries:
-            raise UserError(f"{where}: field 'user': {checks.shown(user)} is on an earlier line, too; keep one of them")
+            raise UserError(f"{where}: field 'user': {shown(user)} is on an earlier line, too; keep one of them")
         summaries[user] = checks.text_field(record, "summary", where, blank=True)  # A model can write nothing.
     return summaries

@@ -233,7 +233,7 @@ def _drawn_signals(
             by_prompt.setdefault(row.query.prompt, []).append(row)
     if len(by_prompt) < count:
         raise UserError(
-            f"{where} of persona {checks.shown(rows[0].persona)} have {len(by_prompt)} other prompts, too few for"
+            f"{where} of persona {rows[0].persona!r} have {len(by_prompt)} other prompts, too few for"
             f" data.signals_per_user = {count}; lower it or add rows"
         )
     prompts = list(by_prompt)

@@ -16,7 +16,7 @@ from typing import Any
 
 from popi_jax.data import checks, files
 from popi_jax.data.schema import Example, Query, Signal
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, shown
 
 FIELDS = ("user", "signals", "queries", "persona")
 SIGNAL_FIELDS = {"pair": ("prompt", "chosen", "rejected"), "comment": ("prompt", "text"), "profile": ("text",)}
@@ -42,7 +42,8 @@ def read_users(path: str | pathlib.Path, split: str = "train", require_queries: 
         if example.user in line_of:
             first = line_of[example.user]
             raise UserError(
-                f"{path}:{number}: field 'user': {checks.shown(example.user)} is also on line {first}; merge the two or rename one"
+                f"{path}:{number}: field 'user': {shown(example.user)} is also on line {first}; merge the two or"
+                " rename one"
             )
         line_of[example.user] = number
         examples.append(example)
@@ -80,7 +81,7 @@ def _parse_signal(value: Any, where: str, provenance: str) -> Signal:
     kind = checks.text_field(record, "kind", where)
     if kind not in SIGNAL_FIELDS:
         raise UserError(
-            f"{where}: field 'kind': unknown kind {checks.shown(kind)}; known kinds are {', '.join(SIGNAL_FIELDS)}"
+            f"{where}: field 'kind': unknown kind {shown(kind)}; known kinds are {', '.join(SIGNAL_FIELDS)}"
         )
     checks.only_fields(record, ("kind", *SIGNAL_FIELDS[kind]), where)
     if kind == "pair":
