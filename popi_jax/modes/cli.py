@@ -3,6 +3,7 @@
 import pathlib
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ from popi_jax.errors import UserError, first_line
 from popi_jax.modes import host_memory
 from popi_jax.modes.runfiles import Stopped
 
-_LIBRARIES = str(pathlib.Path(flags.__file__).parents[2])
+_LIBRARIES = (str(pathlib.Path(flags.__file__).parents[2]), sysconfig.get_path("stdlib"))
 
 
 def run(entry: Callable[[list[str]], None]) -> None:
@@ -49,7 +50,10 @@ def _parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> lis
     try:
         rest = values(argv)
         if "config" in values:
-            getattr(values["config"].value, "lock", None)  # Raises the error of a file that could not be read.
+            given = values["config"]
+            getattr(given.value, "lock", None)  # Raises the error of a file that could not be read.
+            if given.present and given.value is None:
+                raise UserError("--config: get_config returned None; return a ConfigDict")
         return rest
     except UserError:
         raise
@@ -65,7 +69,8 @@ def _parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> lis
             elif getattr(error, "name", None) == "get_config":
                 told = "--config: the file has no function get_config; see configs/quickstart.py for an example"
             elif not isinstance(error, flags.Error):
-                told = f"--config.KEY=VALUE: no such key ({told.strip(chr(34) + chr(39))}); configs/base.py has all of them"
+                key = told.strip("\"'")
+                told = f"--config.KEY=VALUE: no such key ({key}); configs/base.py has all of them"
         raise UserError(told) from error
 
 
@@ -74,7 +79,9 @@ def _config_error(error: BaseException) -> str | None:
     found: BaseException | None = error
     while found is not None:
         frames = [frame for frame in traceback.extract_tb(found.__traceback__) if "importlib" not in frame.filename]
-        called = [place for place, frame in enumerate(frames) if frame.filename.endswith("config_flags.py")]
+        called = [
+            place for place, frame in enumerate(frames) if frame.filename.endswith("config_flags/config_flags.py")
+        ]
         # The config itself comes first; files that it imports follow.
         inside = frames[called[-1] + 1 :] if called else []
         if inside and not inside[0].filename.startswith(_LIBRARIES):
@@ -82,10 +89,8 @@ def _config_error(error: BaseException) -> str | None:
             return f"{inside[0].filename}:{line}: {type(found).__name__}: {first_line(found)}"
         if isinstance(found, SyntaxError) and found.filename != "<unknown>":  # That would be the value of a flag.
             return f"{found.filename or '--config'}:{found.lineno or 1}: {found.msg}"
-        if isinstance(found, OSError) and found.__cause__ is None:
-            reason = str(found).strip().rpartition("\n")[2].strip(" .")
-            return (
-                f"--config: {re.sub(r'^.Errno .*?. ', '', reason)}; give a config file, such as configs/quickstart.py"
-            )
+        if isinstance(found, OSError) and called and found.__cause__ is None:
+            reason = re.sub(r"^.Errno .*?. ", "", str(found).strip().rpartition("\n")[2].strip(" ."))
+            return f"--config: {reason}; give a config file, such as configs/quickstart.py"
         found = found.__cause__ or found.__context__
     return None
