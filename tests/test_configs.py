@@ -78,7 +78,7 @@ def test_an_unknown_argument_is_refused(name, arg):
         (b'["seed"]', ": expected an object in braces, found a list; give a run's config.json"),
         (b'{"seed": "a"}', ": config.seed is 'a'; it should be a valid integer"),
         (b'{"seed": null}', ": config.seed is None; it should be a valid integer"),
-        (b'{"seed": NaN}', ": NaN is not a number in JSON; give a run's config.json"),
+        (b'{"seed": NaN}', ": config.seed is nan; it should be a valid integer"),
         (b'{"seeds": 1}', ": config.seeds is not a setting; configs/base.py has all of them"),
         (b'{"eval": {"user": 1}}', ": config.eval.user is not a setting; configs/base.py has all of them"),
         (b'{"eval": 1}', ": config.eval is 1; it must be a section, with the keys of configs/base.py"),

@@ -45,7 +45,7 @@ def test_summaries_come_from_the_line_or_from_the_file_beside_it(tmp_path):
         ({"prompt": "Why?", "user": ["u"]}, ":1: field 'user' must be a string, found a list; put"),
         ({"prompt": "Why?", "summary": "s", "user": 7}, ":1: field 'user' must be a string, found a number; put"),
         ({"prompt": "Why?", "summary": "s", "user": "\ud800"}, ":1: field 'user' has half a surrogate pair"),
-        ('{"prompt": "Why?", "summary": "s", "user": NaN}', ":1: NaN is not a number in JSON; fix"),
+        ('{"prompt": "Why?", "summary": "s", "user": NaN}', ":1: field 'user' must be a string, found a number; put"),
         ({"prompt": "Why?", "sumary": "s"}, ":1: unknown field 'sumary'"),
         ("", ": no prompts"),
     ],

@@ -168,7 +168,7 @@ TEXT = json.dumps(record()) + "\n" + json.dumps(record(user="u2"))
         (json.dumps([record()], indent=1).encode(), "1: JSON over several lines or in a list; write"),
         (TEXT.replace("\n", "\n\n,").encode(), "3: not JSON (Expecting value at column 1); fix"),
         (b'{"user": ' + b"9" * 5000 + b"}", "1: a number has too many digits; fix"),
-        (b'{"user": -Infinity}', "1: -Infinity is not a number in JSON; fix"),
+        (b'{"user": -Infinity}', "1: field 'user' must be a string, found a number; put"),
         (b'{"user": ' + b"[" * 100_000, "1: JSON is nested too deeply; fix"),
         (b"{" + b'"a": {' * 100_000, "1: JSON is nested too deeply; fix"),
     ],

@@ -46,7 +46,7 @@ def read_text(path: str | pathlib.Path, remedy: str) -> str:
 
 
 def parse_json(text: str, where: str, line: int | None = None, remedy: str = "fix this line") -> Any:
-    """Parses JSON and refuses repeated keys and NaN. The `json` module would keep the last key, and take NaN.
+    """Parses JSON and refuses repeated keys. The `json` module would silently keep the last one.
 
     Args:
         text: the JSON.
@@ -67,11 +67,8 @@ def parse_json(text: str, where: str, line: int | None = None, remedy: str = "fi
             record[key] = value
         return record
 
-    def constant(name: str) -> None:
-        raise UserError(f"{place}: {name} is not a number in JSON; {remedy}")
-
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         place = f"{where}:{error.lineno}" if line is None else place
         raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno}); {remedy}") from None

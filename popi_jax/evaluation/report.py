@@ -84,9 +84,9 @@ def print_table(rows: Sequence[Mapping[str, Any]], console: Console | None = Non
         table.add_column(column, justify="right" if place else "left", no_wrap=place == 0)
     for line in lines:
         table.add_row(*line, style="bold" if line[0] == "popi" else None)
-    console = console or Console()
-    if not console.is_terminal:
-        console = Console(file=console.file, width=200)  # A log file has no width of its own.
+    console = console or Console(markup=False, emoji=False)
+    if not console.is_terminal:  # A log file has no width of its own.
+        console = Console(file=console.file, width=200, markup=False, emoji=False)
     console.print(table)
 
 

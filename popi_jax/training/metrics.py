@@ -154,9 +154,13 @@ class Progress:
         self._said = 0.0
         self._bar: rich.progress.Progress | None = None
         if jax.process_index() == 0 and self._console.is_terminal:
-            columns = ("{task.description}", rich.progress.BarColumn(), "{task.completed}/{task.total}")
             self._bar = rich.progress.Progress(
-                *columns, "{task.fields[shown]}", rich.progress.TimeElapsedColumn(), console=self._console
+                rich.progress.TextColumn("{task.description}", markup=False),  # A name may look like markup.
+                rich.progress.BarColumn(),
+                "{task.completed}/{task.total}",
+                "{task.fields[shown]}",
+                rich.progress.TimeElapsedColumn(),
+                console=self._console,
             )
             self._task = self._bar.add_task(name, total=total, completed=start, shown="compiling")
 
@@ -177,7 +181,8 @@ class Progress:
             self._bar.update(self._task, completed=step, shown=shown)
         elif now - self._said >= 10 or step == self._total:
             self._said = now
-            self._console.print(f"{self._name} step {step}/{self._total}  {shown}", highlight=False, soft_wrap=True)
+            line = f"{self._name} step {step}/{self._total}  {shown}"
+            self._console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -228,7 +233,7 @@ def parameter_overview(params: Any, statistics: Callable[[list[jax.Array]], Any]
     for (path, leaf), (mean, std) in zip(leaves, stats, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         table.add_row(name, "x".join(map(str, leaf.shape)) or "scalar", leaf.dtype.name, f"{mean:.3g}", f"{std:.3g}")
-    console = Console(width=120, color_system=None)
+    console = Console(width=120, color_system=None, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(table)
     count = sum(leaf.size for _, leaf in leaves)
