@@ -9,11 +9,17 @@ DIR/results.json has all rows. DIR/report.html shows them with popi's curves and
 samples, and writes DIR/without_texts, which may be redistributed: copied into another DIR, its runs count as finished.
 --trained=DIR trains nothing: it evaluates the runs of another table with this config, e.g. on other data.
 """
+# ruff: noqa: E402
+
+if __name__ == "__main__":  # The other imports take seconds, in which a signal may come, too.
+    from popi_jax.modes import signals
+
+    signals.listen()
 
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +28,11 @@ from ml_collections import config_flags
 
 from popi_jax import config as config_lib
 from popi_jax.config import Config
-from popi_jax.data import files, prepared, stylebook_exact
+from popi_jax.data import files, locks, prepared, stylebook_exact
+from popi_jax.data.schema import Example
 from popi_jax.errors import UserError
 from popi_jax.evaluation import decomposition, evaluate, final, report, stats
-from popi_jax.modes import cli, compilation_cache, runfiles, train
+from popi_jax.modes import cli, compilation_cache, runfiles, setup, signals, train
 from popi_jax.modes import evaluate as evaluate_mode
 
 # The names of popi with other schedules. "popi" itself uses the config's schedule.
@@ -57,26 +64,33 @@ def method_config(config: Config, method: str, seed: int) -> Config:
 
 
 def run_method(
-    config: Config, table: pathlib.Path, method: str, seed: int, trained: pathlib.Path | None
+    config: Config, table: pathlib.Path, method: str, seed: int, trained: pathlib.Path | None, inputs: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Returns the row of the method's finished run, or runs it. With `trained`, evaluates that table's run instead."""
+    """Returns the row of the method's finished run, or runs it. With `trained`, evaluates that table's run instead.
+
+    `inputs` are the fingerprints of `setup.read_inputs`. A run is finished only with the same ones.
+    """
     name = f"{method}_seed{seed}"
     workdir, shared = table / name, table / "shared"
     own = method_config(config, method, seed)
-    row = runfiles.finished_row(workdir, own)
+    evaluates = trained if method != "base" else None  # base is never trained, so it has no checkpoint.
+    if evaluates is not None:
+        inputs = {**inputs, **evaluate_mode.checkpoint_input(evaluates / name)}
+    row = runfiles.finished_row(workdir, own, inputs)
     if row is None:
         print(f"\n== {method}, seed {seed}", flush=True)
-        if trained is None or method == "base":  # base is never trained, so it has no checkpoint.
+        if evaluates is None:
             row = train.train(own, workdir, shared)
         else:
-            runfiles.claim(workdir, own)
-            row = evaluate_mode.evaluate_checkpoint(own, trained / name, workdir, shared=shared)
+            runfiles.claim(workdir, own, inputs)
+            row = evaluate_mode.evaluate_checkpoint(own, evaluates / name, workdir, shared=shared)
+    elif not (workdir / "report.html").exists():  # The run was killed just before it.
+        report.write(workdir)
     return row | {"method": method}
 
 
-def bayes_rows(config: Config, seed: int) -> list[dict[str, Any]]:
+def bayes_rows(config: Config, seed: int, examples: Sequence[Example]) -> list[dict[str, Any]]:
     """Returns the rows of the best possible decisions given a user's signals or persona, where p* is known."""
-    examples = prepared.load_examples(config.data)["test"]
     truths = [stylebook_exact.truth(example) for example in examples]
     rows = []
     for method, known in (
@@ -191,22 +205,32 @@ def make_table(
         trained: the folder of another table. Its runs are evaluated, and nothing is trained.
 
     Raises:
-        UserError: an unknown method, or oracle with users who have no persona.
+        UserError: an unknown method, oracle with users who have no persona, or another process writes the folder.
     """
     unknown = [method for method in methods if method not in TRAINED + BAYES]
     if unknown:
         raise UserError(f"--methods: {unknown[0]!r} is unknown; choose from {', '.join(TRAINED + BAYES)}")
+    # Read before the hours of training that the methods take.
+    examples = prepared.load_examples(config.data)
+    inputs = setup.read_inputs(config, examples)
     if "oracle" in methods:
-        # Reported before the hours of training that the other methods take.
-        nameless = [e.user for part in prepared.load_examples(config.data).values() for e in part if not e.persona]
+        nameless = [e.user for part in examples.values() for e in part if not e.persona]
         if nameless:
             raise UserError(f"--methods: user {nameless[0]!r} has no persona, which oracle needs; leave out oracle")
-    table.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    for seed in seeds:
-        rows += [run_method(config, table, method, seed, trained) for method in methods if method in TRAINED]
-        if config.data.dataset == "stylebook":
-            rows += [row for row in bayes_rows(config, seed) if row["method"] in methods]
+    signals.say(lambda: f"{table} has the finished runs and the checkpoints of the others")
+    with locks.held(table):
+        rows: list[dict[str, Any]] = []
+        for seed in seeds:
+            rows += [run_method(config, table, name, seed, trained, inputs) for name in methods if name in TRAINED]
+            if config.data.dataset == "stylebook":
+                rows += [row for row in bayes_rows(config, seed, examples["test"]) if row["method"] in methods]
+        _write_table(config, table, rows, seeds, data_texts)
+
+
+def _write_table(
+    config: Config, table: pathlib.Path, rows: list[dict[str, Any]], seeds: Sequence[int], data_texts: bool
+) -> None:
+    """Compares the rows and writes the files of the table."""
     compare(config, table, rows)
     if not data_texts:
         for row in rows:
@@ -252,9 +276,10 @@ def _main(argv: list[str]) -> None:
     if wrong:
         raise UserError(f"--seeds: {wrong[0]!r} is not a seed; give integers, such as --seeds=0,1,2")
     seeds = [int(seed) for seed in values.seeds] if values.seeds else list(config.table.seeds)
-    trained = pathlib.Path(values.trained) if values.trained else None
+    trained = None if values.trained is None else config_lib.local_path(values.trained, "--trained")
+    workdir = config_lib.local_path(values.workdir, "--workdir")
     compilation_cache.enable()
-    make_table(config, pathlib.Path(values.workdir), methods, seeds, values.data_texts, trained)
+    make_table(config, workdir, methods, seeds, values.data_texts, trained)
 
 
 if __name__ == "__main__":

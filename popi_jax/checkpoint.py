@@ -7,11 +7,11 @@ and the shape, type and checksum of every leaf. Orbax detects a truncated file, 
 
 import dataclasses
 import functools
+import glob
+import hashlib
 import json
 import logging
 import math
-import signal
-import types
 import zlib
 from collections.abc import Mapping
 from typing import Any, Self
@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1
 
 from popi_jax.errors import UserError, first_line
 
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+_READ_BACK_BYTES = 64 << 20  # Of each part. A small model's checkpoint is read back as a whole.
 _SHOWN = 3  # The number of differences that an error names. The rest are counted.
 
 
@@ -45,6 +45,27 @@ def steps(folder: epath.PathLike) -> list[int]:
     return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.exists() else []
 
 
+def check_folder(folder: epath.PathLike) -> None:
+    """Raises UserError if Orbax cannot write checkpoints below this folder.
+
+    Orbax 0.12.8 looks for its parts with a glob of the whole path. With a bracket in it, it finds none, and a
+    checkpoint without its arrays counts as finished.
+    """
+    path = epath.Path(folder).resolve()
+    if glob.has_magic(str(path)):
+        raise UserError(f"{path}: Orbax cannot write checkpoints to a path with *, ? or [; choose another --workdir")
+
+
+def fingerprint(folder: epath.PathLike, step: int | None = None) -> str | None:
+    """Returns a hash that identifies the newest checkpoint, or that of `step`; None if it is missing or damaged."""
+    path = epath.Path(folder).resolve()
+    found = steps(path) if step is None else [step]
+    try:
+        return hashlib.sha256(json.dumps(_read_record(path / str(found[-1]))).encode()).hexdigest() if found else None
+    except _Damaged:
+        return None
+
+
 class Writer:
     """Writes checkpoints in the background and keeps the newest ones.
 
@@ -61,17 +82,20 @@ class Writer:
             preservation_policy=v1.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
+        self._folder, self._reads_back = epath.Path(folder).resolve(), after == 0
         for checkpoint in self._checkpointer.checkpoints:
             if checkpoint.step > after:
                 logging.warning("removing checkpoint %d: the run resumes from step %d", checkpoint.step, after)
                 self._checkpointer.delete(checkpoint.step)
 
-    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Starts writing a checkpoint; returns when the arrays may be donated.
+
+        The run's first checkpoint is read back, so that a folder that loses data is found before hours of training.
 
         Args:
             step: the number of steps taken so far.
-            state: a pytree of global jax arrays.
+            state: trees of global jax arrays.
             meta: metadata that JSON can hold; `restore` returns it.
         """
         record = {"tree": _spec(state), "checksums": _checksums(state), "meta": dict(meta)}
@@ -84,6 +108,24 @@ class Writer:
         )
         if saved is None:
             raise RuntimeError(f"Orbax did not write checkpoint {step}; there may be a later one")
+        if self._reads_back:
+            self._reads_back = False
+            self.wait()
+            self._read_back(step, state)
+
+    def _read_back(self, step: int, state: Mapping[str, Any]) -> None:
+        """Reads the parts of a checkpoint that are small; UserError if they are not those of the state."""
+        small = {key: tree for key, tree in state.items() if _nbytes(tree) <= _READ_BACK_BYTES}
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), small)
+        path, context = self._folder / str(step), v1.Context()
+        context.pytree.loading.partial_load = True
+        try:
+            with context:
+                _load(path, like, _read_record(path))
+        except _Damaged as error:
+            raise UserError(
+                f"{path} is not what was written ({error}); choose a --workdir on another file system"
+            ) from error
 
     def wait(self) -> None:
         """Waits until all checkpoints are on disk; raises any error of the background writes."""
@@ -132,35 +174,6 @@ def restore(
     return None
 
 
-class StopRequest:
-    """Listens for SIGTERM (a preemption, a time limit). Use it as a context manager.
-
-    The training loop asks after each step; if told to stop, it saves and exits with code 143. In a run of several
-    processes, JAX's preemption service listens instead, and all processes agree on the step to stop after.
-    """
-
-    def __init__(self) -> None:
-        self._told = False
-
-    def __enter__(self) -> Self:
-        if jax.process_count() == 1:
-            self._previous = signal.signal(signal.SIGTERM, self._tell)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._previous)
-
-    def reached(self, step: int) -> bool:
-        """Returns whether the run is to stop after `step`; the answer is the same in every process."""
-        if jax.process_count() > 1:
-            self._told = self._told or bool(multihost_utils.reached_preemption_sync_point(step))
-        return self._told
-
-    def _tell(self, signum: int, frame: types.FrameType | None) -> None:
-        self._told = True
-
-
 class _Damaged(Exception):
     """The checkpoint differs from what was written."""
 
@@ -169,6 +182,10 @@ def _paths(tree: Any) -> dict[str, Any]:
     return {
         jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
 def _spec(tree: Any) -> dict[str, str]:
@@ -221,7 +238,7 @@ def _load(path: epath.Path, abstract: Any, record: dict[str, Any]) -> Any:
     except Exception as error:
         raise _Damaged(first_line(error.__cause__ or error)) from error  # v1 hides the reason in the cause.
     sums = _checksums(state)
-    changed = [leaf for leaf, written in record["checksums"].items() if sums[leaf] != written]
+    changed = [leaf for leaf, found in sums.items() if record["checksums"][leaf] != found]
     if changed:
         raise _Damaged(f"checksum of {_some(changed)} differs")
     return state

@@ -5,6 +5,7 @@
 
 import functools
 import operator
+import pathlib
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -32,10 +33,36 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # jax.random.key uses 32 bits: 2**
 Decay = Annotated[float, Field(ge=0, le=1 - 1e-6, allow_inf_nan=False)]  # A larger one could round to 1 in float32.
 Devices = Annotated[int, Field(ge=-1, le=2**20)]
 Text = Annotated[str, Field(max_length=10**5)]
-Path = Annotated[str, Field(max_length=4096, pattern=r"^\P{Cc}*$")]
 Name = Annotated[str, Field(max_length=200, pattern=r"^\P{Cc}*$")]
 
 SUMMARIZED = ("popi", "zero_shot_summary")  # The methods whose contexts are written by a model.
+
+
+def local_path(text: str, name: str) -> pathlib.Path:
+    """Returns the path that a flag or a key names, with "~" replaced; UserError unless it can be a local one."""
+    if not text.strip():
+        raise UserError(f"{name} is empty; give a path")
+    if text in ("None", "none", "null"):
+        raise UserError(f"{name} is {text!r}; leave it out, or give ./{text} if a file or folder has this name")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise UserError(f"{name} is {text!r}; only local paths are supported: mount the bucket, or copy it")
+    try:
+        text.encode()  # Orbax and tensorstore take UTF-8 alone.
+        return pathlib.Path(text).expanduser()
+    except (UnicodeError, RuntimeError) as error:
+        raise UserError(f"{name} is {text!r}, which is no path here: {error}; give another path") from None
+
+
+def _path(text: str, info: pydantic.ValidationInfo) -> str:
+    """Checks a key that is a path or "", and replaces "~"."""
+    try:
+        path = local_path(text, f"config.{info.field_name}") if text else None
+        return str(path) if text.startswith("~") else text
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+Path = Annotated[str, Field(max_length=4096, pattern=r"^\P{Cc}*$"), pydantic.AfterValidator(_path)]
 
 
 class Section(pydantic.BaseModel):
@@ -47,7 +74,7 @@ class Section(pydantic.BaseModel):
 class Model(Section):
     """config.model."""
 
-    path: Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^\P{Cc}*$")]
+    path: Annotated[Path, Field(min_length=1)]
     compute_dtype: Dtype
     frozen_dtype: Dtype
     trained_dtype: Dtype
@@ -303,8 +330,9 @@ _REQUIRED = {
 
 def _one_line(error: Any) -> str:
     kind, context = error["type"], error.get("ctx", {})
-    if kind == "value_error":  # Raised by the validator above, whose messages name the keys.
-        return str(context["error"])
+    if kind == "value_error":  # Raised by the validators above, whose messages name the keys.
+        section = "".join(f"{part}." for part in error["loc"][:-1])
+        return str(context["error"]).replace("config.", f"config.{section}", 1)
     key, value = ".".join(map(str, ("config", *error["loc"]))), shown(error["input"])
     if kind == "extra_forbidden":
         return f"{key} is not a setting; configs/base.py has all of them"

@@ -1,4 +1,10 @@
 """The command line: python -m popi_jax.main --config=configs/NAME.py[:arg] --workdir=DIR [--mode=MODE]."""
+# ruff: noqa: E402
+
+if __name__ == "__main__":  # The other imports take seconds, in which a signal may come, too.
+    from popi_jax.modes import signals
+
+    signals.listen()
 
 import json
 import pathlib
@@ -10,7 +16,7 @@ from ml_collections import config_flags
 from popi_jax import config as config_lib
 from popi_jax.data import files
 from popi_jax.errors import UserError, first_line
-from popi_jax.modes import cli, compilation_cache
+from popi_jax.modes import cli, compilation_cache, signals
 
 MODES = ("train", "evaluate", "summarize", "generate", "export", "compile")
 
@@ -51,8 +57,10 @@ def main(argv: list[str]) -> None:
 
     if _MODE.value == "train":
         train.train(config, workdir)
-    elif _MODE.value == "evaluate":
-        output = None if _OUTPUT.value is None else pathlib.Path(_OUTPUT.value)
+        return
+    output = None if _MODE.value == "evaluate" and _OUTPUT.value is None else _path(_OUTPUT)
+    signals.say(lambda: f"{workdir} is unchanged, and {output or 'its evaluation'} may be incomplete")
+    if _MODE.value == "evaluate":
         print(json.dumps(evaluate.evaluate_checkpoint(config, workdir, output, _STEP.value), indent=2))
     elif _MODE.value == "summarize":
         personalize.summarize(config, workdir, _path(_INPUT), _path(_OUTPUT), _STEP.value)
@@ -70,10 +78,11 @@ def _compile(config: config_lib.Config) -> None:
     from popi_jax.modes import compile as compile_lib
 
     jax.config.update("jax_enable_compilation_cache", False)  # The report measures compile times.
+    output = None if _OUTPUT.value is None else _path(_OUTPUT)
     report = compile_lib.report(config, _TOPOLOGY.value)
     print(compile_lib.table(report))
-    if _OUTPUT.value is not None:
-        files.write_json(pathlib.Path(_OUTPUT.value), report)
+    if output is not None:
+        files.write_json(output, report)
 
 
 def _join(cluster: str) -> None:
@@ -93,7 +102,7 @@ def _join(cluster: str) -> None:
 def _path(flag: flags.FlagHolder) -> pathlib.Path:
     if flag.value is None:
         raise UserError(f"--mode={_MODE.value} needs --{flag.name}")
-    return pathlib.Path(flag.value)
+    return config_lib.local_path(flag.value, f"--{flag.name}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import time
@@ -210,13 +209,6 @@ if kind == "save":
         writer.wait()
         print("saving", flush=True)
         writer.save(2, {"x": jnp.full((2**24,), 2.0)}, {"n": 2})
-else:
-    with checkpoint.StopRequest() as stop:
-        print("running", flush=True)
-        for step in range(2000):  # 20 s
-            if stop.reached(step):
-                sys.exit(143)
-            time.sleep(0.01)
 """
 
 
@@ -242,19 +234,6 @@ def test_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path):
         writer.save(3, {"x": jnp.full((2**24,), 3.0)}, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3"]  # The incomplete checkpoint is gone.
     assert float(checkpoint.restore(tmp_path, want).state["x"][0]) == 3.0
-
-
-def test_sigterm_requests_a_stop(tmp_path):
-    with start_child(tmp_path, "run") as child:
-        assert child.stdout.readline() == "running\n"
-        child.send_signal(signal.SIGTERM)
-        assert child.wait() == 143
-    before = signal.getsignal(signal.SIGTERM)
-    with checkpoint.StopRequest() as stop:
-        assert not stop.reached(0)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.reached(0)
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_record_is_plain_json(tmp_path):

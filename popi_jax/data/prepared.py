@@ -3,11 +3,13 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -17,9 +19,9 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from popi_jax.config import Data
-from popi_jax.data import psoups, stylebook, users
+from popi_jax.data import locks, psoups, stylebook, users
 from popi_jax.data.schema import Example, Query, Signal
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, first_line
 
 
 @dataclasses.dataclass
@@ -27,7 +29,7 @@ class PreparedConfig(tfds.core.BuilderConfig):
     """A data set's examples by split. `name` must identify them, because TFDS finds prepared data by name."""
 
     # Not in the repr, which TFDS logs.
-    examples: dict[str, list[Example]] = dataclasses.field(default_factory=dict, repr=False)
+    examples: Mapping[str, Sequence[Example]] = dataclasses.field(default_factory=dict, repr=False)
 
 
 class PreferenceExamples(tfds.core.GeneratorBasedBuilder):
@@ -80,7 +82,7 @@ def from_json(text: str | bytes) -> Example:
     return Example(signals=signals, queries=queries, **fields)
 
 
-def content_hash(examples: dict[str, list[Example]]) -> str:
+def content_hash(examples: Mapping[str, Sequence[Example]]) -> str:
     """Hashes the examples' texts, order and splits."""
     digest = hashlib.sha256()
     for split, split_examples in examples.items():
@@ -90,9 +92,12 @@ def content_hash(examples: dict[str, list[Example]]) -> str:
 
 
 def prepare(
-    source_name: str, examples: dict[str, list[Example]], key: str, data_dir: str | pathlib.Path
+    source_name: str, examples: Mapping[str, Sequence[Example]], key: str, data_dir: str | pathlib.Path
 ) -> dict[str, ExampleSource]:
     """Writes the examples as array_record, unless the same ones are already there, and returns readers for them.
+
+    Damaged files, and what a killed process left of an earlier preparation, are replaced. Of several processes that
+    need the same data, one writes them and the others read the result.
 
     Args:
         source_name: e.g. "psoups"; letters and underscores.
@@ -111,17 +116,49 @@ def prepare(
     folder = pathlib.Path(data_dir)
     if jax.process_count() > 1:
         folder /= f"process_{jax.process_index()}"
-    with _quiet_tfds():
-        builder = PreferenceExamples(
-            config=PreparedConfig(name=f"{source_name}_{digest}", examples=examples),
-            data_dir=folder,
-            file_format="array_record",
-        )
-        builder.download_and_prepare()
-        return {
-            split: ExampleSource(builder.as_data_source(split), content_hash({split: split_examples}))
-            for split, split_examples in examples.items()
-        }
+    own = folder / PreferenceExamples.name / f"{source_name}_{digest}"
+    builder = functools.partial(
+        PreferenceExamples,
+        config=PreparedConfig(name=own.name, examples=examples),
+        data_dir=folder,
+        file_format="array_record",
+    )
+    found = _read(builder, own, examples)
+    if found is None:
+        with locks.held(own, wait=True):
+            found = _read(builder, own, examples)
+            if found is None:
+                # The lock keeps others out, so nobody writes an incomplete folder now.
+                for left in own.glob(f"*{PreferenceExamples.VERSION}"):
+                    shutil.rmtree(left)
+                with _quiet_tfds():
+                    builder().download_and_prepare()
+                found = _read(builder, own, examples)
+    if found is None:
+        raise UserError(f"{own}: the prepared data cannot be read back; give another config.data.prepared_dir")
+    return found
+
+
+def _read(
+    builder: Callable[[], PreferenceExamples], own: pathlib.Path, examples: Mapping[str, Sequence[Example]]
+) -> dict[str, ExampleSource] | None:
+    """Returns readers for the files in `own`; None if there are none, or if they do not hold the examples."""
+    if not (own / str(PreferenceExamples.VERSION)).exists():
+        return None
+    try:
+        with _quiet_tfds():
+            reader = builder()
+            found = {
+                split: ExampleSource(reader.as_data_source(split), content_hash({split: part}))
+                for split, part in examples.items()
+            }
+        if all(list(found[split]) == list(part) for split, part in examples.items()):
+            return found
+        reason = "they differ from the data"
+    except Exception as error:  # A broken file can make TFDS and array_record raise any exception.
+        reason = first_line(error)
+    logging.warning("%s: the prepared data are damaged (%s); preparing them again", own, reason)
+    return None
 
 
 @contextlib.contextmanager
@@ -155,12 +192,24 @@ def training_iterator(
 
 
 def from_config(data: Data, workdir: str | pathlib.Path) -> dict[str, ExampleSource]:
-    """Loads config.data and prepares it in data.prepared_dir, or else <workdir>/data. Logs what was dropped."""
+    """Reads config.data and prepares it, see `from_examples`."""
+    return from_examples(data, read(data), workdir)
+
+
+def read(data: Data) -> dict[str, list[Example]]:
+    """Returns the examples of config.data by split. Says how many there are, and warns of what was dropped."""
     counts: collections.Counter[str] = collections.Counter()
     examples = load_examples(data, counts)
     for reason, count in counts.items():
         logging.warning("data: dropped %d %s", count, reason)
     print("data:", ", ".join(f"{len(part)} {split} examples" for split, part in examples.items()))
+    return examples
+
+
+def from_examples(
+    data: Data, examples: Mapping[str, Sequence[Example]], workdir: str | pathlib.Path
+) -> dict[str, ExampleSource]:
+    """Prepares the examples of config.data in data.prepared_dir, or else <workdir>/data."""
     data_dir = data.prepared_dir or pathlib.Path(workdir) / "data"
     return prepare(data.dataset, examples, json.dumps(data.model_dump(), sort_keys=True), data_dir)
 

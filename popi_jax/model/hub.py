@@ -79,7 +79,7 @@ class Checkpoint:
         config: the model's shape.
         params: the parameter tree (every leaf of "layers" has a leading n_layers axis).
         tokenizer_path: the folder to give to Tokenizer.load.
-        fingerprint: sha256 of the weight files.
+        fingerprint: see fingerprint().
     """
 
     config: ModelConfig
@@ -266,8 +266,8 @@ def read_config(path: pathlib.Path, **options: Any) -> ModelConfig:
 
 
 def fingerprint(folder: pathlib.Path) -> str:
-    """Returns a sha256 over the bytes of the weight files."""
-    digest = hashlib.sha256()
+    """Returns a sha256 over what config.json means and the bytes of the weight files."""
+    digest = hashlib.sha256(repr(read_config(folder / "config.json")).encode())
     for path in _weight_files(folder):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

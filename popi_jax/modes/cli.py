@@ -1,7 +1,9 @@
 """The start of every command: flags, logging, and the exit codes of errors."""
 
+import os
 import pathlib
 import re
+import signal
 import sys
 import sysconfig
 import traceback
@@ -10,8 +12,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 from popi_jax.errors import UserError, first_line
-from popi_jax.modes import host_memory
-from popi_jax.modes.runfiles import Stopped
+from popi_jax.modes import signals
 
 _LIBRARIES = (str(pathlib.Path(flags.__file__).parents[2]), sysconfig.get_path("stdlib"))
 
@@ -19,7 +20,8 @@ _LIBRARIES = (str(pathlib.Path(flags.__file__).parents[2]), sysconfig.get_path("
 def run(entry: Callable[[list[str]], None]) -> None:
     """Parses the flags and runs `entry`. A user's mistake prints one line on stderr and exits with code 2.
 
-    A run that SIGTERM stopped has saved a checkpoint; it exits with code 143, as schedulers expect.
+    SIGINT and SIGTERM end it with one line and code 130 or 143, as shells and schedulers expect, see `signals`. A
+    reader of stdout that has gone, such as `head`, ends it with code 141 and no line.
     """
 
     def quietly(argv: list[str]) -> None:
@@ -28,9 +30,15 @@ def run(entry: Callable[[list[str]], None]) -> None:
             logging.set_verbosity(logging.WARNING)
         entry(argv)
 
-    host_memory.keep()
+    signals.listen()
     try:
-        app.run(quietly, flags_parser=_parse_flags)
+        try:
+            app.run(quietly, flags_parser=_parse_flags)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at its end.
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -39,9 +47,9 @@ def run(entry: Callable[[list[str]], None]) -> None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
-    except Stopped as stopped:
+    except signals.Stopped as stopped:
         print(stopped, file=sys.stderr)
-        sys.exit(143)
+        sys.exit(128 + stopped.number)
 
 
 def _parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:

@@ -2,8 +2,9 @@
 
 import pathlib
 
+from popi_jax import checkpoint
 from popi_jax.config import Config
-from popi_jax.data import prepared
+from popi_jax.data import locks, prepared
 from popi_jax.errors import UserError
 from popi_jax.evaluation import final
 from popi_jax.modes import runfiles, setup
@@ -44,11 +45,19 @@ def evaluate_checkpoint(
     Returns:
         The row of results.json.
     """
+    examples = prepared.read(config.data)
     run, state = trained(config, workdir, step)
     shared = workdir if shared is None else shared
-    sources = {"test": prepared.from_config(config.data, shared)["test"]}
-    run = run.fitted(sources)
+    test = examples["test"]
+    run = run.fitted({"test": test})
     evaluator = run.evaluator(run.references(shared / "cache"))
     folder = workdir / f"evaluation_step{int(state.step)}" if output is None else output
-    runfiles.describe(folder, config)
-    return final.finish(evaluator, folder, state, list(sources["test"]), int(state.step))
+    inputs = run.inputs(examples) | checkpoint_input(workdir, int(state.step))
+    with locks.held(folder):
+        runfiles.describe(folder, config, inputs)
+        return final.finish(evaluator, folder, state, test, int(state.step))
+
+
+def checkpoint_input(workdir: pathlib.Path, step: int | None = None) -> dict[str, str]:
+    """Returns the fingerprint of the newest checkpoint, or that of `step`, as an input beside those of the run."""
+    return {"checkpoint": checkpoint.fingerprint(workdir / "checkpoints", step) or "none"}

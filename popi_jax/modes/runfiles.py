@@ -13,9 +13,11 @@ from typing import Any
 import jax
 
 import popi_jax
+from popi_jax import checkpoint
 from popi_jax.config import Config
 from popi_jax.data import files
 from popi_jax.errors import UserError
+from popi_jax.training import metrics
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
 
@@ -37,25 +39,29 @@ _FREE = (*_ASIDE, "eval.")
 _BOUND = ("method", "schedule.name", "lora.", "objective.", "prompts.")
 
 
-class Stopped(Exception):
-    """The run was stopped by SIGTERM and saved a checkpoint after `step`. The same command resumes it."""
-
-    def __init__(self, step: int):
-        super().__init__(f"stopped after step {step}; run the same command again to resume")
-
-
-def claim(workdir: pathlib.Path, config: Config) -> None:
-    """Writes the run's config.json and environment.json; UserError if the workdir has a run of another config."""
-    changed = _changed(workdir, config)
-    bound = {key: values for key, values in changed.items() if not key.startswith(_FREE)}
-    if bound:
+def check_claim(workdir: pathlib.Path, config: Config) -> None:
+    """Raises UserError if the workdir keeps something of a run of another config."""
+    bound = {key: values for key, values in _changed(workdir, config).items() if not key.startswith(_FREE)}
+    if bound and _keeps(workdir):
         raise UserError(
             f"{workdir / 'config.json'}: this workdir has a run of another config: {_shown(bound)};"
             " choose another --workdir"
         )
-    if jax.process_index() == 0 and any(not key.startswith(_ASIDE) for key in changed):
-        (workdir / "results.json").unlink(missing_ok=True)  # It has the results of the earlier eval settings.
-    describe(workdir, config)
+
+
+def claim(workdir: pathlib.Path, config: Config, inputs: Mapping[str, str]) -> None:
+    """Writes the run's config.json and environment.json; UserError as `check_claim`.
+
+    Args:
+        workdir: the run's folder.
+        config: the run's settings.
+        inputs: the fingerprints of what the run reads, see `setup.read_inputs`.
+    """
+    check_claim(workdir, config)
+    changed = [key for key in _changed(workdir, config) if not key.startswith(_ASIDE)]
+    if jax.process_index() == 0 and (changed or _other_inputs(workdir, inputs)):
+        (workdir / "results.json").unlink(missing_ok=True)  # It has results of earlier eval settings or inputs.
+    describe(workdir, config, inputs)
 
 
 def one_process(mode: str) -> None:
@@ -64,10 +70,10 @@ def one_process(mode: str) -> None:
         raise UserError(f"--mode={mode} runs in a single process; leave out --distributed")
 
 
-def describe(folder: pathlib.Path, config: Config) -> None:
+def describe(folder: pathlib.Path, config: Config, inputs: Mapping[str, str]) -> None:
     """Writes config.json and environment.json, which say how to reproduce the contents of the folder."""
     files.write_json(folder / "config.json", config.model_dump(mode="json"))
-    write_environment(folder)
+    write_environment(folder, inputs)
 
 
 def check_use(workdir: pathlib.Path, config: Config) -> None:
@@ -83,16 +89,33 @@ def check_use(workdir: pathlib.Path, config: Config) -> None:
         )
 
 
-def finished_row(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None:
-    """Returns the row of results.json of a finished run of this config; None if there is none."""
+def check_trained(name: str, trained: Mapping[str, Any], config: Config) -> None:
+    """Raises UserError if a checkpoint was trained with another config, whatever config.json says."""
+    bound = {key: v for key, v in _differences(trained, config).items() if not key.startswith(_FREE)}
+    if bound:
+        raise UserError(
+            f"{name}: its checkpoint was trained with another config: {_shown(bound)}; choose another --workdir"
+        )
+
+
+def finished_row(workdir: pathlib.Path, config: Config, inputs: Mapping[str, str]) -> dict[str, Any] | None:
+    """Returns the row of results.json of a finished run of this config and these inputs; None if there is none."""
     results = files.read_json(workdir / "results.json")
     if results is None or any(not key.startswith(_ASIDE) for key in _changed(workdir, config)):
         return None
-    return results["rows"][0]
+    if _inputs_of(workdir) is None:
+        print(f"{workdir}: environment.json has no fingerprints of its inputs; its row is taken unchecked")
+    elif other := _other_inputs(workdir, inputs):
+        print(f"{workdir}: since it finished, its inputs changed ({', '.join(other)}); running it again")
+        return None
+    match results.get("rows"):
+        case [{"method": _, "seed": _} as row, *_]:
+            return row
+    raise UserError(f"{workdir / 'results.json'}: the row of the run is missing; remove the file and run again")
 
 
-def write_environment(workdir: pathlib.Path) -> None:
-    """Writes environment.json: versions, git commit, devices, command and time of this start."""
+def write_environment(workdir: pathlib.Path, inputs: Mapping[str, str]) -> None:
+    """Writes environment.json: versions, git commit, devices, command and time of this start, and its inputs."""
     device = jax.devices()[0]
     environment = {
         "popi_jax": popi_jax.__version__,
@@ -105,6 +128,7 @@ def write_environment(workdir: pathlib.Path) -> None:
         "flags": {name: os.environ[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if name in os.environ},
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "inputs": dict(inputs),
     }
     files.write_json(workdir / "environment.json", environment)
 
@@ -120,11 +144,34 @@ def git_commit() -> str | None:
     return head.stdout.strip() + ("+" if changed else "")
 
 
+def _keeps(workdir: pathlib.Path) -> bool:
+    """Whether the workdir has something that another run must not replace. A run that saved nothing may be mended."""
+    kept = [workdir / name for name in ("results.json", metrics.METRICS_FILE)]
+    return any(path.exists() and path.stat().st_size for path in kept) or bool(
+        checkpoint.steps(workdir / "checkpoints")
+    )
+
+
+def _other_inputs(workdir: pathlib.Path, inputs: Mapping[str, str]) -> list[str]:
+    """Returns the names of the inputs that differ from those in environment.json; [] if it has none."""
+    there = _inputs_of(workdir)
+    if there is None:
+        return []
+    return sorted(name for name in there.keys() | inputs.keys() if there.get(name) != inputs.get(name))
+
+
+def _inputs_of(workdir: pathlib.Path) -> dict[str, str] | None:
+    there = (files.read_json(workdir / "environment.json") or {}).get("inputs")
+    return there if isinstance(there, dict) else None
+
+
 def _changed(workdir: pathlib.Path, config: Config) -> dict[str, tuple[Any, Any]]:
     """Returns the keys whose values in the workdir's config.json differ, with both values; {} without such a file."""
     there = files.read_json(workdir / "config.json", "choose another --workdir")
-    if there is None:
-        return {}
+    return {} if there is None else _differences(there, config)
+
+
+def _differences(there: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
     before, now = _flat(there), _flat(config.model_dump(mode="json"))
     return {k: (before.get(k), now.get(k)) for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)}
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from popi_jax import checkpoint
 from popi_jax.config import Config
+from popi_jax.data import prepared
 from popi_jax.data.encoding import Encoder
 from popi_jax.data.schema import Example
 from popi_jax.data.shapes import Shapes
@@ -38,7 +39,7 @@ class Run:
         config: the run's settings.
         programs: its compiled programs, which hold the mesh.
         base: the frozen checkpoint: both reference models, and with LoRA also the weights under the adapters.
-        model_fingerprint: identifies the weights.
+        model_fingerprint: identifies the weights and what config.json says of them.
         encoder: makes the token sequences that the models read. Its `overflow` counts what the limits dropped so far.
         tokenizer_path: the tokenizer's folder.
         buckets: the lengths that prompts and bins are padded to, see `fitted`.
@@ -99,6 +100,10 @@ class Run:
             "config": {"lora": lora},
         }
 
+    def inputs(self, examples: Mapping[str, Sequence[Example]]) -> dict[str, str]:
+        """Returns the fingerprint of everything that a run with these examples reads, see `read_inputs`."""
+        return _inputs(self.model_fingerprint, self.encoder.tokenizer.fingerprint, examples)
+
     def restore(self, workdir: pathlib.Path, step: int | None = None) -> tuple[steps.TrainState, dict[str, Any]] | None:
         """Restores the newest (or given) checkpoint of the workdir, with its record; None if there is none."""
         # Orbax gets plain dicts, whose paths do not depend on the class.
@@ -130,6 +135,21 @@ def load(config: Config) -> Run:
         tokenizer_path=tokenizer_path,
         buckets=config.limits.buckets,
     )
+
+
+def read_inputs(config: Config, examples: Mapping[str, Sequence[Example]]) -> dict[str, str]:
+    """Returns the fingerprints of a run's model, tokenizer and splits without loading the model.
+
+    A finished run has them in environment.json: it is finished only as long as they stay the same.
+    """
+    folder = hub.resolve(config.model.path)
+    tokenizer = Tokenizer.load(config.model.tokenizer or folder)
+    return _inputs(hub.fingerprint(folder), tokenizer.fingerprint, examples)
+
+
+def _inputs(model: str, tokenizer: str, examples: Mapping[str, Sequence[Example]]) -> dict[str, str]:
+    splits = {split: prepared.content_hash({split: part}) for split, part in examples.items()}
+    return {"model": model, "tokenizer": tokenizer, **splits}
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -1,5 +1,6 @@
 """--mode=train, the training loop: data -> batch -> step -> metrics -> evaluation -> checkpoint."""
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Mapping
@@ -9,12 +10,12 @@ import jax
 
 from popi_jax import checkpoint
 from popi_jax.config import Config
-from popi_jax.data import prepared
+from popi_jax.data import locks, prepared
 from popi_jax.data.prepared import ExampleSource
 from popi_jax.errors import UserError
 from popi_jax.evaluation import final
 from popi_jax.evaluation.evaluate import Evaluator
-from popi_jax.modes import programs, runfiles, setup
+from popi_jax.modes import programs, runfiles, setup, signals
 from popi_jax.modes.setup import Run
 from popi_jax.rollout.pairs import Item
 from popi_jax.training import metrics, schedule
@@ -35,51 +36,97 @@ def train(config: Config, workdir: pathlib.Path, shared: pathlib.Path | None = N
         The run's row of results.json.
 
     Raises:
-        UserError: the config or the data have a mistake, or a metric is not finite.
-        Stopped: SIGTERM stopped the run.
+        UserError: the config or the data have a mistake, a metric is not finite, or another process writes the workdir.
+        Stopped: a signal stopped the run.
     """
-    run = setup.load(config)
-    runfiles.claim(workdir, config)
+    checkpoint.check_folder(workdir)
+    runfiles.check_claim(workdir, config)
+    signals.say(lambda: _saved(workdir))
+    # All that may be a mistake is read before the run claims the workdir.
+    examples = prepared.read(config.data)
+    run = setup.load(config).fitted(examples)
     shared = workdir if shared is None else shared
-    sources = prepared.from_config(config.data, shared)
-    run = run.fitted(sources)
-    evaluator = run.evaluator(run.references(shared / "cache"))
-    total = schedule.total_steps(config)
-    state = run.initial_state() if total == 0 else _loop(run, workdir, sources, evaluator)
-    return final.finish(evaluator, workdir, state, list(sources["test"]), total)
+    with locks.held(workdir):
+        runfiles.claim(workdir, config, run.inputs(examples))
+        sources = prepared.from_examples(config.data, examples, shared)
+        evaluator = run.evaluator(run.references(shared / "cache"))
+        total = schedule.total_steps(config)
+        state = run.initial_state() if total == 0 else _loop(run, workdir, sources, evaluator)
+        return final.finish(evaluator, workdir, state, list(sources["test"]), total)
+
+
+def _saved(workdir: pathlib.Path) -> str:
+    """Says what a run that ends now leaves."""
+    there = checkpoint.steps(workdir / "checkpoints")
+    return f"{workdir} has the checkpoint of step {there[-1]}" if there else f"{workdir} has no checkpoint yet"
+
+
+@dataclasses.dataclass
+class _Start:
+    """Where the loop starts. `evaluates`: a signal broke off the evaluation of this state."""
+
+    state: TrainState
+    step: int = 0
+    wall_s: float = 0.0
+    iterator: Any = None
+    written: str | None = None
+    evaluates: bool = False
+
+
+def _start(run: Run, workdir: pathlib.Path, sources: Mapping[str, ExampleSource]) -> _Start:
+    """Restores the newest checkpoint of the workdir, if it has one."""
+    restored = run.restore(workdir)
+    if restored is None:
+        return _Start(run.initial_state())
+    state, meta = restored
+    runfiles.check_trained(str(workdir), meta["config"], run.config)
+    if meta["data"] != sources["train"].fingerprint:
+        raise UserError(
+            f"{workdir}: the checkpoint was trained on other examples than config.data gives now; restore those"
+            " examples, or choose another --workdir"
+        )
+    if meta["test"] != sources["test"].fingerprint:
+        print(
+            "the test examples changed since the checkpoint; earlier evaluations in metrics.jsonl are of the old ones"
+        )
+    print(f"resuming from the checkpoint of step {int(state.step)}")
+    return _Start(state, int(state.step), meta["wall_s"], meta["iterator"], meta["written"], meta["evaluates"])
 
 
 def _loop(run: Run, workdir: pathlib.Path, sources: Mapping[str, ExampleSource], evaluator: Evaluator) -> TrainState:
     config, references = run.config, evaluator.references
     total = schedule.total_steps(config)
     iterator = prepared.training_iterator(sources["train"], config.train.users_per_step, config.seed)
-    restored = run.restore(workdir)
-    if restored is None:
-        state, start, wall_s = run.initial_state(), 0, 0.0
-    else:
-        state, meta = restored
-        if meta["data"] != sources["train"].fingerprint:
-            raise UserError(
-                f"{workdir}: the checkpoint was trained on other examples than config.data gives now; restore those"
-                " examples, or choose another --workdir"
-            )
-        start, wall_s = int(state.step), meta["wall_s"]
-        iterator.set_state(meta["iterator"])
-        print(f"resuming from the checkpoint of step {start}")
+    begin = _start(run, workdir, sources)
+    state, start = begin.state, begin.step
+    if begin.iterator is not None:
+        iterator.set_state(begin.iterator)
     print(metrics.parameter_overview(state.theta, programs.mean_and_std))
     if config.objective.reference_context == "prompt":
         references.remember([Item(query, None) for example in sources["train"] for query in example.queries])
-    written = WrittenSummaries(workdir / "written_summaries.jsonl")
+    written = WrittenSummaries(workdir / "written_summaries.jsonl", start, begin.written)
     maker = BatchMaker(config, run.sampler, run.scorer.packer, references, written)
     # All inputs of a step are on the mesh already. Without jit, its constants count as transfers too.
     guard = "allow" if jax.config.values["jax_disable_jit"] else "disallow"
     with (
+        signals.Deferral() as stop,  # Ends last, so that the checkpoint is complete when it raises Stopped.
         checkpoint.Writer(workdir / "checkpoints", config.train.checkpoints_kept, after=start) as writer,
-        checkpoint.StopRequest() as stop,
-        metrics.MetricWriter(workdir, resume_step=start, wall_s=wall_s) as log,
+        metrics.MetricWriter(workdir, resume_step=start, wall_s=begin.wall_s) as log,
         metrics.Progress(total, start, config.name) as progress,
         metrics.Profiler(workdir / "profile", config.train.profile_steps) as profiler,
     ):
+
+        def evaluated(step: int) -> bool:
+            """Evaluates the state after `step`; returns False if a signal breaks the evaluation off."""
+            started = time.perf_counter()
+            with log.pause():
+                found = stop.breakable(lambda: evaluator.periodic(state.phi, state.theta, sources["test"], step))
+            if found is not None:
+                log.write(step, found | {"evaluate_s": time.perf_counter() - started})
+            return found is not None
+
+        if begin.evaluates:
+            evaluated(start)
         pending: tuple[int, dict[str, Any]] | None = None
         for step in range(start, total):
             profiler.enter(step, state)
@@ -93,29 +140,29 @@ def _loop(run: Run, workdir: pathlib.Path, sources: Mapping[str, ExampleSource],
             _write(log, progress, pending)
             pending = (step + 1, scalars | counts | {"compile_s": compiling.seconds()})
             last, saves = step + 1 == total, (step + 1) % config.train.checkpoint_every == 0
-            evaluates = config.eval.every and (step + 1) % config.eval.every == 0 and not last
-            # Asked once per step. A later signal takes effect at the next step.
+            evaluates = bool(config.eval.every) and (step + 1) % config.eval.every == 0 and not last
+            # Asked once per step. A later signal takes effect at the next step, unless it breaks off the evaluation.
             stops = stop.reached(step + 1)
             if saves or last or evaluates or stops:
                 _write(log, progress, pending)
                 pending = None
             if evaluates:
-                started = time.perf_counter()
-                with log.pause():
-                    found = evaluator.periodic(state.phi, state.theta, sources["test"], step + 1)
-                log.write(step + 1, found | {"evaluate_s": time.perf_counter() - started})
+                evaluates = not evaluated(step + 1)
+                stops = stops or evaluates
             if saves or last or stops:
                 meta = run.identity | {
                     "data": sources["train"].fingerprint,
+                    "test": sources["test"].fingerprint,
                     "iterator": iterator.get_state(),
+                    "written": written.digest(),
+                    "evaluates": evaluates,
                     "wall_s": log.wall_s(),
                     "config": config.model_dump(mode="json"),
                 }
                 with log.pause():
                     writer.save(step + 1, vars(state), meta)
-            if stops and not last:
-                writer.wait()
-                raise runfiles.Stopped(step + 1)
+            if stops:
+                break
     return state
 
 

@@ -2,12 +2,14 @@
 
 import collections
 import hashlib
+import logging
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from popi_jax.data import files
+from popi_jax.errors import first_line
 from popi_jax.rollout.pairs import Item, PairScorer
 
 
@@ -17,17 +19,15 @@ class References:
     Args:
         scorer: scores pairs that are not cached yet, with the base model.
         folder: of the cache file.
-        identity: everything that the values depend on apart from the pairs. Its hash is in the file name; each pair is
-            found by its own hash.
+        identity: everything that the values depend on apart from the pairs. The file holds it, and its hash is in the
+            file name; each pair is found by its own hash. A file of another identity, or a damaged one, is not used.
     """
 
     def __init__(self, scorer: PairScorer, folder: pathlib.Path, identity: str):
         self._scorer = scorer
+        self._identity = identity
         self._path = folder / f"reference_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
-        self._known: dict[str, np.ndarray] = {}
-        if self._path.exists():
-            with np.load(self._path, allow_pickle=False) as stored:
-                self._known = dict(zip(stored["keys"].tolist(), stored["logps"], strict=True))
+        self._known = self._read()
 
     def remember(self, items: Sequence[Item]) -> None:
         """Computes the values that are not cached yet and saves them."""
@@ -36,7 +36,30 @@ class References:
             return
         logps = self._scorer.logps(None, [item for _, item in missing])
         self._known.update(zip([key for key, _ in missing], logps, strict=True))
-        files.write_npz(self._path, keys=np.array(list(self._known)), logps=np.stack(list(self._known.values())))
+        files.write_npz(
+            self._path,
+            identity=np.array(self._identity),
+            keys=np.array(list(self._known)),
+            logps=np.stack(list(self._known.values())),
+        )
+
+    def _read(self) -> dict[str, np.ndarray]:
+        if not self._path.exists():
+            if others := list(self._path.parent.glob("reference_*.npz")):
+                logging.warning(
+                    "%s is of another model, tokenizer, instruction or precision; computing log-probabilities again",
+                    ", ".join(map(str, others)),
+                )
+            return {}
+        try:
+            with np.load(self._path, allow_pickle=False) as stored:
+                keys, logps = stored["keys"].tolist(), stored["logps"]
+                if stored["identity"].item() != self._identity or logps.shape != (len(keys), 2):
+                    raise ValueError("it holds other values")
+            return dict(zip(keys, logps, strict=True))
+        except Exception as error:  # A broken file can make numpy and zipfile raise any exception.
+            logging.warning("%s is damaged (%s); computing its values again", self._path, first_line(error))
+            return {}
 
     def lookup(self, items: Sequence[Item]) -> np.ndarray:
         """Log pi_ref of y+ and y-, [items, 2], in nats. Uncached items are computed in this order and stay uncached."""

@@ -4,6 +4,7 @@ There are R = U * K * M rows, in the order (user, summary, query). Shape letters
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import time
@@ -26,30 +27,61 @@ from popi_jax.rollout.references import References, reference_item
 from popi_jax.rollout.text import Drawn, TextSampler
 from popi_jax.training.rng import STREAMS, stream_key
 
-_WRITTEN = ("user", "summary", "finished")  # The fields of each line of written_summaries.jsonl.
+_WRITTEN = ("user", "summary", "finished", "step")  # The fields of each line of written_summaries.jsonl.
 
 
 class WrittenSummaries:
-    """One summary per example, drawn once and kept in a file. The second phase of two_phase trains on them."""
+    """One summary per example, drawn once and kept in a file. The second phase of two_phase trains on them.
 
-    def __init__(self, path: pathlib.Path):
+    Args:
+        path: the file.
+        start: the step that the run resumes from. Summaries of later steps are drawn again; None keeps all.
+        digest: the `digest` at that step, as the checkpoint has it.
+    """
+
+    def __init__(self, path: pathlib.Path, start: int | None = None, digest: str | None = None):
         self._path = path
+        text = path.read_bytes() if path.exists() else b"\n"
+        if not text.endswith(b"\n"):  # A kill or a full disk left an incomplete line.
+            files.write_text(path, text[: text.rfind(b"\n") + 1].decode(errors="replace"))
+        there = files.read_jsonl(path, "choose another --workdir")
         try:
-            self._known = {e["user"]: {name: e[name] for name in _WRITTEN} for e in files.read_jsonl(path)}
+            entries = [{name: entry[name] for name in _WRITTEN} for entry in there]
         except KeyError as error:
             raise UserError(
                 f"{path}: written by another version ({error} is missing); choose another --workdir"
             ) from error
+        # Where a step is no number, the digest differs.
+        later = [isinstance(entry["step"], int) and start is not None and entry["step"] >= start for entry in entries]
+        kept = [entry for entry, drop in zip(entries, later, strict=True) if not drop]
+        self._known = {entry["user"]: entry for entry in kept}
+        if digest is not None and self.digest() != digest:
+            raise UserError(
+                f"{path}: these are not the summaries that the checkpoint of step {start} was trained on; restore the"
+                " file, or choose another --workdir"
+            )
+        if len(kept) < len(entries):
+            files.write_jsonl(path, kept)
+
+    def digest(self) -> str:
+        """Returns a hash of all summaries, for the checkpoint."""
+        return hashlib.sha256(json.dumps(list(self._known.values())).encode()).hexdigest()
 
     def contexts(
-        self, sampler: TextSampler, phi: Tree, examples: Sequence[Example], key: jax.Array, sampling: text.Sampling
+        self,
+        sampler: TextSampler,
+        phi: Tree,
+        examples: Sequence[Example],
+        key: jax.Array,
+        sampling: text.Sampling,
+        step: int,
     ) -> tuple[list[list[str | None]], dict[str, float]]:
         """Returns the examples' summaries and values to log. Draws the summaries that the file lacks with phi."""
         missing = [example for example in examples if example.user not in self._known]
         if missing:
             drawn = sampler.summaries(phi, missing, key, sampling, k=1)
             fresh = [
-                {"user": example.user, "summary": texts[0], "finished": finished}
+                {"user": example.user, "summary": texts[0], "finished": finished, "step": step}
                 for example, texts, (finished,) in zip(
                     missing, drawn.texts_UxK, drawn.finished_UxK.tolist(), strict=True
                 )
@@ -57,8 +89,7 @@ class WrittenSummaries:
             self._known.update({entry["user"]: entry for entry in fresh})
             if jax.process_index() == 0:
                 lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in fresh]
-                # One write for all users of the step. If a kill left only some of them in the file, a restart would
-                # draw the others in a smaller batch and get different summaries.
+                # One write for all users of the step, so that a kill rarely leaves an incomplete line.
                 with self._path.open("ab", buffering=0) as file:
                     file.write("".join(lines).encode())
         own = [self._known[example.user] for example in examples]
@@ -127,7 +158,7 @@ class BatchMaker:
             told = [contexts.told(config.method, self.sampler.encoder, example) for example in examples]
             return None, [[context.text] for context in told], {}
         if config.method == "popi" and kind == "generator" and config.schedule.name == "two_phase":
-            return None, *self.written.contexts(self.sampler, phi, examples, key, sampling)
+            return None, *self.written.contexts(self.sampler, phi, examples, key, sampling, step)
         jax.block_until_ready(phi)  # So that sample_s does not include the rest of the previous step.
         started = time.perf_counter()
         drawn = self.sampler.summaries(phi, examples, key, sampling, k=self.shapes.summaries(kind))
