@@ -31,7 +31,7 @@ from popi_jax.config import Config
 from popi_jax.data import files, locks, prepared, stylebook_exact
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError
-from popi_jax.evaluation import decomposition, evaluate, final, report, stats
+from popi_jax.evaluation import decomposition, evaluate, final, report, stats, stored
 from popi_jax.modes import cli, compilation_cache, runfiles, setup, signals, train
 from popi_jax.modes import evaluate as evaluate_mode
 
@@ -179,7 +179,7 @@ def _write_without_texts(table: pathlib.Path, name: str, row: dict[str, Any]) ->
     for kept in ("config.json", "environment.json", "decomposition.npz"):
         if (run / kept).exists():
             shutil.copy(run / kept, folder / kept)
-    results = files.read_json(run / "results.json") or {}
+    results = stored.results(run) or {"rows": []}
     for own in results["rows"]:
         _number_personas(own)
     files.write_json(folder / "results.json", results)
@@ -242,8 +242,7 @@ def _write_table(
     for name in ("metrics.jsonl", "environment.json", "config.json"):
         if (shown / name).exists():
             shutil.copy(shown / name, table / name)
-    if (shown / "samples.jsonl").exists():
-        samples = files.read_jsonl(shown / "samples.jsonl")
+    if samples := stored.samples(shown):
         left_out = () if data_texts else DATA_TEXTS
         kept = [{key: value for key, value in sample.items() if key not in left_out} for sample in samples]
         files.write_jsonl(table / "samples.jsonl", kept)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from popi_jax.data import files
-from popi_jax.evaluation import plots
+from popi_jax.evaluation import plots, stored
 from popi_jax.evaluation.plots import Summary
 from popi_jax.training import metrics
 
@@ -50,9 +50,9 @@ def write(workdir: pathlib.Path) -> None:
     All files are in `workdir`. The page leaves out the parts whose file is missing.
 
     Raises:
-        UserError: a file is not JSON.
+        UserError: a file is damaged.
     """
-    results = files.read_json(workdir / "results.json")
+    results = stored.results(workdir)
     summaries = plots.summarize(results["rows"]) if results else []
     figures = {
         "results": plots.results_figure(summaries) if len(summaries) > 1 else None,
@@ -65,12 +65,12 @@ def write(workdir: pathlib.Path) -> None:
     columns, rows = _table(summaries)
     page = _TEMPLATES.get_template("report.html").render(
         results=results,
-        environment=files.read_json(workdir / "environment.json"),
+        environment=stored.environment(workdir),
         tiles=_tiles(summaries),
         columns=columns,
         rows=list(zip(summaries, rows, strict=True)),
         note=NOTE,
-        samples=files.read_jsonl(workdir / "samples.jsonl"),
+        samples=stored.samples(workdir),
         svgs={name: _svg(figure) for name, figure in drawn.items()},
     )
     files.write_text(workdir / "report.html", page)

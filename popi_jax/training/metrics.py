@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from popi_jax.data import files
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, shown
 
 METRICS_FILE = "metrics.jsonl"
 SHOWN = ("loss", "reward", "accuracy", "kl")  # The progress display shows those of them that the step has.
@@ -122,8 +122,18 @@ class CompileClock:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl, [] without such a file. UserError names a line that is not a JSON object."""
-    return files.read_jsonl(workdir / METRICS_FILE, "remove the line")
+    """Returns the lines of metrics.jsonl, [] without such a file. UserError names a line that is damaged."""
+    path, lines = workdir / METRICS_FILE, []
+    if not path.exists():
+        return []
+    for number, line in files.numbered_objects(path, "remove the file", "remove the line"):
+        if type(line.get("step")) is not int:
+            raise UserError(f"{path}:{number}: field 'step' is missing or not an integer; remove the line")
+        wrong = [name for name, value in line.items() if not isinstance(value, int | float | None)]
+        if wrong:
+            raise UserError(f"{path}:{number}: field {shown(wrong[0])} is not a number; remove the line")
+        lines.append(line)
+    return lines
 
 
 def check_finite(step: int, values: Mapping[str, float]) -> None:
@@ -251,14 +261,11 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
     """Removes the lines of later steps, and a last line that a killed process left incomplete."""
     if not path.exists():
         return
-    text = path.read_text(encoding="utf-8", errors="replace")
-    files.write_text(path, text[: text.rfind("\n") + 1])
-    kept = []
-    for number, line in enumerate(files.read_jsonl(path, "remove the line"), start=1):
-        if not isinstance(line.get("step"), int):
-            raise UserError(f"{path}:{number}: field 'step' is missing or not an integer; remove the line")
-        kept += [line] if line["step"] <= step else []
-    files.write_jsonl(path, kept)
+    data = path.read_bytes()
+    if not data.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)
+    files.write_jsonl(path, [line for line in read_metrics(path.parent) if line["step"] <= step])
 
 
 def _duration(seconds: float) -> str:
