@@ -303,6 +303,8 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="Multiplies the number of updates.")
     parser.add_argument("--seed", type=int, default=0, help="The seed of the initial weights and the users.")
     args = parser.parse_args()
+    if not (0 < args.scale <= 1000 and 0 <= args.seed < 2**24):
+        parser.error("--scale must be above 0 and at most 1000, --seed from 0 to 2**24 - 1")
     prompts = quickstart.get_config().prompts
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = train_tokenizer(scratch, corpus(prompts, 3000))
