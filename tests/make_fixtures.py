@@ -9,11 +9,16 @@ Needs torch besides the package's requirements. With torch installed, tests impo
 import json
 import pathlib
 import sys
+import tempfile
 
 import numpy as np
 import tokenizers
 import torch
 import transformers
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # For a start by the file's path.
+
+from tests import hub_variants  # noqa: E402
 
 FIXTURES = pathlib.Path(__file__).resolve().parent / "fixtures"
 FAMILIES = ("llama3", "qwen2", "qwen3")
@@ -157,6 +162,15 @@ def make_family(family: str, seed: int, folder: pathlib.Path) -> None:
     np.savez_compressed(folder / "expected.npz", **expected(model, random_prompts(seed)))
 
 
+@torch.no_grad()
+def variant_logits(name: str) -> np.ndarray:
+    """Returns the logits that transformers computes for a folder of hub_variants.py, at the stored positions."""
+    with tempfile.TemporaryDirectory() as folder:
+        hub_variants.write(pathlib.Path(folder), name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return model(torch.tensor(hub_variants.TOKENS)[None]).logits[0, hub_variants.STORED].numpy()
+
+
 def make_smollm2(checkpoint: str, path: pathlib.Path) -> None:
     """Writes the expected values of the real checkpoint: some columns of the logits, and the greedy tokens."""
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(checkpoint)
@@ -176,6 +190,8 @@ def main(argv: list[str]) -> None:
     else:
         for seed, family in enumerate(FAMILIES):
             make_family(family, seed, FIXTURES / family)
+        variants = {name: variant_logits(name) for name in hub_variants.VARIANTS}
+        np.savez_compressed(FIXTURES / "hub_variants.npz", **variants)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     (FIXTURES / "VERSIONS.json").write_text(json.dumps(versions) + "\n")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -421,16 +422,52 @@ def test_to_hub_and_back(name):
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4096}, "sliding_window"),
-        ({"model_type": "qwen3", "layer_types": ["sliding_attention"], "sliding_window": 4096}, "sliding_window"),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 30}, "sliding_window"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention"]}, "layer_types"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "sliding_window=4096"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "factor"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"num_key_value_heads": 2}, "kv heads"),
+        ({"rope_scaling": LLAMA3_ROPE, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "flat"),
+        ({"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 1.0}}, "high_freq_factor"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
+        ({"head_dim": 63}, "head_dim=63"),
     ],
 )
 def test_from_hub_refuses_unsupported_features(change, names):
     with pytest.raises(UserError, match=names):
         ModelConfig.from_hub({**HUB, **change}, "config.json")
+
+
+HUB_FIELDS = (
+    *HUB, "head_dim", "hidden_act", "rope_scaling", "rope_parameters", "partial_rotary_factor", "attention_bias",
+    "mlp_bias", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types",
+    "original_max_position_embeddings",
+)  # fmt: skip
+HUB_VALUES = (
+    None, True, 0, -1, 1, 7, 2**40, 10**400, 0.5, 64.0, -1e-9, 1e300, math.inf, math.nan, "", "64", [], [1], ["x"], {},
+    {"a": 1}, {"rope_type": None}, {"rope_type": []}, {"rope_type": "llama3"}, {"rope_theta": "1"}, {"rope_theta": 0},
+    *({**LLAMA3_ROPE, field: value} for field in LLAMA3_ROPE for value in (None, "8", 0, True, math.nan, 10**400)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("field", HUB_FIELDS)
+def test_from_hub_takes_no_value_of_a_wrong_type(field, model_type):
+    """Every value gives a usable config or one line that names the file and the field."""
+    for value in HUB_VALUES:
+        try:
+            config = ModelConfig.from_hub({**HUB, "model_type": model_type, field: value}, "config.json")
+        except UserError as error:
+            line = str(error)
+            assert line.startswith("config.json: ") and "\n" not in line and len(line) < 250, line
+            assert field in line or "head" in line or "rope" in line or "sliding" in line, line
+        else:
+            sizes = (config.vocab_size, config.d_model, config.n_layers, config.n_heads, config.n_kv_heads)
+            sizes += (config.head_dim, config.d_ff, config.max_length)
+            assert all(type(size) is int and 0 < size <= 2**31 for size in sizes)
+            assert np.isfinite(rope_frequencies(config)).all() and 0 < config.norm_eps < 1e30
+            assert type(config.tie_embeddings) is bool
 
 
 def test_from_hub_names_the_file_and_the_missing_field():

