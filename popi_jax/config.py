@@ -333,7 +333,7 @@ def _one_line(error: Any) -> str:
     if kind == "value_error":  # Raised by the validators above, whose messages name the keys.
         section = "".join(f"{part}." for part in error["loc"][:-1])
         return str(context["error"]).replace("config.", f"config.{section}", 1)
-    key, value = ".".join(map(str, ("config", *error["loc"]))), shown(error["input"])
+    key, value = ".".join(map(str, ("config", *error["loc"])))[:200], shown(error["input"])
     if kind == "extra_forbidden":
         return f"{key} is not a setting; configs/base.py has all of them"
     if kind == "missing":
