@@ -114,7 +114,7 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with metrics.MetricWriter(tmp_path / "run", resume_step=0) as log:
         log.write(1, {"loss": 1.0})
-    runfiles.write_environment(tmp_path / "run")
+    runfiles.write_environment(tmp_path / "run", {})
     assert not (tmp_path / "run").exists()
 
 
@@ -167,7 +167,7 @@ def test_parameter_overview():
 
 
 def test_environment_has_versions_devices_and_commit(tmp_path):
-    runfiles.write_environment(tmp_path)
+    runfiles.write_environment(tmp_path, {})
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["packages"]["jax"] == jax.__version__
     assert environment["devices"] == {"platform": "cpu", "kind": "cpu", "count": 8}

@@ -17,37 +17,79 @@ def config(**values):
     return changed(parse(quickstart.get_config("runlocal")), {key.replace("__", "."): v for key, v in values.items()})
 
 
+INPUTS = {"model": "m", "test": "t"}
+
+
 def finished(workdir, c):
-    runfiles.claim(workdir, c)
-    final.write_results(workdir, c, [{"method": "popi", "accuracy": 0.5}])
+    runfiles.claim(workdir, c, INPUTS)
+    final.write_results(workdir, c, [{"method": "popi", "seed": 0, "accuracy": 0.5}])
 
 
 def test_finished_run_has_the_same_config(tmp_path):
-    assert runfiles.finished_row(tmp_path, config()) is None
+    assert runfiles.finished_row(tmp_path, config(), INPUTS) is None
     finished(tmp_path, config())
-    assert runfiles.finished_row(tmp_path, config())["accuracy"] == 0.5
-    assert runfiles.finished_row(tmp_path, config(mesh__fsdp=2, train__checkpoint_every=7)) is not None
-    assert runfiles.finished_row(tmp_path, config(model__remat="full")) is not None
-    assert runfiles.finished_row(tmp_path, config(eval__temperature=0.1)) is None
-    assert runfiles.finished_row(tmp_path, config(optim__lr_generator=1.0)) is None
+    assert runfiles.finished_row(tmp_path, config(), INPUTS)["accuracy"] == 0.5
+    assert runfiles.finished_row(tmp_path, config(mesh__fsdp=2, train__checkpoint_every=7), INPUTS) is not None
+    assert runfiles.finished_row(tmp_path, config(model__remat="full"), INPUTS) is not None
+    assert runfiles.finished_row(tmp_path, config(eval__temperature=0.1), INPUTS) is None
+    assert runfiles.finished_row(tmp_path, config(optim__lr_generator=1.0), INPUTS) is None
 
 
 def test_workdir_has_one_config(tmp_path):
     finished(tmp_path, config())
     with pytest.raises(UserError, match=r"another config: config.optim.lr_generator \(0.00025 there, 1.0 now\)"):
-        runfiles.claim(tmp_path, config(optim__lr_generator=1.0))
-    runfiles.claim(tmp_path, config(mesh__fsdp=2))
+        runfiles.claim(tmp_path, config(optim__lr_generator=1.0), INPUTS)
+    runfiles.claim(tmp_path, config(mesh__fsdp=2), INPUTS)
     assert (tmp_path / "results.json").exists()
     # If the run is killed before it evaluates again, it must not count as finished with the new eval settings.
-    runfiles.claim(tmp_path, config(eval__temperature=0.1))
+    runfiles.claim(tmp_path, config(eval__temperature=0.1), INPUTS)
     assert not (tmp_path / "results.json").exists()
+
+
+def test_a_finished_run_has_the_same_inputs(tmp_path, capsys):
+    finished(tmp_path, config())
+    other = INPUTS | {"test": "others"}
+    assert runfiles.finished_row(tmp_path, config(), other) is None
+    assert capsys.readouterr().out.strip().endswith("its inputs changed (test); running it again")
+    runfiles.claim(tmp_path, config(), other)  # If this start is killed, the old row must not count as of the new data.
+    assert not (tmp_path / "results.json").exists()
+    finished(tmp_path, config())
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    del environment["inputs"]  # An earlier version wrote none.
+    files.write_json(tmp_path / "environment.json", environment)
+    assert runfiles.finished_row(tmp_path, config(), other)["accuracy"] == 0.5
+    assert "taken unchecked" in capsys.readouterr().out
+    files.write_json(tmp_path / "results.json", {"rows": []})
+    with pytest.raises(UserError, match=r"results.json: the row of the run is missing; remove the file"):
+        runfiles.finished_row(tmp_path, config(), INPUTS)
+
+
+@pytest.mark.parametrize("kept", ["results.json", "metrics.jsonl", "checkpoints/3/x"])
+def test_a_workdir_is_claimed_by_the_first_thing_worth_keeping(tmp_path, kept):
+    runfiles.claim(tmp_path, config(), INPUTS)
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
+    corrected = config(optim__lr_generator=1.0)
+    runfiles.claim(tmp_path, corrected, INPUTS)
+    assert json.loads((tmp_path / "config.json").read_text())["optim"]["lr_generator"] == 1.0
+    (tmp_path / kept).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / kept).write_text("{}")
+    with pytest.raises(UserError, match="another config"):
+        runfiles.claim(tmp_path, config(), INPUTS)
+
+
+def test_a_checkpoint_knows_its_config(tmp_path):
+    trained = config().model_dump(mode="json")
+    runfiles.check_trained("run", trained, config(eval__temperature=0.1, mesh__fsdp=2))
+    with pytest.raises(UserError, match=r"run: its checkpoint was trained with another config: config.seed \(0 there"):
+        runfiles.check_trained("run", trained, config(seed=1))
 
 
 @pytest.mark.parametrize(
     "key", ["method", "schedule__name", "lora__alpha", "objective__beta", "prompts__summary_start"]
 )
 def test_trained_run_needs_the_config_of_its_training(tmp_path, key):
-    runfiles.claim(tmp_path, config())
+    runfiles.claim(tmp_path, config(), INPUTS)
     runfiles.check_use(tmp_path, config(data__seed=1, limits__prompt=300, model__compute_dtype="bfloat16"))
     other = {"method": "oracle", "name": "alternate", "alpha": 2.0, "beta": 0.5, "summary_start": "She"}
     c = config(**{key: other[key.split("__")[-1]]})
@@ -85,7 +127,7 @@ def test_error_names_a_bad_line(tmp_path, text, shown):
 
 
 def test_config_json_has_the_whole_config(tmp_path):
-    runfiles.describe(tmp_path, config())
+    runfiles.describe(tmp_path, config(), INPUTS)
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
         quickstart.get_config("runlocal").to_json_best_effort()
     )

@@ -115,7 +115,7 @@ def test_killed_run_resumes_bitwise(finished, tmp_path):
 
 def test_sigterm_saves_a_checkpoint(finished, tmp_path):
     code, shown = interrupt(tmp_path, signal.SIGTERM, FLAGS)
-    (step,) = map(int, re.findall(r"stopped after step (\d+); run the same command again", shown))
+    (step,) = map(int, re.findall(r"stopped by SIGTERM: .* the checkpoint of step (\d+); run the same command", shown))
     assert code == 143 and max(checkpoint.steps(tmp_path / "checkpoints")) == step
     assert [line["step"] for line in metrics(tmp_path)][-1] == step
     again = run(tmp_path, *FLAGS)
@@ -331,7 +331,7 @@ def test_two_phases_with_adapters(tmp_path):
     # A resumed run reads them from the file and logs the same values.
     users = [types.SimpleNamespace(user=entry["user"]) for entry in written[:4]]
     found = batches.WrittenSummaries(tmp_path / "written_summaries.jsonl")
-    contexts, counts = found.contexts(sampler=None, phi=None, examples=users, key=None, sampling=None)
+    contexts, counts = found.contexts(sampler=None, phi=None, examples=users, key=None, sampling=None, step=1)
     assert contexts == [[entry["summary"]] for entry in written[:4]]
     assert counts == {"summaries_cut": metrics(tmp_path)[1]["summaries_cut"]}
 
