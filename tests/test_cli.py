@@ -164,12 +164,22 @@ def test_an_override_that_is_right_is_taken():
         (["--config=configs/quickstart.py", "--config.seed=-1"], "error: config.seed is -1; it must be at least 0"),
         (["--config=BROKEN"], "error: mine.py:2: NameError: name 'nosuch' is not defined"),
         (["--config=EMPTY"], "error: --config: get_config returned None; return a ConfigDict"),
+        (
+            ["--config=configs/quickstart.py", "--mode=summarize", "--output=o", "--input=USERS"],
+            "error: users.jsonl:1: field 'user' must be a string, found a number; put text in quotes",
+        ),
+        (
+            ["--config=configs/users.py:runlocal", "--config.data.path=USERS"],
+            "error: users.jsonl:1: field 'user' must be a string, found a number; put text in quotes",
+        ),
     ],
 )
 def test_main_exits_with_2_and_one_line(tmp_path, arguments, message):
     (tmp_path / "mine.py").write_text("def get_config():\n    return nosuch\n")
     (tmp_path / "empty.py").write_text("def get_config():\n    pass\n")
-    arguments = [a.replace("BROKEN", f"{tmp_path}/mine.py").replace("EMPTY", f"{tmp_path}/empty.py") for a in arguments]
+    (tmp_path / "users.jsonl").write_text('{"user": 7}\n')
+    for name, path in (("BROKEN", "mine.py"), ("EMPTY", "empty.py"), ("USERS", "users.jsonl")):
+        arguments = [argument.replace(name, str(tmp_path / path)) for argument in arguments]
     command = [sys.executable, "-m", "popi_jax.main", *arguments, f"--workdir={tmp_path / 'run'}"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 2, done.stderr

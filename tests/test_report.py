@@ -228,6 +228,7 @@ DAMAGED = [
     ("results.json", json.dumps({"config": "c", "rows": [row("m", 0, 0.5, loss="x")]}), ": damaged"),
     ("results.json", json.dumps({"config": "c", "rows": [row("m", 0, 0.5, accuracy_ci95=[1])]}), ": damaged"),
     ("results.json", "", ":1: not JSON (Expecting value at column 1); remove the file"),
+    ("samples.jsonl", "[]", ":1: expected an object in braces, found a list; remove the file"),
     ("samples.jsonl", "5", ":1: expected an object in braces, found a number; remove the file"),
     ("samples.jsonl", "{}", ": line 1: damaged, or written by another version (user: Field required); remove"),
     ("samples.jsonl", '{"user": "u", "logp_chosen": "x"}', ": line 1: damaged"),

@@ -14,6 +14,8 @@ import numpy as np
 from popi_jax.data import checks
 from popi_jax.errors import UserError
 
+FIX = "fix this line"  # The remedy for a file that the user wrote.
+
 
 def read_json(path: pathlib.Path, remedy: str = "remove the file and run again") -> dict[str, Any] | None:
     """Returns the object in a JSON file, None if the file does not exist; UserError if it is not an object."""
@@ -29,7 +31,7 @@ def read_jsonl(path: pathlib.Path, remedy: str = "remove the file and run again"
 
 
 def numbered_objects(
-    path: pathlib.Path, if_missing: str, if_damaged: str = "fix this line"
+    path: pathlib.Path, if_missing: str, if_damaged: str = FIX
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields the objects of a JSONL file with their line numbers, from 1. Blank lines are skipped.
 
@@ -43,16 +45,14 @@ def numbered_objects(
     """
     lines = checks.read_text(path, if_missing).split("\n")  # Not splitlines: JSON strings may contain U+2028.
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if numbered and (numbered[0][1].startswith("[") or numbered[0][1].strip() == "{"):
+    if numbered and if_damaged == FIX and (numbered[0][1].startswith("[") or numbered[0][1].strip() == "{"):
         raise UserError(
             f"{path}:{numbered[0][0]}: JSON over several lines or in a list; write one object per line, for example"
             " with jq -c '.[]' for a list"
         )
     for number, line in numbered:
-        yield (
-            number,
-            checks.as_object(checks.parse_json(line, str(path), number, if_damaged), f"{path}:{number}", if_damaged),
-        )
+        value = checks.parse_json(line, str(path), number, if_damaged)
+        yield number, checks.as_object(value, f"{path}:{number}", if_damaged)
 
 
 def write_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
