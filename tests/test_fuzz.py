@@ -23,6 +23,7 @@ from popi_jax.data import prompts, psoups, users
 from popi_jax.errors import UserError
 from popi_jax.evaluation import evaluate, stored
 from popi_jax.model import hub
+from popi_jax.model.tokenizer import Tokenizer
 from popi_jax.modes import cli
 from popi_jax.training import metrics
 
@@ -196,6 +197,15 @@ def test_a_recorded_config(folder, data):
 def test_a_hub_config(folder, data):
     path = folder / "config.json"
     check(lambda: hub.read_config(path), path, data)
+
+
+@settings(max_examples=max(30, settings().max_examples // 20))  # Loading a tokenizer takes longer than reading a file.
+@given(one({"eos_token_id": [1, 2], "bos_token_id": 1, "temperature": 0.6}))
+def test_a_generation_config(folder, data):
+    path = folder / "tokenizer" / "generation_config.json"
+    if not path.exists():
+        shutil.copytree(hub.resolve("stylebook"), path.parent, ignore=shutil.ignore_patterns("*.safetensors"))
+    check(lambda: Tokenizer.load(str(path.parent)), path, data)
 
 
 @given(one(RESULTS))
