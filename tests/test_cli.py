@@ -185,3 +185,24 @@ def test_main_exits_with_2_and_one_line(tmp_path, arguments, message):
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.replace(f"{tmp_path}/", "").startswith(message), done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("results_table", ["--config=configs/quickstart.py", "--seeds=²"], "error: --seeds: '²' is not a seed; give"),
+        ("results_table", ["--config=configs/quickstart.py", "--methods="], "error: --methods: []; give at least one"),
+        (
+            "tpu_table",
+            ["--cases=quickstart:x@v5e:2x2"],
+            "error: --cases: 'quickstart:x@v5e:2x2': configs/quickstart.py",
+        ),
+        ("tpu_table", ["--cases=nosuch:x@v5e:2x2"], "error: --cases: 'nosuch:x@v5e:2x2': No module named 'configs.nos"),
+    ],
+)
+def test_experiments_exit_with_2_and_one_line(tmp_path, module, arguments, message):
+    arguments = [*arguments, f"--{'workdir' if module == 'results_table' else 'output'}={tmp_path / 'run'}"]
+    command = [sys.executable, f"experiments/{module}.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith(message), done.stderr
