@@ -53,6 +53,7 @@ test: lint types  ## Runs everything that CI runs.
 # With torch for the live parity, and the peers, whose losses and tokens the benchmarks' sides must equal.
 nightly: $(VENV)/.setup-torch $(SMOLLM2)/config.json $(PEERS)/.setup $(TUNIX)/.setup  ## Runs the tests that take minutes or fetch packages.
 	$(BIN)/python -m pytest -m 'slow or network' $(TESTS)
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: $(VENV)/.setup-test  ## Checks style and formatting.
 	$(BIN)/ruff check .

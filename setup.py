@@ -55,7 +55,16 @@ setuptools.setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "test": ["ipykernel", "mypy", "nbclient", "pytest", "ruff", 'libtpu==0.0.52; python_version < "3.12"', *DOCS],
+        "test": [
+            "hypothesis",
+            "ipykernel",
+            "mypy",
+            "nbclient",
+            "pytest",
+            "ruff",
+            'libtpu==0.0.52; python_version < "3.12"',
+            *DOCS,
+        ],
         "docs": [*DOCS, "ruff"],  # ruff formats the signatures.
         "compile": ["libtpu"],  # The TPU compiler, for --mode=compile on a machine without a TPU.
         "torch": ["torch==2.13.0"],  # Parity tests only.

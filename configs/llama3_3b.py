@@ -25,7 +25,7 @@ def get_config(arg: str = "full") -> ml_collections.ConfigDict:
         arg: one of ARGS, see above; "" is `full`.
 
     Raises:
-        ValueError: for any other argument.
+        UserError: for any other argument.
     """
     check_arg(arg, "llama3_3b", *ARGS)
     if arg == "runlocal":

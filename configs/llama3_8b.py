@@ -18,7 +18,7 @@ def get_config(arg: str = "full") -> ml_collections.ConfigDict:
         arg: one of llama3_3b.ARGS; "" is `full`.
 
     Raises:
-        ValueError: for any other argument.
+        UserError: for any other argument.
     """
     check_arg(arg, "llama3_8b", *llama3_3b.ARGS)
     c = llama3_3b.get_config(arg)

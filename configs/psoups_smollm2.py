@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         arg: "", `eight_signals` or `runlocal`, see above.
 
     Raises:
-        ValueError: for any other argument.
+        UserError: for any other argument.
     """
     check_arg(arg, "psoups_smollm2", "eight_signals", "runlocal")
     if arg == "runlocal":

@@ -1,11 +1,13 @@
 """Repeats a run from the config.json in its workdir: --config=configs/recorded.py:runs/mine/config.json."""
 
-import json
-import pathlib
-
 import ml_collections
 
 from configs import base
+from popi_jax import config
+from popi_jax.data import checks
+from popi_jax.errors import UserError
+
+_REMEDY = "give a run's config.json"
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -15,22 +17,19 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         arg: the path of the file.
 
     Raises:
-        ValueError: one line that names the file, if it is missing or holds no JSON object.
-        AttributeError, KeyError, TypeError: for a key that configs/base.py does not have, or a value of another type.
+        UserError: one line that names the file, if it cannot be read or sets a key that configs/base.py does not have
+            or a value of another type.
     """
     if not arg:
-        raise ValueError("configs/recorded.py: the file is missing; use --config=configs/recorded.py:DIR/config.json")
-    try:
-        recorded = json.loads(pathlib.Path(arg).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"configs/recorded.py: {arg} cannot be read: {error}; give a run's config.json") from error
-    if not isinstance(recorded, dict):
-        raise ValueError(f"configs/recorded.py: {arg} does not hold a JSON object; give a run's config.json")
-    c = base.get_config()
+        raise UserError("configs/recorded.py: the file is missing; use --config=configs/recorded.py:DIR/config.json")
+    recorded = checks.as_object(checks.parse_json(checks.read_text(arg, _REMEDY), arg, remedy=_REMEDY), arg, _REMEDY)
+    tree = base.get_config().to_dict()
     for key, value in recorded.items():
         if isinstance(value, dict):
-            for name, entry in value.items():
-                c[key][name] = tuple(entry) if isinstance(entry, list) else entry
-        else:
-            c[key] = value
-    return c
+            entries = {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()}
+            value = tree[key] | entries if isinstance(tree.get(key), dict) else entries
+        tree[key] = value
+    try:
+        return ml_collections.ConfigDict(config.validated(tree).model_dump()).lock()
+    except UserError as error:
+        raise UserError(f"{arg}: {error}") from error

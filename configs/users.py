@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         arg: "" or `runlocal`, see above.
 
     Raises:
-        ValueError: for any other argument.
+        UserError: for any other argument.
     """
     check_arg(arg, "users", "runlocal")
     if arg == "runlocal":

@@ -309,6 +309,8 @@ def main() -> None:
         folders.check_replaceable(pathlib.Path(args.output))  # Else hub.save would refuse it after the training.
     except UserError as error:
         parser.error(str(error))
+    if not (0 < args.scale <= 1000 and 0 <= args.seed < 2**24):
+        parser.error("--scale must be above 0 and at most 1000, --seed from 0 to 2**24 - 1")
     prompts = quickstart.get_config().prompts
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = train_tokenizer(scratch, corpus(prompts, 3000))

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # The other imports take seconds, in which a signal 
 
 import dataclasses
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -30,8 +31,8 @@ from popi_jax import config as config_lib
 from popi_jax.config import Config
 from popi_jax.data import files, locks, prepared, stylebook_exact
 from popi_jax.data.schema import Example
-from popi_jax.errors import UserError
-from popi_jax.evaluation import decomposition, evaluate, final, report, stats
+from popi_jax.errors import UserError, shown
+from popi_jax.evaluation import decomposition, evaluate, final, report, stats, stored
 from popi_jax.modes import cli, compilation_cache, runfiles, setup, signals, train
 from popi_jax.modes import evaluate as evaluate_mode
 
@@ -179,7 +180,7 @@ def _write_without_texts(table: pathlib.Path, name: str, row: dict[str, Any]) ->
     for kept in ("config.json", "environment.json", "decomposition.npz"):
         if (run / kept).exists():
             shutil.copy(run / kept, folder / kept)
-    results = files.read_json(run / "results.json") or {}
+    results = stored.results(run) or {"rows": []}
     for own in results["rows"]:
         _number_personas(own)
     files.write_json(folder / "results.json", results)
@@ -242,8 +243,7 @@ def _write_table(
     for name in ("metrics.jsonl", "environment.json", "config.json"):
         if (shown / name).exists():
             shutil.copy(shown / name, table / name)
-    if (shown / "samples.jsonl").exists():
-        samples = files.read_jsonl(shown / "samples.jsonl")
+    if samples := stored.samples(shown):
         left_out = () if data_texts else DATA_TEXTS
         kept = [{key: value for key, value in sample.items() if key not in left_out} for sample in samples]
         files.write_jsonl(table / "samples.jsonl", kept)
@@ -271,11 +271,16 @@ def _main(argv: list[str]) -> None:
         raise UserError(
             f"--methods: {', '.join(BAYES)} need true probabilities, which only stylebook has; leave them out"
         )
-    methods = values.methods or list(config.table.methods)
-    wrong = [seed for seed in values.seeds or () if not seed.isdigit()]
-    if wrong:
-        raise UserError(f"--seeds: {wrong[0]!r} is not a seed; give integers, such as --seeds=0,1,2")
-    seeds = [int(seed) for seed in values.seeds] if values.seeds else list(config.table.seeds)
+    methods = list(config.table.methods) if values.methods is None else values.methods
+    seeds = list(config.table.seeds)
+    if values.seeds is not None:
+        wrong = [seed for seed in values.seeds if not re.fullmatch("[0-9]{1,10}", seed) or int(seed) >= 2**32]
+        if wrong:
+            raise UserError(f"--seeds: {shown(wrong[0])} is not a seed; give integers below 2**32, such as 0,1,2")
+        seeds = [int(seed) for seed in values.seeds]
+    for flag, given in (("methods", methods), ("seeds", seeds)):
+        if not given or len(set(given)) < len(given):
+            raise UserError(f"--{flag}: {shown(given)}; give at least one, and each only once")
     trained = None if values.trained is None else config_lib.local_path(values.trained, "--trained")
     workdir = config_lib.local_path(values.workdir, "--workdir")
     compilation_cache.enable()

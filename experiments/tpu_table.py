@@ -9,7 +9,6 @@ compiled again; DIR/README.md shows them all. A case takes minutes on two cores.
 """
 
 import importlib
-import json
 import pathlib
 import re
 from typing import Any
@@ -54,18 +53,21 @@ its memory is known and its traffic is not.
 
 def run_case(case: str, folder: pathlib.Path) -> dict[str, Any]:
     """Returns the report of one case, read from its file if that exists; UserError for a malformed case."""
-    path = folder / f"{case.replace(':', '_').replace('@', '_on_').replace('+', '_')}.json"
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    parts = re.fullmatch(r"(\w+):(\w+)@([^@+]+)(?:@(\d+))?(?:\+(\w+))?", case)
+    parts = re.fullmatch(r"(\w+):(\w+)@([^@+]+)(?:@([0-9]{1,6}))?(?:\+(\w+))?", case)
     if parts is None:
         raise UserError(
             f"--cases: {case!r} is no case; give CONFIG:ARG@SLICE, with @N or +SCHEDULE after it, such as {CASES[0]}"
         )
+    path = folder / f"{case.replace(':', '_').replace('@', '_on_').replace('+', '_')}.json"
+    found = files.read_json(path)
+    if found is not None:
+        if not {"case", "steps"} <= found.keys():
+            raise UserError(f"{path}: not the report of a case; remove the file and run again")
+        return found
     module, arg, topology, split, schedule = parts.groups()
     try:
         config = importlib.import_module(f"configs.{module}").get_config(arg)
-    except (ImportError, ValueError) as error:
+    except (ImportError, AttributeError, UserError) as error:
         raise UserError(f"--cases: {case!r}: {error}") from error
     if split is not None:
         config.mesh.data, config.mesh.fsdp = -1, int(split)

@@ -14,19 +14,26 @@ import ml_collections
 import pydantic
 from pydantic import Field
 
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, first_line, shown
 
 Dtype = Literal["float32", "bfloat16"]
 Method = Literal["popi", "base", "population", "raw_signals", "zero_shot_summary", "oracle"]
 StepKind = Literal["joint", "inference", "generator"]
 
-# The bounds catch typos. They are far above what any machine can run.
+# The bounds catch typos. They are far above what any machine can run, and numbers within them are finite in float32.
 Count = Annotated[int, Field(ge=0, le=10**8)]
 Positive = Annotated[int, Field(ge=1, le=10**8)]
+Users = Annotated[int, Field(ge=0, le=10**6)]
+Draws = Annotated[int, Field(ge=1, le=10**4)]
+Few = Annotated[int, Field(ge=1, le=4096)]
 Tokens = Annotated[int, Field(ge=1, le=2**20)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, le=10**6, allow_inf_nan=False)]
+Scale = Annotated[float, Field(ge=1e-6, le=10**6, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # jax.random.key uses 32 bits: 2**32 would be the same as 0.
-Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, le=1 - 1e-6, allow_inf_nan=False)]  # A larger one could round to 1 in float32.
+Devices = Annotated[int, Field(ge=-1, le=2**20)]
+Text = Annotated[str, Field(max_length=10**5)]
+Name = Annotated[str, Field(max_length=200, pattern=r"^\P{Cc}*$")]
 
 SUMMARIZED = ("popi", "zero_shot_summary")  # The methods whose contexts are written by a model.
 
@@ -55,7 +62,7 @@ def _path(text: str, info: pydantic.ValidationInfo) -> str:
         raise ValueError(str(error)) from None
 
 
-Path = Annotated[str, pydantic.AfterValidator(_path)]
+Path = Annotated[str, Field(max_length=4096, pattern=r"^\P{Cc}*$"), pydantic.AfterValidator(_path)]
 
 
 class Section(pydantic.BaseModel):
@@ -81,7 +88,7 @@ class Lora(Section):
     """config.lora."""
 
     rank: Annotated[int, Field(ge=0, le=2**16)]
-    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    alpha: Scale
     targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...]
 
 
@@ -95,13 +102,13 @@ class Data(Section):
     seed: Seed
     test_fraction: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
     signals: Literal["disjoint", "shipped"]
-    signals_per_user: Positive
-    train_users: Count
-    test_users: Count
-    train_draws: Positive
-    test_draws: Positive
-    queries_per_user: Annotated[int, Field(ge=1, le=4096)]
-    test_queries_per_user: Annotated[int, Field(ge=1, le=4096)]
+    signals_per_user: Few
+    train_users: Users
+    test_users: Users
+    train_draws: Draws
+    test_draws: Draws
+    queries_per_user: Few
+    test_queries_per_user: Few
 
 
 class Limits(Section):
@@ -119,11 +126,11 @@ class Limits(Section):
 class Prompts(Section):
     """config.prompts."""
 
-    inference_instruction: str
-    summary_start: str
-    summary_stop: str
+    inference_instruction: Text
+    summary_start: Text
+    summary_stop: Text
     pair_fields: tuple[Literal["prompt", "chosen", "rejected"], ...]
-    generator_instruction: str
+    generator_instruction: Text
 
 
 class Sampling(Section):
@@ -131,14 +138,14 @@ class Sampling(Section):
 
     k: Annotated[int, Field(ge=1, le=1023)]  # A line has at most attention.ROW - 1 branches.
     k_generator: Annotated[int, Field(ge=0, le=1023)]
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]  # REINFORCE needs samples.
+    temperature: Scale  # Not 0: REINFORCE needs samples.
 
 
 class Objective(Section):
     """config.objective."""
 
     loss: Literal["dpo", "ipo"]
-    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    beta: Scale
     logp_reduction: Literal["sum", "mean"]
     reference_context: Literal["prompt", "summary", "signals"]
     advantage: Literal["rloo", "reinforce", "group_mean", "grpo"]
@@ -185,14 +192,14 @@ class Eval(Section):
     """config.eval."""
 
     every: Count
-    users: Count
+    users: Users
     users_per_batch: Annotated[int, Field(ge=1, le=2**16)]
     summaries_per_user: Annotated[int, Field(ge=1, le=1023)]
     temperature: Rate
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
     samples: Annotated[int, Field(ge=0, le=2**16)]
     response_tokens: Tokens
-    bootstrap: Annotated[int, Field(ge=1, le=10**6)]
+    bootstrap: Annotated[int, Field(ge=1, le=10**5)]
 
     @property
     def rows(self) -> int:
@@ -203,22 +210,22 @@ class Eval(Section):
 class Table(Section):
     """config.table."""
 
-    methods: tuple[str, ...]
+    methods: tuple[Name, ...]
     seeds: tuple[Seed, ...]
 
 
 class Mesh(Section):
     """config.mesh; sharding.make_mesh checks the sizes against the devices."""
 
-    data: Annotated[int, Field(ge=-1)]
-    fsdp: Annotated[int, Field(ge=-1)]
-    tensor: Annotated[int, Field(ge=-1)]
+    data: Devices
+    fsdp: Devices
+    tensor: Devices
 
 
 class Config(Section):
     """All settings of a run; configs/base.py documents each of them."""
 
-    name: str
+    name: Name
     seed: Seed
     model: Model
     lora: Lora
@@ -243,14 +250,26 @@ class Config(Section):
     @pydantic.model_validator(mode="after")
     def _fields_agree(self) -> Self:
         schedule, sampling = self.schedule, self.sampling
-        if len(self.train.profile_steps) not in (0, 2):
-            raise ValueError(f"config.train.profile_steps is {self.train.profile_steps}; give (first, last) or ()")
+        profiled = self.train.profile_steps
+        if profiled and (len(profiled) != 2 or profiled[0] > profiled[1]):
+            raise ValueError(f"config.train.profile_steps is {shown(profiled)}; give (first, last) or ()")
+        if len(self.limits.buckets) > 64:
+            raise ValueError(f"config.limits.buckets has {len(self.limits.buckets)} lengths; give at most 64")
+        for key, values in (
+            ("lora.targets", self.lora.targets),
+            ("table.methods", self.table.methods),
+            ("table.seeds", self.table.seeds),
+        ):
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"config.{key} is {shown(values)}; give at least one value, and each only once")
+        if 0 < self.eval.temperature < 1e-6:
+            raise ValueError(f"config.eval.temperature is {self.eval.temperature}; it must be 0 or at least 1e-06")
         if schedule.name in ("alternate", "two_phase") and schedule.n_phi + schedule.n_theta < 1:
             raise ValueError("config.schedule.n_phi and .n_theta are both 0, so nothing is trained; raise one of them")
         if "chosen" not in self.prompts.pair_fields:
             raise ValueError(
-                f"config.prompts.pair_fields is {self.prompts.pair_fields}; it must have 'chosen' and may have 'prompt'"
-                " and 'rejected'"
+                f"config.prompts.pair_fields is {shown(self.prompts.pair_fields)}; it must have 'chosen' and may have"
+                " 'prompt' and 'rejected'"
             )
         if sampling.k_generator > sampling.k:
             raise ValueError(
@@ -267,10 +286,20 @@ class Config(Section):
 
 def parse(config: ml_collections.ConfigDict) -> Config:
     """Returns the settings; UserError names the first invalid key, its value and the remedy."""
-    return _validated(config.to_dict())
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(
+            f"--config: get_config returned {type(config).__name__}; return a ConfigDict, made by"
+            " configs.base.get_config()"
+        )
+    try:
+        tree = config.to_dict()
+    except Exception as error:  # A value that is computed from others can raise anything.
+        raise UserError(f"--config: a value of the config cannot be computed: {first_line(error)}") from error
+    return validated(tree)
 
 
-def _validated(tree: dict[str, Any]) -> Config:
+def validated(tree: dict[str, Any]) -> Config:
+    """Returns the settings of nested dicts; UserError as for `parse`."""
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as error:
@@ -283,7 +312,7 @@ def changed(config: Config, values: Mapping[str, Any]) -> Config:
     for key, value in values.items():
         *sections, name = key.split(".")
         functools.reduce(operator.getitem, sections, tree)[name] = value
-    return _validated(tree)
+    return validated(tree)
 
 
 _BOUNDS = {
@@ -292,6 +321,11 @@ _BOUNDS = {
     "less_than_equal": ("at most", "le"),
     "less_than": ("less than", "lt"),
 }
+_REQUIRED = {
+    "model_type": "be a section, with the keys of configs/base.py",
+    "string_pattern_mismatch": "not have control characters",
+    "string_unicode": "be text that UTF-8 can encode",
+}
 
 
 def _one_line(error: Any) -> str:
@@ -299,7 +333,7 @@ def _one_line(error: Any) -> str:
     if kind == "value_error":  # Raised by the validators above, whose messages name the keys.
         section = "".join(f"{part}." for part in error["loc"][:-1])
         return str(context["error"]).replace("config.", f"config.{section}", 1)
-    key, value = ".".join(map(str, ("config", *error["loc"]))), repr(error["input"])
+    key, value = ".".join(map(str, ("config", *error["loc"])))[:200], shown(error["input"])
     if kind == "extra_forbidden":
         return f"{key} is not a setting; configs/base.py has all of them"
     if kind == "missing":
@@ -310,5 +344,6 @@ def _one_line(error: Any) -> str:
     if kind == "literal_error":
         choices = context["expected"].replace(" or ", ", ").replace("'", "")
         return f"{key} is {value}; choose one of {choices}"
-    message = error["msg"]
-    return f"{key} is {value}; it {message.removeprefix('Input ')}"
+    if kind in _REQUIRED:
+        return f"{key} is {value}; it must {_REQUIRED[kind]}"
+    return f"{key} is {value}; it {re.sub('^[A-Z][a-z]+ ', '', error['msg'])}"

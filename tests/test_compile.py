@@ -191,6 +191,16 @@ def test_two_processes_compile_side_by_side():
     assert done.stdout == "4\n", done.stderr
 
 
+@pytest.mark.parametrize(
+    "topology",
+    ["v5e", "v5e:", "v5e:4", "v5e:2x", "v5e:x2", "v5e:+2x2", "v5e:2x2x2x2", "v5e:97x97", "v5e:2x2\n", ":2x2"],
+)
+def test_a_slice_of_impossible_sizes_never_reaches_libtpu(monkeypatch, topology):
+    monkeypatch.setattr(compile_lib.topologies, "get_topology_desc", lambda **_: pytest.fail("libtpu was asked"))
+    with pytest.raises(UserError, match=r"--topology=.*: not the name of a slice .*; give a slice, such as v4:2x2x1"):
+        compile_lib.slice_devices(topology)
+
+
 def test_mistakes_are_reported():
     with pytest.raises(UserError, match="--topology=v5e:nonsense: .*such as .*v5e:4x4"):
         compile_lib.report(small(), "v5e:nonsense")

@@ -9,6 +9,9 @@ import tokenize
 import pytest
 
 from configs import base, recorded
+from popi_jax.config import parse
+from popi_jax.data import files
+from popi_jax.errors import UserError
 
 CONFIGS = pathlib.Path(base.__file__).parent
 
@@ -59,7 +62,7 @@ def test_no_default_points_outside_the_repository(name, arg):
 @pytest.mark.parametrize("arg", ["runlocl", "RUNLOCAL", "full,lora", " "])
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_an_unknown_argument_is_refused(name, arg):
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(UserError) as refused:
         get_config(name, arg)
     message = str(refused.value)
     assert f"configs/{name}.py" in message and repr(arg) in message and "\n" not in message
@@ -69,24 +72,40 @@ def test_an_unknown_argument_is_refused(name, arg):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (None, "No such file or directory"),
-        (b"{", "line 1 column 2"),
-        (b"\xff", "can't decode byte"),
-        (b'["seed"]', "does not hold a JSON object"),
+        (None, ": no such file; give a run's config.json"),
+        (b"{", ":1: not JSON (Expecting property name enclosed in double quotes at column 2); give a run's"),
+        (b"\xff", ": not UTF-8 at byte 0"),
+        (b'["seed"]', ": expected an object in braces, found a list; give a run's config.json"),
+        (b'{"seed": "a"}', ": config.seed is 'a'; it should be a valid integer"),
+        (b'{"seed": null}', ": config.seed is None; it should be a valid integer"),
+        (b'{"seed": NaN}', ": config.seed is nan; it should be a valid integer"),
+        (b'{"seeds": 1}', ": config.seeds is not a setting; configs/base.py has all of them"),
+        (b'{"eval": {"user": 1}}', ": config.eval.user is not a setting; configs/base.py has all of them"),
+        (b'{"eval": 1}', ": config.eval is 1; it must be a section, with the keys of configs/base.py"),
+        (b'{"seed": {"a.b": 1}}', ": config.seed is {'a.b': 1}; it should be a valid integer"),
     ],
 )
-def test_a_recorded_config_that_cannot_be_read_is_one_line_with_the_file(tmp_path, content, reason):
+def test_a_recorded_config_that_cannot_be_used_is_one_line_with_the_file(tmp_path, content, reason):
     path = tmp_path / "config.json"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(UserError) as refused:
         recorded.get_config(str(path))
-    message = str(refused.value)
-    assert message.startswith(f"configs/recorded.py: {path} ") and reason in message and "\n" not in message
+    assert str(refused.value).startswith(f"{path}{reason}") and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("name", "arg"), EACH)
+def test_a_recorded_config_is_the_config(tmp_path, name, arg):
+    path = tmp_path / "config.json"
+    settings = parse(get_config(name, arg))
+    files.write_json(path, settings.model_dump())
+    again = recorded.get_config(str(path))
+    assert parse(again) == settings
+    assert {k: type(v) for k, v in leaves(again)} == {k: type(v) for k, v in leaves(get_config(name, arg))}
 
 
 def test_recorded_asks_for_a_file():
-    with pytest.raises(ValueError, match=r"the file is missing; use --config=configs/recorded.py:DIR/config.json"):
+    with pytest.raises(UserError, match=r"the file is missing; use --config=configs/recorded.py:DIR/config.json"):
         recorded.get_config()
 
 

@@ -172,3 +172,13 @@ def test_environment_has_versions_devices_and_commit(tmp_path):
     assert environment["packages"]["jax"] == jax.__version__
     assert environment["devices"] == {"platform": "cpu", "kind": "cpu", "count": 8}
     assert environment["git"] is None or len(environment["git"].rstrip("+")) == 40
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("name", ["sweep[/b]", "[red]a", "a:smile:b", "[/]", "a\\[b"])
+def test_a_name_is_shown_as_it_is(name, terminal):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=120, color_system=None)
+    with metrics.Progress(total=2, start=0, name=name, console=console) as progress:
+        progress.update(2, {"loss": 1.0})
+    assert name in out.getvalue()

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from popi_jax.errors import UserError
-from popi_jax.evaluation import plots, report
+from popi_jax.evaluation import decomposition, evaluate, plots, report
 
 
 def row(method: str, seed: int, accuracy: float, **more) -> dict:
@@ -218,3 +218,55 @@ def test_table_prints_every_method():
     assert popi == ["popi", "92.0% [90.0%, 93.0%]", "20.5", "20.5", "0.25", "1,000", "2"]
     assert bayes == ["bayes_signals", "97.0%", "1,000", "1"]
     assert "I(o; z), nats" not in header  # No row has a value for it.
+
+
+DAMAGED = [
+    ("results.json", "[]", ": expected an object in braces, found a list; remove the file"),
+    ("results.json", "{}", ": damaged, or written by another version (config: Field required"),
+    ("results.json", '{"config": "c", "dataset": "d", "split": "s", "rows": []}', ": damaged, or written by another"),
+    ("results.json", '{"config": "c", "dataset": "d", "split": "s", "rows": [{"method": "m"}]}', ": damaged"),
+    ("results.json", json.dumps({"config": "c", "rows": [row("m", 0, 0.5, loss="x")]}), ": damaged"),
+    ("results.json", json.dumps({"config": "c", "rows": [row("m", 0, 0.5, accuracy_ci95=[1])]}), ": damaged"),
+    ("results.json", "", ":1: not JSON (Expecting value at column 1); remove the file"),
+    ("samples.jsonl", "[]", ":1: expected an object in braces, found a list; remove the file"),
+    ("samples.jsonl", "5", ":1: expected an object in braces, found a number; remove the file"),
+    ("samples.jsonl", "{}", ": line 1: damaged, or written by another version (user: Field required); remove"),
+    ("samples.jsonl", '{"user": "u", "logp_chosen": "x"}', ": line 1: damaged"),
+    ("metrics.jsonl", '{"step": 1}\n5\n', ":2: expected an object in braces, found a number; remove the line"),
+    ("metrics.jsonl", '{"step": "a"}\n', ":1: field 'step' is missing or not an integer; remove the line"),
+    ("metrics.jsonl", '{"step": 1, "loss": []}\n', ":1: field 'loss' is not a number; remove the line"),
+    ("environment.json", '{"git": 5}', ": damaged, or written by another version (popi_jax: Field required"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), DAMAGED)
+def test_a_damaged_file_is_one_line_with_the_remedy(tmp_path, name, content, message):
+    make_workdir(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as error:
+        report.write(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / name}{message}") and "remove the" in str(error.value)
+
+
+def test_a_damaged_record_is_one_line_with_the_remedy(tmp_path):
+    path = tmp_path / "eval_records.jsonl"
+    record = evaluate.Record(0, "u", "g", "p", "f:1", None, 3, True, 7, 0.5, -0.5)
+    evaluate.write_records(path, [record, record])
+    assert evaluate.read_records(path) == [record, record]
+    path.write_text(path.read_text().replace('"h": 0.5', '"h": [1]', 1))
+    with pytest.raises(UserError, match=r"eval_records.jsonl: line 1: damaged, .*h: Input should be a valid number"):
+        evaluate.read_records(path)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:200], lambda data: b"", lambda data: data[:-90] + bytes(90)])
+def test_a_damaged_decomposition_is_one_line_with_the_remedy(tmp_path, damage):
+    path = tmp_path / "decomposition.npz"
+    measured = decomposition.Measured(np.zeros((2, 3), int), np.zeros((1, 4)), np.zeros((2, 4)))
+    decomposition.write(path, measured)
+    assert decomposition.read(path).log_odds_ZxTr.shape == (1, 4)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(
+        UserError, match="decomposition.npz: damaged, or written by another version .*; remove"
+    ) as error:
+        decomposition.read(path)
+    assert "\n" not in str(error.value)

@@ -1,6 +1,9 @@
 """users.jsonl: reading and writing it. Each mistake is one line with the place and the remedy."""
 
+import bz2
+import gzip
 import json
+import lzma
 import pathlib
 from typing import Any
 
@@ -143,3 +146,50 @@ def test_errors_about_the_whole_file(tmp_path: pathlib.Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes('{"user": "é"}'.encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8 at byte 10"):
         users.read_users(tmp_path / "latin.jsonl")
+
+
+TEXT = json.dumps(record()) + "\n" + json.dumps(record(user="u2"))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (TEXT.encode("utf-16"), "UTF-16 or UTF-32, not UTF-8 text; convert"),
+        (TEXT.encode("utf-16-le"), "UTF-16 or UTF-32, not UTF-8 text; convert"),
+        (TEXT.encode("utf-16-be"), "UTF-16 or UTF-32, not UTF-8 text; convert"),
+        (TEXT.encode("utf-32"), "UTF-16 or UTF-32, not UTF-8 text; convert"),
+        (gzip.compress(TEXT.encode()), "compressed by gzip, not UTF-8 text; decompress"),
+        (bz2.compress(TEXT.encode()), "compressed by bzip2, not UTF-8 text; decompress"),
+        (lzma.compress(TEXT.encode()), "compressed by xz, not UTF-8 text; decompress"),
+        (b"PAR1\x15\x04", "a Parquet file, not UTF-8 text; convert"),
+        (b"", "no users; write"),
+        (json.dumps([record()]).encode(), "1: JSON over several lines or in a list; write"),
+        (json.dumps(record(), indent=1).encode(), "1: JSON over several lines or in a list; write"),
+        (json.dumps([record()], indent=1).encode(), "1: JSON over several lines or in a list; write"),
+        (TEXT.replace("\n", "\n\n,").encode(), "3: not JSON (Expecting value at column 1); fix"),
+        (b'{"user": ' + b"9" * 5000 + b"}", "1: a number has too many digits; fix"),
+        (b'{"user": -Infinity}', "1: field 'user' must be a string, found a number; put"),
+        (b'{"user": ' + b"[" * 100_000, "1: JSON is nested too deeply; fix"),
+        (b"{" + b'"a": {' * 100_000, "1: JSON is nested too deeply; fix"),
+    ],
+)
+def test_a_file_of_another_kind_is_one_line_with_the_remedy(tmp_path: pathlib.Path, data: bytes, message: str) -> None:
+    path = tmp_path / "users.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        users.read_users(path)
+    assert str(caught.value).removeprefix(str(path)).removeprefix(":").strip().startswith(message)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_device_is_not_read() -> None:
+    with pytest.raises(UserError, match="/dev/zero: is a device, not a file; give"):
+        users.read_users("/dev/zero")
+
+
+def test_a_message_is_one_line_whatever_the_file_is_called(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"a\\nb\\x1b\[31m: no such file") as caught:
+        users.read_users(tmp_path / "a\nb\x1b[31m")
+    assert str(caught.value).isprintable()
+    with pytest.raises(UserError, match=r"a\\x00b: cannot be read \(embedded null byte\); give"):
+        users.read_users("a\0b")

@@ -17,12 +17,15 @@ import numpy as np
 from popi_jax.data import checks
 from popi_jax.errors import UserError, first_line
 
+FIX = "fix this line"  # The remedy for a file that the user wrote.
+
 
 def read_json(path: pathlib.Path, remedy: str = "remove the file and run again") -> dict[str, Any] | None:
     """Returns the object in a JSON file, None if the file does not exist; UserError if it is not an object."""
     if not path.exists():
         return None
-    return checks.as_object(checks.parse_json(checks.read_text(path, remedy), str(path), remedy=remedy), str(path))
+    value = checks.parse_json(checks.read_text(path, remedy), str(path), remedy=remedy)
+    return checks.as_object(value, str(path), remedy)
 
 
 def read_jsonl(path: pathlib.Path, remedy: str = "remove the file and run again") -> list[dict[str, Any]]:
@@ -31,7 +34,7 @@ def read_jsonl(path: pathlib.Path, remedy: str = "remove the file and run again"
 
 
 def numbered_objects(
-    path: pathlib.Path, if_missing: str, if_damaged: str = "fix this line"
+    path: pathlib.Path, if_missing: str, if_damaged: str = FIX
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields the objects of a JSONL file with their line numbers, from 1. Blank lines are skipped.
 
@@ -43,11 +46,16 @@ def numbered_objects(
     Raises:
         UserError: the file cannot be read, or a line is not a JSON object.
     """
-    # Only "\n" ends a line: str.splitlines would also split at U+2028, which JSON strings may contain.
-    for number, line in enumerate(checks.read_text(path, if_missing).split("\n"), start=1):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield number, checks.as_object(checks.parse_json(line, str(path), number, if_damaged), where)
+    lines = checks.read_text(path, if_missing).split("\n")  # Not splitlines: JSON strings may contain U+2028.
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if numbered and if_damaged == FIX and (numbered[0][1].startswith("[") or numbered[0][1].strip() == "{"):
+        raise UserError(
+            f"{path}:{numbered[0][0]}: JSON over several lines or in a list; write one object per line, for example"
+            " with jq -c '.[]' for a list"
+        )
+    for number, line in numbered:
+        value = checks.parse_json(line, str(path), number, if_damaged)
+        yield number, checks.as_object(value, f"{path}:{number}", if_damaged)
 
 
 def check_output(path: pathlib.Path) -> None:

@@ -4,13 +4,15 @@ import pathlib
 from typing import Any
 
 from popi_jax.data import checks, files
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, shown
 
 FIELDS = ("prompt", "summary", "user")
 
 
 def read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
     """Reads prompts. If a line has no summary, its user's summary comes from summaries.jsonl in the same folder.
+
+    That file may have other fields, which --mode=summarize writes, but one line per user.
 
     Returns:
         A dict with "row" (the line number), "prompt", "summary", and "user" if given, for each prompt.
@@ -25,16 +27,17 @@ def read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
         where = f"{path}:{number}"
         checks.only_fields(record, FIELDS, where)
         checks.text_field(record, "prompt", where)
-        if "summary" not in record:
-            user = record.get("user")
-            if not isinstance(user, str) or user not in summaries:
-                raise UserError(
-                    f"{where}: neither the field 'summary' nor a 'user' that is in {beside}; add one"
-                    " (--mode=summarize writes that file)"
-                )
-            record["summary"] = summaries[user]
-        else:
+        if "user" in record:
+            checks.text_field(record, "user", where)
+        if "summary" in record:
             checks.text_field(record, "summary", where)
+        elif record.get("user") in summaries:
+            record["summary"] = summaries[record["user"]]
+        else:
+            raise UserError(
+                f"{where}: neither the field 'summary' nor a 'user' that is in {beside}; add one"
+                " (--mode=summarize writes that file)"
+            )
         entries.append({"row": number, **record})
     if not entries:
         raise UserError(f"{path}: no prompts; write one JSON object per line")
@@ -47,11 +50,11 @@ def summaries_beside(path: pathlib.Path) -> pathlib.Path:
 
 
 def _read_summaries(path: pathlib.Path) -> dict[str, str]:
-    summaries = {}
-    remedy = "run --mode=summarize again"
-    for number, record in files.numbered_objects(path, remedy, remedy):
+    summaries: dict[str, str] = {}
+    for number, record in files.numbered_objects(path, "run --mode=summarize again"):
         where = f"{path}:{number}"
-        if not isinstance(record.get("summary"), str):  # May be empty, since a model can write nothing.
-            raise UserError(f"{where}: field 'summary' is missing or not a string; {remedy}")
-        summaries[checks.text_field(record, "user", where)] = record["summary"]
+        user = checks.text_field(record, "user", where)
+        if user in summaries:
+            raise UserError(f"{where}: field 'user': {shown(user)} is on an earlier line, too; keep one of them")
+        summaries[user] = checks.text_field(record, "summary", where, blank=True)  # A model can write nothing.
     return summaries

@@ -118,7 +118,7 @@ def read_psoups(
 def read_rows(path: pathlib.Path) -> list[Row]:
     """Reads and checks the file. Provenance is "FILE#ROW", or "FILE#ROW/feedback/I" for a shipped signal."""
     text = checks.read_text(path, "set data.path to the P-Soups JSON file, which is not part of this package")
-    records = checks.parse_json(text, str(path))
+    records = checks.parse_json(text, str(path), remedy="give one JSON list of rows")
     if not isinstance(records, list) or not records:
         raise UserError(f"{path}: expected a JSON list of rows with prompt, chosen, rejected, {PERSONA}, {FEEDBACK}")
     rows = []

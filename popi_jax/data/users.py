@@ -15,7 +15,7 @@ from typing import Any
 
 from popi_jax.data import checks, files
 from popi_jax.data.schema import Example, Query, Signal
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, shown
 
 FIELDS = ("user", "signals", "queries", "persona")
 SIGNAL_FIELDS = {"pair": ("prompt", "chosen", "rejected"), "comment": ("prompt", "text"), "profile": ("text",)}
@@ -41,7 +41,8 @@ def read_users(path: str | pathlib.Path, split: str = "train", require_queries: 
         if example.user in line_of:
             first = line_of[example.user]
             raise UserError(
-                f"{path}:{number}: field 'user': {example.user!r} is also on line {first}; merge the two or rename one"
+                f"{path}:{number}: field 'user': {shown(example.user)} is also on line {first}; merge the two or"
+                " rename one"
             )
         line_of[example.user] = number
         examples.append(example)
@@ -77,7 +78,9 @@ def _parse_signal(value: Any, where: str, provenance: str) -> Signal:
     record = checks.as_object(value, where)
     kind = checks.text_field(record, "kind", where)
     if kind not in SIGNAL_FIELDS:
-        raise UserError(f"{where}: field 'kind': unknown kind {kind!r}; known kinds are {', '.join(SIGNAL_FIELDS)}")
+        raise UserError(
+            f"{where}: field 'kind': unknown kind {shown(kind)}; known kinds are {', '.join(SIGNAL_FIELDS)}"
+        )
     checks.only_fields(record, ("kind", *SIGNAL_FIELDS[kind]), where)
     if kind == "pair":
         return Signal("pair", provenance=provenance, **checks.pair_fields(record, where))

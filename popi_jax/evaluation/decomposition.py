@@ -17,7 +17,7 @@ from popi_jax.config import SUMMARIZED
 from popi_jax.data import files, stylebook, stylebook_exact, stylebook_text
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError, first_line
-from popi_jax.evaluation import stats
+from popi_jax.evaluation import stats, stored
 from popi_jax.evaluation.evaluate import Evaluator
 from popi_jax.model.weights import Tree
 from popi_jax.rollout.pairs import Item
@@ -110,11 +110,13 @@ def write(path: pathlib.Path, measured: Measured) -> None:
 def read(path: pathlib.Path) -> Measured:
     """Reads a file of `write`; UserError if it is damaged or another version of this code wrote it."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except Exception as error:  # numpy and zipfile raise errors of many types.
-        raise UserError(f"{path}: not readable ({first_line(error)}); remove the file and run again") from error
-    try:
-        return Measured(**arrays)
-    except TypeError as error:
-        raise UserError(f"{path}: written by another version ({error}); choose another --workdir") from error
+        with np.load(path, allow_pickle=False) as arrays:
+            found = Measured(**{name: arrays[name] for name in arrays.files})
+        (_, K), (Z, Tr), (U, _) = (array.shape for array in vars(found).values())
+        if found.label_UxTr.shape != (U, Tr) or found.context_UxK.shape != (U, K) or found.context_UxK.max() >= Z:
+            raise ValueError("its arrays do not fit each other")
+        return found
+    except Exception as error:  # A broken file can make numpy and zipfile raise any exception.
+        raise UserError(
+            f"{path}: damaged, or written by another version ({first_line(error)}); {stored.REMEDY}"
+        ) from error

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+import pydantic
 
 from popi_jax.config import SUMMARIZED, Config
 from popi_jax.data import files
 from popi_jax.data.prepared import ExampleSource
 from popi_jax.data.schema import Example, Query
-from popi_jax.errors import UserError
-from popi_jax.evaluation import stats
+from popi_jax.evaluation import stats, stored
 from popi_jax.model.weights import Tree
 from popi_jax.rollout import contexts, text
 from popi_jax.rollout.contexts import Context
@@ -50,6 +50,8 @@ class Record:
     signal_tokens: int
     h: float
     h_signals_ref: float
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,19 +233,10 @@ def write_records(path: pathlib.Path, records: Sequence[Record]) -> None:
 
 def read_records(path: pathlib.Path) -> list[Record]:
     """Reads a file of `write_records`; UserError if it is damaged or another version of this code wrote it."""
-    found = []
-    for number, record in enumerate(files.read_jsonl(path), start=1):
-        try:
-            found.append(Record(**record))
-        except TypeError as error:
-            raise UserError(f"{path}: written by another version ({error}); choose another --workdir") from error
-        for field in dataclasses.fields(Record):
-            value = record[field.name]
-            if not isinstance(value, field.type):  # type: ignore[arg-type]
-                raise UserError(
-                    f"{path}:{number}: field {field.name!r} is {value!r:.60}; remove the file and run again"
-                )
-    return found
+    if not path.exists():
+        return []
+    lines = files.numbered_objects(path, stored.REMEDY, stored.REMEDY)
+    return [stored.checked(line, Record, f"{path}: line {number}") for number, line in lines]
 
 
 def informativeness(

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from popi_jax.data import files
-from popi_jax.evaluation import plots
+from popi_jax.evaluation import plots, stored
 from popi_jax.evaluation.plots import Summary
 from popi_jax.training import metrics
 
@@ -50,9 +50,9 @@ def write(workdir: pathlib.Path) -> None:
     All files are in `workdir`. The page leaves out the parts whose file is missing.
 
     Raises:
-        UserError: a file is not JSON.
+        UserError: a file is damaged.
     """
-    results = files.read_json(workdir / "results.json")
+    results = stored.results(workdir)
     summaries = plots.summarize(results["rows"]) if results else []
     figures = {
         "results": plots.results_figure(summaries) if len(summaries) > 1 else None,
@@ -67,12 +67,12 @@ def write(workdir: pathlib.Path) -> None:
     columns, rows = _table(summaries)
     page = _TEMPLATES.get_template("report.html").render(
         results=results,
-        environment=files.read_json(workdir / "environment.json"),
+        environment=stored.environment(workdir),
         tiles=_tiles(summaries),
         columns=columns,
         rows=list(zip(summaries, rows, strict=True)),
         note=NOTE,
-        samples=files.read_jsonl(workdir / "samples.jsonl"),
+        samples=stored.samples(workdir),
         svgs={name: _svg(figure) for name, figure in drawn.items()},
     )
     files.write_text(workdir / "report.html", page)
@@ -86,9 +86,9 @@ def print_table(rows: Sequence[Mapping[str, Any]], console: Console | None = Non
         table.add_column(column, justify="right" if place else "left", no_wrap=place == 0)
     for line in lines:
         table.add_row(*line, style="bold" if line[0] == "popi" else None)
-    console = console or Console()
-    if not console.is_terminal:
-        console = Console(file=console.file, width=200)  # A log file has no width of its own.
+    console = console or Console(markup=False, emoji=False)
+    if not console.is_terminal:  # A log file has no width of its own.
+        console = Console(file=console.file, width=200, markup=False, emoji=False)
     console.print(table)
 
 

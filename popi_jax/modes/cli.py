@@ -1,14 +1,20 @@
 """The start of every command: flags, logging, and the exit codes of errors."""
 
 import os
+import pathlib
+import re
 import signal
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
 from popi_jax.errors import UserError, disk_full, first_line
 from popi_jax.modes import signals
+
+_LIBRARIES = (str(pathlib.Path(flags.__file__).parents[2]), sysconfig.get_path("stdlib"))
 
 
 def run(entry: Callable[[list[str]], None]) -> None:
@@ -54,9 +60,53 @@ def run(entry: Callable[[list[str]], None]) -> None:
         sys.exit(2)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    # Parsing runs the config file, so its errors (an unknown key, a wrong type) are raised here too.
+def _parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    # Parsing runs the config file, which can raise anything.
+    logging.set_verbosity(logging.ERROR)  # ml_collections warns of a config that returns None, which is an error here.
     try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        rest = values(argv)
+        if "config" in values:
+            given = values["config"]
+            getattr(given.value, "lock", None)  # Raises the error of a file that could not be read.
+            if given.present and given.value is None:
+                raise UserError("--config: get_config returned None; return a ConfigDict")
+        return rest
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        told = _config_error(error)
+        if told is None:
+            if isinstance(error, SystemExit):  # --help
+                raise
+            text = str(error).strip()
+            told = " ".join(text[:300].split())
+            if "Traceback" in text:  # ml_collections quotes the whole trace of a get_config that could not be called.
+                told = "--config: " + text.rpartition("\n")[2]
+            elif getattr(error, "name", None) == "get_config":
+                told = "--config: the file has no function get_config; see configs/quickstart.py for an example"
+            elif not isinstance(error, flags.Error):
+                key = told.strip("\"'")
+                told = f"--config.KEY=VALUE: no such key ({key}); configs/base.py has all of them"
+        raise UserError(told) from error
+
+
+def _config_error(error: BaseException) -> str | None:
+    """Returns FILE:LINE and the error of the config file that led to this one; None if none did."""
+    found: BaseException | None = error
+    while found is not None:
+        frames = [frame for frame in traceback.extract_tb(found.__traceback__) if "importlib" not in frame.filename]
+        called = [
+            place for place, frame in enumerate(frames) if frame.filename.endswith("config_flags/config_flags.py")
+        ]
+        # The config itself comes first; files that it imports follow.
+        inside = frames[called[-1] + 1 :] if called else []
+        if inside and not inside[0].filename.startswith(_LIBRARIES):
+            line = [frame.lineno for frame in inside if frame.filename == inside[0].filename][-1]
+            return f"{inside[0].filename}:{line}: {type(found).__name__}: {first_line(found)}"
+        if isinstance(found, SyntaxError) and found.filename != "<unknown>":  # That would be the value of a flag.
+            return f"{found.filename or '--config'}:{found.lineno or 1}: {found.msg}"
+        if isinstance(found, OSError) and called and found.__cause__ is None:
+            reason = re.sub(r"^.Errno .*?. ", "", str(found).strip().rpartition("\n")[2].strip(" ."))
+            return f"--config: {reason}; give a config file, such as configs/quickstart.py"
+        found = found.__cause__ or found.__context__
+    return None

@@ -5,6 +5,7 @@ lower bounds from the chip's public peaks (popi_jax/modes/cost).
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 import re
@@ -53,10 +54,15 @@ def slice_devices(topology: str) -> list[jax.Device]:
     """The devices of a TPU slice by name, such as v5e:4x4, or of this machine (HERE).
 
     Raises:
-        UserError: libtpu is not installed, or does not know the name.
+        UserError: libtpu is not installed, or the name is none of a slice.
     """
     if topology == HERE:
         return jax.devices()
+    known = f"give a slice, such as {', '.join(chips.TOPOLOGIES)}, or {HERE!r} for this machine"
+    sizes = re.fullmatch(r"\w+:([1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2})(_twisted|_untwisted)?", topology)
+    # Checked here, because libtpu can end the process over sizes that no slice has.
+    if sizes is None or math.prod(map(int, sizes[1].split("x"))) > chips.LARGEST:
+        raise UserError(f"--topology={topology}: not the name of a slice of at most {chips.LARGEST} chips; {known}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # Else libtpu waits for the metadata server of a cloud machine.
     # Else one process at a time, as for the chips themselves, which the compiler does not touch.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -67,8 +73,7 @@ def slice_devices(topology: str) -> list[jax.Device]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
     except Exception as error:  # libtpu's errors have no base in common.
         raise UserError(
-            f"--topology={topology}: {first_line(error)}; install libtpu (pip install libtpu) and give a slice that it"
-            f" knows, such as {', '.join(chips.TOPOLOGIES)}, or {HERE!r} for this machine"
+            f"--topology={topology}: {first_line(error)}; install libtpu (pip install libtpu) and {known}"
         ) from error
 
 

@@ -17,6 +17,7 @@ from popi_jax import checkpoint
 from popi_jax.config import Config
 from popi_jax.data import files
 from popi_jax.errors import UserError
+from popi_jax.evaluation import stored
 from popi_jax.training import metrics
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
@@ -100,7 +101,7 @@ def check_trained(name: str, trained: Mapping[str, Any], config: Config) -> None
 
 def finished_row(workdir: pathlib.Path, config: Config, inputs: Mapping[str, str]) -> dict[str, Any] | None:
     """Returns the row of results.json of a finished run of this config and these inputs; None if there is none."""
-    results = files.read_json(workdir / "results.json")
+    results = stored.results(workdir)
     if results is None or any(not key.startswith(_ASIDE) for key in _changed(workdir, config)):
         return None
     if _inputs_of(workdir) is None:
@@ -108,10 +109,7 @@ def finished_row(workdir: pathlib.Path, config: Config, inputs: Mapping[str, str
     elif other := _other_inputs(workdir, inputs):
         print(f"{workdir}: since it finished, its inputs changed ({', '.join(other)}); running it again")
         return None
-    match results.get("rows"):
-        case [{"method": _, "seed": _} as row, *_]:
-            return row
-    raise UserError(f"{workdir / 'results.json'}: the row of the run is missing; remove the file and run again")
+    return results["rows"][0]
 
 
 def write_environment(workdir: pathlib.Path, inputs: Mapping[str, str]) -> None:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from popi_jax.data import files
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, shown
 
 METRICS_FILE = "metrics.jsonl"
 SHOWN = ("loss", "reward", "accuracy", "kl")  # The progress display shows those of them that the step has.
@@ -122,8 +122,18 @@ class CompileClock:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl, [] without such a file. UserError names a line that is not a JSON object."""
-    return files.read_jsonl(workdir / METRICS_FILE, "remove the line")
+    """Returns the lines of metrics.jsonl, [] without such a file. UserError names a line that is damaged."""
+    path, lines = workdir / METRICS_FILE, []
+    if not path.exists():
+        return []
+    for number, line in files.numbered_objects(path, "remove the file", "remove the line"):
+        if type(line.get("step")) is not int:
+            raise UserError(f"{path}:{number}: field 'step' is missing or not an integer; remove the line")
+        wrong = [name for name, value in line.items() if not isinstance(value, int | float | None)]
+        if wrong:
+            raise UserError(f"{path}:{number}: field {shown(wrong[0])} is not a number; remove the line")
+        lines.append(line)
+    return lines
 
 
 def check_finite(step: int, values: Mapping[str, float]) -> None:
@@ -154,9 +164,13 @@ class Progress:
         self._said = 0.0
         self._bar: rich.progress.Progress | None = None
         if jax.process_index() == 0 and self._console.is_terminal:
-            columns = ("{task.description}", rich.progress.BarColumn(), "{task.completed}/{task.total}")
             self._bar = rich.progress.Progress(
-                *columns, "{task.fields[shown]}", rich.progress.TimeElapsedColumn(), console=self._console
+                rich.progress.TextColumn("{task.description}", markup=False),  # A name may look like markup.
+                rich.progress.BarColumn(),
+                "{task.completed}/{task.total}",
+                "{task.fields[shown]}",
+                rich.progress.TimeElapsedColumn(),
+                console=self._console,
             )
             self._task = self._bar.add_task(name, total=total, completed=start, shown="compiling")
 
@@ -177,7 +191,8 @@ class Progress:
             self._bar.update(self._task, completed=step, shown=shown)
         elif now - self._said >= 10 or step == self._total:
             self._said = now
-            self._console.print(f"{self._name} step {step}/{self._total}  {shown}", highlight=False, soft_wrap=True)
+            line = f"{self._name} step {step}/{self._total}  {shown}"
+            self._console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -228,7 +243,7 @@ def parameter_overview(params: Any, statistics: Callable[[list[jax.Array]], Any]
     for (path, leaf), (mean, std) in zip(leaves, stats, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         table.add_row(name, "x".join(map(str, leaf.shape)) or "scalar", leaf.dtype.name, f"{mean:.3g}", f"{std:.3g}")
-    console = Console(width=120, color_system=None)
+    console = Console(width=120, color_system=None, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(table)
     count = sum(leaf.size for _, leaf in leaves)
@@ -246,14 +261,11 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
     """Removes the lines of later steps, and a last line that a killed process left incomplete."""
     if not path.exists():
         return
-    text = path.read_text(encoding="utf-8", errors="replace")
-    files.write_text(path, text[: text.rfind("\n") + 1])
-    kept = []
-    for number, line in enumerate(files.read_jsonl(path, "remove the line"), start=1):
-        if not isinstance(line.get("step"), int):
-            raise UserError(f"{path}:{number}: field 'step' is missing or not an integer; remove the line")
-        kept += [line] if line["step"] <= step else []
-    files.write_jsonl(path, kept)
+    data = path.read_bytes()
+    if not data.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)
+    files.write_jsonl(path, [line for line in read_metrics(path.parent) if line["step"] <= step])
 
 
 def _duration(seconds: float) -> str:

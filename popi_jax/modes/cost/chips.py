@@ -22,6 +22,7 @@ TOPOLOGIES = (
     "v6e:4x4",
     "tpu7x:2x2x1",
 )
+LARGEST = 9216  # Chips of the largest slice, of TPU7x.
 
 
 @dataclasses.dataclass(frozen=True)
