@@ -1,0 +1,1 @@
+"""Attacks on whole runs: kills, damaged files, a full disk. `make attack` runs them; they take about an hour."""
