@@ -19,7 +19,7 @@ CONSTRAINT = file=constraints/py$$($(BIN)/python -c 'import sys; print("%d%d" % 
 	if [ -f $$file ]; then echo "-c $$file"; fi
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test nightly smollm2 bench docs lint format types clean
+.PHONY: help setup quickstart test nightly attack smollm2 bench docs lint format types clean
 
 help:  ## Lists these commands.
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,8 +51,11 @@ test: lint types  ## Runs everything that CI runs.
 	$(BIN)/python -m pytest $(TESTS)
 
 # With torch for the live parity, and the peers, whose losses and tokens the benchmarks' sides must equal.
-nightly: $(VENV)/.setup-torch $(SMOLLM2)/config.json $(PEERS)/.setup $(TUNIX)/.setup  ## Runs the tests that take minutes or fetch packages.
+nightly: $(VENV)/.setup-torch $(SMOLLM2)/config.json $(PEERS)/.setup $(TUNIX)/.setup attack  ## Runs the tests that take minutes or fetch packages, and attack.
 	$(BIN)/python -m pytest -m 'slow or network' $(TESTS)
+
+attack: $(VENV)/.setup-test  ## Kills runs, damages their files, fills disks and fuzzes every input: hours.
+	$(BIN)/python -m pytest -m attack tests/attack
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: $(VENV)/.setup-test  ## Checks style and formatting.

@@ -39,6 +39,25 @@ def test_a_second_writer_is_told_who_the_first_one_is(tmp_path):
         pass
 
 
+KILLED = """
+import os, pathlib, sys
+from popi_jax.data import files
+pathlib.Path.replace = lambda *_: os.kill(os.getpid(), 9)  # Before the last step of a write.
+files.write_text(pathlib.Path(sys.argv[1]), "new")
+"""
+
+
+def test_what_a_killed_writer_had_not_finished_is_removed(tmp_path):
+    kept = [tmp_path / "results.json", tmp_path / ".mine.tmp"]
+    for path in kept:
+        path.write_text("old")
+    assert subprocess.run([sys.executable, "-c", KILLED, kept[0]], check=False).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 3
+    with locks.held(tmp_path):
+        assert {*tmp_path.iterdir()} == {*kept, tmp_path / "lock"}
+    assert kept[0].read_text() == "old"
+
+
 def test_a_waiting_writer_gets_the_lock(tmp_path):
     with holder(tmp_path, "1"):
         started = time.monotonic()

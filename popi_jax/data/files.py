@@ -17,6 +17,7 @@ import numpy as np
 from popi_jax.data import checks
 from popi_jax.errors import UserError, first_line
 
+_UNFINISHED = ".popi_jax_unfinished_"  # Begins the name of a file that is being written.
 FIX = "fix this line"  # The remedy for a file that the user wrote.
 
 
@@ -117,7 +118,7 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
     if jax.process_index() != 0:
         return
     path = pathlib.Path(os.path.realpath(path))
-    scratch = path.with_name(f".{secrets.token_hex(8)}.tmp")  # No other process's, and no user's file.
+    scratch = path.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}")  # No other process's, and no user's file.
     with _told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -130,6 +131,12 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
             scratch.replace(path)
         finally:
             scratch.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: pathlib.Path) -> None:
+    """Removes the files below `folder` that killed processes had not finished. The caller holds the folder's lock."""
+    for path in folder.rglob(f"{_UNFINISHED}*"):
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

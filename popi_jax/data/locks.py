@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import jax
 
+from popi_jax.data import files
 from popi_jax.errors import UserError
 
 
@@ -19,7 +20,7 @@ def held(folder: pathlib.Path, wait: bool = False) -> Iterator[None]:
     """Holds the lock of a folder, which is created if missing. In a multi-process run, the first process holds it.
 
     The lock is on the file `lock`, which names the holder. The kernel releases it when the process ends in any way, so
-    a file that a killed process left behind locks nothing.
+    a file that a killed process left behind locks nothing. Files that it had not finished are removed.
 
     Args:
         folder: the folder.
@@ -48,4 +49,5 @@ def held(folder: pathlib.Path, wait: bool = False) -> Iterator[None]:
             file.truncate(0)
             file.write(f"host {socket.gethostname()}, process {os.getpid()}, since {started}\n")
             file.flush()
+        files.remove_unfinished(folder)
         yield
