@@ -352,6 +352,13 @@ def test_missing_or_broken_config(folder: pathlib.Path):
     assert f"{folder}/config.json: no such file" in refused(folder)
 
 
+def test_an_adapter_is_not_ignored(folder: pathlib.Path):
+    (folder / "adapter_config.json").write_text("{}")
+    assert f"{folder}/adapter_config.json: adapters are not read" in refused(folder)
+    (folder / "config.json").unlink()
+    assert f"{folder}/adapter_config.json: adapters are not read" in refused(folder)
+
+
 def test_a_hub_id_loads_like_a_folder(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
 

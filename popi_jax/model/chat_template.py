@@ -30,7 +30,11 @@ _QUESTION = "\ue001popi\ue001"
 # Text that shows whether a template changes what it is given: white space, markup, quotes, both cases, and length.
 _AWKWARD = "Tea  or\n\n\tcoffee & <i>\"two\"</i> 'x' \\n {{ 1 }} [b]Ünï[/b]\r\n" + 4000 * "word " + "END"
 _THINK_TAG = re.compile(r"[<\[◁]([^<>\[\]◁▷]*(?:think|thought)[^<>\[\]◁▷]*)[>\]▷]", re.IGNORECASE)
-_EMPTY_THOUGHT = re.compile(r"<([\w:]*think\w*)>\s*</\1>\s*", re.IGNORECASE)
+# "<think></think>", "<|START_THINKING|><|END_THINKING|>", Gemma 4's "<|channel>thought\n<channel|>".
+_EMPTY_THOUGHT = re.compile(
+    r"(?:[<\[◁](?!/|\|?end)[^<>\[\]◁▷]*think[^<>\[\]◁▷]*[>\]▷]|<\|channel>thought)\s*[<\[◁][^<>\[\]◁▷]*[>\]▷]\s*",
+    re.IGNORECASE,
+)
 _CLOSES = re.compile(r"\W*(/|end|no)", re.IGNORECASE)
 
 Turn = tuple[str, str]  # Role and content.

@@ -230,6 +230,8 @@ def _refuse_unsupported(hub: dict[str, Any], source: str) -> None:
     """Raises UserError for a feature that the decoder lacks, if the family's hub reader uses its field at all."""
     if hub["hidden_act"] != "silu":
         raise UserError(f"{source}: hidden_act={_shown(hub['hidden_act'])} is not supported, only silu")
+    if hub.get("quantization_config"):
+        raise UserError(f"{source}: quantization_config is not supported; take the checkpoint that is not quantized")
     read = {"llama": ("attention_bias", "mlp_bias"), "qwen2": (), "qwen3": ("attention_bias",)}
     for name in read[hub["model_type"]]:
         if _flag(hub, name, source):

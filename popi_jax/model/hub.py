@@ -33,8 +33,10 @@ Params = dict[str, Any]
 STYLEBOOK = pathlib.Path(__file__).resolve().parent.parent / "assets" / "stylebook"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
 _DOWNLOADED = (
     "config.json",
+    _ADAPTER,
     "generation_config.json",
     "*.safetensors",
     _INDEX,
@@ -319,6 +321,8 @@ def read_config(path: pathlib.Path, **options: Any) -> ModelConfig:
     Raises:
         UserError: the file is missing or broken, or the model is not supported.
     """
+    if (adapter := path.with_name(_ADAPTER)).exists():  # transformers would load it on top of its base.
+        raise UserError(f"{adapter}: adapters are not read; merge it into its base model and take the merged folder")
     return ModelConfig.from_hub(_read_json(path), str(path), **options)
 
 
