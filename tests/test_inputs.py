@@ -85,6 +85,15 @@ def test_damaged_references_are_taken_again(tmp_path, caplog, damage):
     assert cached(tmp_path) == (0, [1, 2])
 
 
+def test_pairs_that_differ_have_different_references(tmp_path):
+    """A text may contain any character, so none separates the fields."""
+    queries = [Query("a", "b\1c", "d"), Query("a\1b", "c", "d"), Query("a", "b", "c\1d"), Query("a", "b", "c")]
+    items = [Item(query, context) for query in queries for context in (None, "", "\0", "d")]
+    scorer = Scorer()
+    References(scorer, tmp_path, "x").remember(items)
+    assert scorer.scored == len(items)
+
+
 def flip(raw, after):
     """Changes a bit of the array that follows this name."""
     place = raw.index(after) + len(after) + 140
