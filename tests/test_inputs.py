@@ -180,7 +180,7 @@ def small_table(tmp_path, monkeypatch):
         evaluate.write_records(workdir / "eval_records.jsonl", [])
         row = {"method": own.method, "seed": own.seed, "n": 1, "accuracy": 0.5, "accuracy_ci95": [0.4, 0.6]}
         row |= {"loss": 1.0, "context_tokens_mean": 0.0, "summary_tokens_mean": 0.0}
-        final.write_results(workdir, own, [row])
+        final.write_results(workdir, own, [row], final.checksum(workdir, [row]))
         return row
 
     monkeypatch.setattr(train, "train", evaluated)
