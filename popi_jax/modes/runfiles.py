@@ -173,7 +173,7 @@ def _inputs_of(workdir: pathlib.Path) -> dict[str, str] | None:
 
 def _changed(workdir: pathlib.Path, config: Config) -> dict[str, tuple[Any, Any]]:
     """Returns the keys whose values in the workdir's config.json differ, with both values; {} without such a file."""
-    there = files.read_json(workdir / "config.json", "choose another --workdir")
+    there = files.read_json(workdir / "config.json", "remove the file and repeat the run's own command")
     return {} if there is None else _differences(there, config)
 
 
