@@ -58,9 +58,9 @@ def test_given_buckets_are_kept(fitted):
 def test_a_batch_far_larger_than_the_data_is_refused(fitted, key, split):
     run, sources, _ = fitted
     count = len(sources[split])
-    dataclasses.replace(run, config=changed(run.config, {key: 10 * count})).fitted(sources)
-    larger = dataclasses.replace(run, config=changed(run.config, {key: 10 * count + 1}))
+    dataclasses.replace(run, config=changed(run.config, {key: 1000 * count})).fitted(sources)
+    larger = dataclasses.replace(run, config=changed(run.config, {key: 1000 * count + 1}))
     with pytest.raises(
-        UserError, match=rf"config.{key} is {10 * count + 1}, but there are only {count} {split} examples"
+        UserError, match=rf"config.{key} is {1000 * count + 1}, but there are only {count} {split} examples"
     ):
         larger.fitted(sources)

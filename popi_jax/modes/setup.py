@@ -30,8 +30,7 @@ from popi_jax.rollout.text import TextSampler
 from popi_jax.training import schedule, steps
 from popi_jax.training.rng import stream_key
 
-
-_MOST_REPEATS = 10  # The times that a batch may hold the examples, or could. A typo is far beyond.
+_MOST_REPEATS = 1000  # The times that a batch could hold all examples. A typo is far beyond.
 
 
 @dataclasses.dataclass(frozen=True)
