@@ -183,6 +183,7 @@ def _write_without_texts(table: pathlib.Path, name: str, row: dict[str, Any]) ->
     results = stored.results(run) or {"rows": []}
     for own in results["rows"]:
         _number_personas(own)
+    results["crc32"] = final.checksum(folder, results["rows"])
     files.write_json(folder / "results.json", results)
 
 

@@ -206,3 +206,21 @@ def test_experiments_exit_with_2_and_one_line(tmp_path, module, arguments, messa
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith(message), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            "jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\\nmore')",
+            "allocating 9 bytes",
+        ),
+        ("MemoryError()", "MemoryError"),
+    ],
+)
+def test_exhausted_memory_is_one_line_with_the_remedy(error, said):
+    source = f"import jax\nfrom popi_jax.modes import cli\ndef entry(argv): raise {error}\ncli.run(entry)"
+    out = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert out.returncode == 2 and len(out.stderr.splitlines()) == 1, out.stderr
+    assert out.stderr.startswith("error: out of memory: ") and said in out.stderr
+    assert "lower config.train.users_per_step" in out.stderr

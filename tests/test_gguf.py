@@ -189,6 +189,8 @@ def refused(capsys: pytest.CaptureFixture, *argv: str) -> str:
 
 def test_bad_wheels(wheel: tuple[pathlib.Path, hub.Params], tmp_path: pathlib.Path, capsys):
     output = f"--output={tmp_path / 'out'}"
+    assert "--output is empty; give a path" in refused(capsys, "--output=")
+    assert "only local paths are supported" in refused(capsys, output, "--wheel=gs://bucket/a.whl")
     assert "not a readable wheel" in refused(capsys, output, f"--wheel={tmp_path / 'none.whl'}")
     (tmp_path / "text.whl").write_text("no zip")
     assert "not a readable wheel" in refused(capsys, output, f"--wheel={tmp_path / 'text.whl'}")

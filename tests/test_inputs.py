@@ -85,6 +85,15 @@ def test_damaged_references_are_taken_again(tmp_path, caplog, damage):
     assert cached(tmp_path) == (0, [1, 2])
 
 
+def test_pairs_that_differ_have_different_references(tmp_path):
+    """A text may contain any character, so none separates the fields."""
+    queries = [Query("a", "b\1c", "d"), Query("a\1b", "c", "d"), Query("a", "b", "c\1d"), Query("a", "b", "c")]
+    items = [Item(query, context) for query in queries for context in (None, "", "\0", "d")]
+    scorer = Scorer()
+    References(scorer, tmp_path, "x").remember(items)
+    assert scorer.scored == len(items)
+
+
 def flip(raw, after):
     """Changes a bit of the array that follows this name."""
     place = raw.index(after) + len(after) + 140
@@ -143,7 +152,7 @@ def test_a_path_is_a_local_one(key, monkeypatch):
         ("gs://bucket/x", "only local paths"),
         ("s3:/bucket", "only local paths"),
         ("~no-such-user/x", "no path here"),
-        ("a\udcff", "no path here"),
+        ("a\udcff", "UTF-8"),
         (" ", "give a path"),
     ]:
         with pytest.raises(UserError, match=rf"^config\.{key} is .*{said}"):
@@ -171,7 +180,7 @@ def small_table(tmp_path, monkeypatch):
         evaluate.write_records(workdir / "eval_records.jsonl", [])
         row = {"method": own.method, "seed": own.seed, "n": 1, "accuracy": 0.5, "accuracy_ci95": [0.4, 0.6]}
         row |= {"loss": 1.0, "context_tokens_mean": 0.0, "summary_tokens_mean": 0.0}
-        final.write_results(workdir, own, [row])
+        final.write_results(workdir, own, [row], final.checksum(workdir, [row]))
         return row
 
     monkeypatch.setattr(train, "train", evaluated)

@@ -78,6 +78,32 @@ def test_lines_of_the_resume_step_are_kept(tmp_path):
     assert [line["step"] for line in metrics.read_metrics(tmp_path)] == [1, 1, 2, 2]
 
 
+def test_the_lines_of_earlier_steps_are_those_of_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with metrics.MetricWriter(tmp_path, resume_step=0) as log:
+        log.write(1, {"loss": 1.5})
+        log.write(2, {"loss": 2.5})
+        saved = log.written
+        whole = path.read_bytes()
+        log.write(2, {"eval_loss": 3.5})  # The evaluation follows the checkpoint, and is repeated.
+
+    def resumed():
+        with metrics.MetricWriter(tmp_path, resume_step=2, written=json.loads(json.dumps(saved))) as log:
+            return log.written
+
+    for rest in (b"", b'{"step": 3, "lo'):
+        path.write_bytes(path.read_bytes() + rest)
+        assert resumed() == saved and path.read_bytes() == whole
+    for damaged in (whole.replace(b"1.5", b"1.7"), whole[: whole.index(b"\n") + 1], whole[:-5]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"metrics.jsonl: the lines up to step 2 are not those that the run wrote"):
+            resumed()
+    path.unlink()
+    assert resumed() == (0, 0)
+    path.write_text('{"step": 3}\n')  # Written after the file was removed, and before the next checkpoint.
+    assert resumed() == (0, 0) and path.read_bytes() == b""
+
+
 def test_compile_clock_does_not_count_execution():
     double = jax.jit(lambda x: 2 * x + 41)
     clock = metrics.CompileClock()

@@ -7,6 +7,7 @@ import pytest
 from configs import quickstart
 from popi_jax.config import changed, parse
 from popi_jax.data import packing, prepared
+from popi_jax.errors import UserError
 from popi_jax.modes import setup
 from popi_jax.rollout.pairs import Item
 
@@ -51,3 +52,15 @@ def test_pairs_count_with_the_longest_summary(fitted):
 def test_given_buckets_are_kept(fitted):
     _, sources, given = fitted
     assert given.fitted(sources).buckets == given.buckets == given.config.limits.buckets != ()
+
+
+@pytest.mark.parametrize(("key", "split"), [("train.users_per_step", "train"), ("eval.users_per_batch", "test")])
+def test_a_batch_far_larger_than_the_data_is_refused(fitted, key, split):
+    run, sources, _ = fitted
+    count = len(sources[split])
+    dataclasses.replace(run, config=changed(run.config, {key: 1000 * count})).fitted(sources)
+    larger = dataclasses.replace(run, config=changed(run.config, {key: 1000 * count + 1}))
+    with pytest.raises(
+        UserError, match=rf"config.{key} is {1000 * count + 1}, but there are only {count} {split} examples"
+    ):
+        larger.fitted(sources)

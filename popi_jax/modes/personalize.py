@@ -108,7 +108,7 @@ def _check_paths(mode: str, output: pathlib.Path, *inputs: pathlib.Path) -> None
     files.check_output(output)
     for path in inputs:
         if output.exists() and path.exists() and output.samefile(path):
-            raise UserError(f"--output={output}: is the file {path}, which this command reads; choose another --output")
+            raise UserError(f"--output={output} is {path}, which this command reads; choose another --output")
 
 
 def _source(config: Config, state: TrainState, record: Mapping[str, Any]) -> dict[str, Any]:

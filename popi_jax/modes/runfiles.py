@@ -17,7 +17,7 @@ from popi_jax import checkpoint
 from popi_jax.config import Config
 from popi_jax.data import files
 from popi_jax.errors import UserError
-from popi_jax.evaluation import stored
+from popi_jax.evaluation import final, stored
 from popi_jax.training import metrics
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
@@ -100,7 +100,10 @@ def check_trained(name: str, trained: Mapping[str, Any], config: Config) -> None
 
 
 def finished_row(workdir: pathlib.Path, config: Config, inputs: Mapping[str, str]) -> dict[str, Any] | None:
-    """Returns the row of results.json of a finished run of this config and these inputs; None if there is none."""
+    """Returns the row of results.json of a finished run of this config and these inputs; None if there is none.
+
+    None, too, if its files changed since it was written.
+    """
     results = stored.results(workdir)
     if results is None or any(not key.startswith(_ASIDE) for key in _changed(workdir, config)):
         return None
@@ -108,6 +111,11 @@ def finished_row(workdir: pathlib.Path, config: Config, inputs: Mapping[str, str
         print(f"{workdir}: environment.json has no fingerprints of its inputs; its row is taken unchecked")
     elif other := _other_inputs(workdir, inputs):
         print(f"{workdir}: since it finished, its inputs changed ({', '.join(other)}); running it again")
+        return None
+    if "crc32" not in results:
+        print(f"{workdir}: results.json has no checksum; its row is taken unchecked")
+    elif results["crc32"] != final.checksum(workdir, results["rows"]):
+        print(f"{workdir}: since it finished, results.json or a file that it sums up changed; running it again")
         return None
     return results["rows"][0]
 
@@ -165,7 +173,7 @@ def _inputs_of(workdir: pathlib.Path) -> dict[str, str] | None:
 
 def _changed(workdir: pathlib.Path, config: Config) -> dict[str, tuple[Any, Any]]:
     """Returns the keys whose values in the workdir's config.json differ, with both values; {} without such a file."""
-    there = files.read_json(workdir / "config.json", "choose another --workdir")
+    there = files.read_json(workdir / "config.json", "remove the file and repeat the run's own command")
     return {} if there is None else _differences(there, config)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,8 @@ from popi_jax.rollout.text import TextSampler
 from popi_jax.training import schedule, steps
 from popi_jax.training.rng import stream_key
 
+_MOST_REPEATS = 1000  # The times that a batch could hold all examples. A typo is far beyond.
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -53,8 +55,20 @@ class Run:
     tokenizer_path: str
     buckets: tuple[int, ...]
 
-    def fitted(self, sources: Mapping[str, Iterable[Example]]) -> "Run":
-        """Returns the run with buckets that fit these examples; UserError if one of them exceeds a limit."""
+    def fitted(self, sources: Mapping[str, Collection[Example]]) -> "Run":
+        """Returns the run with buckets that fit these examples.
+
+        UserError if one of them exceeds a limit, or if they are few for the config's batches.
+        """
+        train, evaluation = self.config.train, self.config.eval
+        for split, key, size in (
+            ("train", "train.users_per_step", train.users_per_step),
+            ("test", "eval.users_per_batch", evaluation.users_per_batch),
+        ):
+            if split in sources and size > _MOST_REPEATS * len(sources[split]):
+                raise UserError(
+                    f"config.{key} is {size}, but there are only {len(sources[split])} {split} examples; lower it"
+                )
         return dataclasses.replace(self, buckets=limits.buckets(self.config, self.encoder, sources))
 
     @property

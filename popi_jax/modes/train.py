@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,6 +64,10 @@ def _saved(workdir: pathlib.Path) -> str:
     return f"{workdir} has the checkpoint of step {there[-1]}" if there else f"{workdir} has no checkpoint yet"
 
 
+# The fields of a checkpoint's metadata that `_Start` has, too.
+_RECORDED = ("wall_s", "iterator", "written", "metrics", "evaluates")
+
+
 @dataclasses.dataclass
 class _Start:
     """Where the loop starts. `evaluates`: a signal broke off the evaluation of this state."""
@@ -73,6 +77,7 @@ class _Start:
     wall_s: float = 0.0
     iterator: Any = None
     written: str | None = None
+    metrics: Sequence[int] | None = None
     evaluates: bool = False
 
 
@@ -93,7 +98,7 @@ def _start(run: Run, workdir: pathlib.Path, inputs: Mapping[str, str]) -> _Start
             "the test examples changed since the checkpoint; earlier evaluations in metrics.jsonl are of the old ones"
         )
     print(f"resuming from the checkpoint of step {int(state.step)}")
-    return _Start(state, int(state.step), meta["wall_s"], meta["iterator"], meta["written"], meta["evaluates"])
+    return _Start(state, int(state.step), **{field: meta[field] for field in _RECORDED})
 
 
 def _loop(
@@ -115,7 +120,7 @@ def _loop(
     with (
         signals.Deferral() as stop,  # Ends last, so that the checkpoint is complete when it raises Stopped.
         checkpoint.Writer(workdir / "checkpoints", config.train.checkpoints_kept, after=start) as writer,
-        metrics.MetricWriter(workdir, resume_step=start, wall_s=begin.wall_s) as log,
+        metrics.MetricWriter(workdir, start, begin.wall_s, begin.metrics) as log,
         metrics.Progress(total, start, config.name) as progress,
         metrics.Profiler(workdir / "profile", config.train.profile_steps) as profiler,
     ):
@@ -159,6 +164,7 @@ def _loop(
                     "test": sources["test"].fingerprint,
                     "iterator": iterator.get_state(),
                     "written": written.digest(),
+                    "metrics": log.written,
                     "evaluates": evaluates,
                     "wall_s": log.wall_s(),
                     "config": config.model_dump(mode="json"),

@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import json
 import logging
 import pathlib
 from collections.abc import Sequence
@@ -70,13 +71,9 @@ class References:
 
 
 def _item_key(item: Item) -> str:
-    parts = (
-        item.query.prompt,
-        item.query.chosen,
-        item.query.rejected,
-        "" if item.context is None else "\0" + item.context,
-    )
-    return hashlib.sha256("\1".join(parts).encode()).hexdigest()
+    # JSON, because the texts may contain any separator.
+    fields = [item.query.prompt, item.query.chosen, item.query.rejected, item.context]
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 
 def reference_item(which: str, item: Item, signals: str) -> Item:

@@ -10,6 +10,7 @@ import json
 import math
 import pathlib
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TextIO
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import rich.progress
 import tensorboardX
+from absl import logging
 from rich.console import Console
 from rich.table import Table
 
@@ -34,16 +36,20 @@ class MetricWriter:
         workdir: created if missing.
         resume_step: the step that the run resumes from. Later lines and an incomplete last line are dropped.
         wall_s: seconds that the run took before this start.
+        written: the `written` at that step, as the checkpoint has it.
     """
 
-    def __init__(self, workdir: pathlib.Path, resume_step: int, wall_s: float = 0.0) -> None:
+    def __init__(
+        self, workdir: pathlib.Path, resume_step: int, wall_s: float = 0.0, written: Sequence[int] | None = None
+    ) -> None:
         self._started = time.monotonic() - wall_s
         self._paused_s = 0.0  # Time spent on evaluations and checkpoints.
         self._before = (resume_step, self._training_s())  # Step and time of the last line with tokens.
         self._file: TextIO | None = None
+        self.written = (0, 0)  # The size of the file in bytes, and their CRC-32.
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
-            _drop_after(workdir / METRICS_FILE, resume_step)
+            self._count(_drop_after(workdir / METRICS_FILE, resume_step, written))
             self._file = (workdir / METRICS_FILE).open("a", encoding="utf-8")
             self._board = tensorboardX.SummaryWriter(
                 str(workdir / "tensorboard"),
@@ -84,11 +90,17 @@ class MetricWriter:
             return values
         line: dict[str, Any] = {"step": step, "wall_s": round(wall_s, 3)}
         line |= {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")  # A float's repr round-trips exactly.
+        text = json.dumps(line, allow_nan=False) + "\n"  # A float's repr round-trips exactly.
+        self._file.write(text)
         self._file.flush()
+        self._count(text.encode())
         for name, value in values.items():
             self._board.add_scalar(name, float(value), step)
         return values
+
+    def _count(self, data: bytes) -> None:
+        size, crc = self.written
+        self.written = (size + len(data), zlib.crc32(data, crc))
 
     def __enter__(self) -> Self:
         return self
@@ -257,15 +269,30 @@ def mean_and_std(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
     return [(leaf.mean(), leaf.std()) for leaf in wide]
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
-    """Removes the lines of later steps, and a last line that a killed process left incomplete."""
+def _drop_after(path: pathlib.Path, step: int, written: Sequence[int] | None) -> bytes:
+    """Removes the lines of later steps, and a last line that a killed process left incomplete. Returns the rest.
+
+    UserError if they are not those that were `written` up to the step.
+    """
     if not path.exists():
-        return
+        if written is not None:
+            logging.warning("%s is missing; the run goes on without the metrics up to step %d", path, step)
+        return b""
     data = path.read_bytes()
+    if written is not None and (min(len(data), written[0]), zlib.crc32(data[: written[0]])) == tuple(written):
+        files.write_bytes(path, data[: written[0]])
+        return data[: written[0]]
     if not data.endswith(b"\n"):
         with path.open("r+b") as file:
             file.truncate(data.rfind(b"\n") + 1)
-    files.write_jsonl(path, [line for line in read_metrics(path.parent) if line["step"] <= step])
+    kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
+    if kept and written is not None:
+        raise UserError(
+            f"{path}: the lines up to step {step} are not those that the run wrote; restore the file, or remove it to"
+            " go on without them"
+        )
+    files.write_jsonl(path, kept)
+    return path.read_bytes()
 
 
 def _duration(seconds: float) -> str:
