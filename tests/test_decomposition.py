@@ -82,13 +82,13 @@ def test_files_of_another_version_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"old.jsonl: .*another version .*finished"):
         evaluate.read_records(tmp_path / "old.jsonl")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "old.npz").read_bytes()[:-40])
-    with pytest.raises(UserError, match=r"cut.npz: not readable .*run again"):
+    with pytest.raises(UserError, match=r"cut.npz: damaged, .*run again"):
         decomposition.read(tmp_path / "cut.npz")
     record = evaluate.Record(0, "u", "g", "", "", None, 0, True, 3, 0.5, 0.5)
     for field, value in (("h", None), ("h", "1"), ("row", 0.5), ("finished", 1), ("context", 3)):
         line = dataclasses.asdict(record) | {field: value}
         (tmp_path / "damaged.jsonl").write_text(json.dumps(dataclasses.asdict(record)) + "\n" + json.dumps(line) + "\n")
-        with pytest.raises(UserError, match=rf"damaged.jsonl:2: field '{field}' is .*run again"):
+        with pytest.raises(UserError, match=rf"damaged.jsonl:2: damaged, .*{field}: .*run again"):
             evaluate.read_records(tmp_path / "damaged.jsonl")
     (tmp_path / "old.jsonl").write_text('{"user": "u", "summary": "s"}\n')
     with pytest.raises(UserError, match=r"old.jsonl: .*another version \('finished' is missing\)"):

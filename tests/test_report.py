@@ -230,8 +230,8 @@ DAMAGED = [
     ("results.json", "", ":1: not JSON (Expecting value at column 1); remove the file"),
     ("samples.jsonl", "[]", ":1: expected an object in braces, found a list; remove the file"),
     ("samples.jsonl", "5", ":1: expected an object in braces, found a number; remove the file"),
-    ("samples.jsonl", "{}", ": line 1: damaged, or written by another version (user: Field required); remove"),
-    ("samples.jsonl", '{"user": "u", "logp_chosen": "x"}', ": line 1: damaged"),
+    ("samples.jsonl", "{}", ":1: damaged, or written by another version (user: Field required); remove"),
+    ("samples.jsonl", '{"user": "u", "logp_chosen": "x"}', ":1: damaged"),
     ("metrics.jsonl", '{"step": 1}\n5\n', ":2: expected an object in braces, found a number; remove the line"),
     ("metrics.jsonl", '{"step": "a"}\n', ":1: field 'step' is missing or not an integer; remove the line"),
     ("metrics.jsonl", '{"step": 1, "loss": []}\n', ":1: field 'loss' is not a number; remove the line"),
@@ -254,7 +254,7 @@ def test_a_damaged_record_is_one_line_with_the_remedy(tmp_path):
     evaluate.write_records(path, [record, record])
     assert evaluate.read_records(path) == [record, record]
     path.write_text(path.read_text().replace('"h": 0.5', '"h": [1]', 1))
-    with pytest.raises(UserError, match=r"eval_records.jsonl: line 1: damaged, .*h: Input should be a valid number"):
+    with pytest.raises(UserError, match=r"eval_records.jsonl:1: damaged, .*h: Input should be a valid number"):
         evaluate.read_records(path)
 
 

@@ -236,7 +236,7 @@ def read_records(path: pathlib.Path) -> list[Record]:
     if not path.exists():
         return []
     lines = files.numbered_objects(path, stored.REMEDY, stored.REMEDY)
-    return [stored.checked(line, Record, f"{path}: line {number}") for number, line in lines]
+    return [stored.checked(line, Record, f"{path}:{number}") for number, line in lines]
 
 
 def informativeness(

@@ -86,7 +86,7 @@ def samples(folder: pathlib.Path) -> list[dict[str, Any]]:
         return []
     lines = list(files.numbered_objects(path, REMEDY, REMEDY))
     for number, sample in lines:
-        checked(sample, _Sample, f"{path}: line {number}")
+        checked(sample, _Sample, f"{path}:{number}")
     return [sample for _, sample in lines]
 
 
