@@ -320,6 +320,21 @@ def test_characters_without_a_token_are_warned_of(tmp_path: pathlib.Path, caplog
     assert "has no token for # and" in caplog.records[0].getMessage()
 
 
+def test_a_tokenizer_that_changes_texts_is_warned_of(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture):
+    Tokenizer.load(save(tmp_path, byte_level(CHATML_TOKENS, normalizers.Lowercase()), CHATML))
+    (record,) = caplog.records
+    assert "/tokenizer.json: changes texts; it reads 'Tea is" in record.getMessage() and "zoe" in record.getMessage()
+
+
+def test_two_tokens_with_one_id(tmp_path: pathlib.Path):
+    state = json.loads(byte_level(CHATML_TOKENS).to_str())
+    state["model"]["vocab"]["Ġ"] = state["model"]["vocab"]["e"]
+    save(tmp_path, byte_level(CHATML_TOKENS), CHATML)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"/tokenizer\.json: not a readable tokenizer \(Token"):
+        Tokenizer.load(tmp_path)
+
+
 def test_a_run_shows_its_first_examples_with_the_scored_part_marked(tmp_path: pathlib.Path):
     c = users.get_config("runlocal")
     c.method, c.limits.signals = "zero_shot_summary", 8192

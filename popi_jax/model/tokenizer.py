@@ -36,6 +36,7 @@ FILES = (
 )
 _REMEMBERED = 1 << 15  # Number of texts whose ids are cached, in each of the caches.
 _SAMPLE = "Tea"
+_TEXT = 'Tea is  good, no?\n"Yes," said Zoe.'
 _LETTERS = string.ascii_letters + string.digits + string.punctuation + "é你🙂"
 
 
@@ -78,6 +79,8 @@ class Tokenizer:
         self.stop_ids = tuple(sorted({self.end_id, *declared}))
         self.pad_id = self.end_id if backend.pad_token_id is None else backend.pad_token_id
         self.fingerprint = _fingerprint(folder)
+        if not lost and (read := self.decode(self.encode_part(_TEXT))) != _TEXT:
+            logging.warning("%s/tokenizer.json: changes texts; it reads %r as %r", folder, _TEXT, read)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
@@ -94,12 +97,11 @@ class Tokenizer:
                 _read_object(folder / name)
         try:
             # Not AutoTokenizer: a model's own class may rebuild the tokenizer and ignore tokenizer.json.
-            backend = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            return cls(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), folder)
         except BaseException as error:  # The Rust parser raises bare Exception, and a panic is none.
-            if isinstance(error, KeyboardInterrupt | SystemExit):
+            if isinstance(error, UserError | KeyboardInterrupt | SystemExit):
                 raise
             raise UserError(f"{folder}/{_broken(folder)}: not a readable tokenizer ({first_line(error)})") from error
-        return cls(backend, folder)
 
     def render(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Renders chat messages ({"role", "content"}) up to where the response begins and tokenises the result once.
@@ -299,7 +301,8 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
 def _broken(folder: pathlib.Path) -> str:
     """Names the file, or the files, because of which a tokenizer cannot be loaded."""
     try:
-        tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        read = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizers.Tokenizer.from_str(read.to_str())  # Raises where two tokens have one id.
     except BaseException:  # A panic of the Rust parser is no Exception.
         return "tokenizer.json"
     try:
