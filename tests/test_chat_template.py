@@ -315,7 +315,7 @@ def test_the_unknown_token_in_a_text_is_characters(tmp_path: pathlib.Path):
 def test_characters_without_a_token_are_warned_of(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture):
     backend = byte_level(CHATML_TOKENS)
     state = json.loads(backend.to_str())
-    del state["model"]["vocab"]["#"]
+    state["model"]["vocab"]["unused"] = state["model"]["vocab"].pop("#")
     Tokenizer.load(save(tmp_path, tokenizers.Tokenizer.from_str(json.dumps(state)), CHATML))
     assert "has no token for # and" in caplog.records[0].getMessage()
 
@@ -331,7 +331,7 @@ def test_two_tokens_with_one_id(tmp_path: pathlib.Path):
     state["model"]["vocab"]["Ġ"] = state["model"]["vocab"]["e"]
     save(tmp_path, byte_level(CHATML_TOKENS), CHATML)
     (tmp_path / "tokenizer.json").write_text(json.dumps(state))
-    with pytest.raises(UserError, match=r"/tokenizer\.json: not a readable tokenizer \(Token"):
+    with pytest.raises(UserError, match=r"/tokenizer\.json: two tokens have the same id"):
         Tokenizer.load(tmp_path)
 
 

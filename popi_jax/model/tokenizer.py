@@ -64,8 +64,11 @@ class Tokenizer:
         self._piece_once = functools.lru_cache(self._piece_ids)
         self._spelled_once = functools.lru_cache(_REMEMBERED)(self._spelled)
         self._added = {index: str(t) for index, t in backend.added_tokens_decoder.items() if not str(t).isspace()}
+        ids = backend.get_vocab().values()
+        if len(set(ids)) < len(ids):
+            raise UserError(f"{folder}/tokenizer.json: two tokens have the same id; restore the file")
+        self.vocab_size = max(ids) + 1
         self._full, self._plain, self._unknown = _encoders(backend.backend_tokenizer, self._added)
-        self.vocab_size = max(self._full.get_vocab(with_added_tokens=True).values()) + 1
         self._chat = ChatTemplate(_default_template(backend, folder), backend.special_tokens_map, str(folder))
         self._header_ids = self._ids(self._full, self._chat.header)
         # SentencePiece begins a text with a space that it does not write in the middle of one.
@@ -97,11 +100,12 @@ class Tokenizer:
                 _read_object(folder / name)
         try:
             # Not AutoTokenizer: a model's own class may rebuild the tokenizer and ignore tokenizer.json.
-            return cls(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), folder)
+            backend = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         except BaseException as error:  # The Rust parser raises bare Exception, and a panic is none.
-            if isinstance(error, UserError | KeyboardInterrupt | SystemExit):
+            if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise UserError(f"{folder}/{_broken(folder)}: not a readable tokenizer ({first_line(error)})") from error
+        return cls(backend, folder)
 
     def render(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Renders chat messages ({"role", "content"}) up to where the response begins and tokenises the result once.
@@ -301,8 +305,7 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
 def _broken(folder: pathlib.Path) -> str:
     """Names the file, or the files, because of which a tokenizer cannot be loaded."""
     try:
-        read = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizers.Tokenizer.from_str(read.to_str())  # Raises where two tokens have one id.
+        tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     except BaseException:  # A panic of the Rust parser is no Exception.
         return "tokenizer.json"
     try:
