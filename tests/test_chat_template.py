@@ -315,9 +315,24 @@ def test_the_unknown_token_in_a_text_is_characters(tmp_path: pathlib.Path):
 def test_characters_without_a_token_are_warned_of(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture):
     backend = byte_level(CHATML_TOKENS)
     state = json.loads(backend.to_str())
-    del state["model"]["vocab"]["#"]
+    state["model"]["vocab"]["unused"] = state["model"]["vocab"].pop("#")
     Tokenizer.load(save(tmp_path, tokenizers.Tokenizer.from_str(json.dumps(state)), CHATML))
     assert "has no token for # and" in caplog.records[0].getMessage()
+
+
+def test_a_tokenizer_that_changes_texts_is_warned_of(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture):
+    Tokenizer.load(save(tmp_path, byte_level(CHATML_TOKENS, normalizers.Lowercase()), CHATML))
+    (record,) = caplog.records
+    assert "/tokenizer.json: changes texts; it reads 'Tea is" in record.getMessage() and "zoe" in record.getMessage()
+
+
+def test_two_tokens_with_one_id(tmp_path: pathlib.Path):
+    state = json.loads(byte_level(CHATML_TOKENS).to_str())
+    state["model"]["vocab"]["Ġ"] = state["model"]["vocab"]["e"]
+    save(tmp_path, byte_level(CHATML_TOKENS), CHATML)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"/tokenizer\.json: two tokens have the same id"):
+        Tokenizer.load(tmp_path)
 
 
 def test_a_run_shows_its_first_examples_with_the_scored_part_marked(tmp_path: pathlib.Path):

@@ -36,6 +36,7 @@ FILES = (
 )
 _REMEMBERED = 1 << 15  # Number of texts whose ids are cached, in each of the caches.
 _SAMPLE = "Tea"
+_TEXT = 'Tea is  good, no?\n"Yes," said Zoe.'
 _LETTERS = string.ascii_letters + string.digits + string.punctuation + "é你🙂"
 
 
@@ -63,8 +64,11 @@ class Tokenizer:
         self._piece_once = functools.lru_cache(self._piece_ids)
         self._spelled_once = functools.lru_cache(_REMEMBERED)(self._spelled)
         self._added = {index: str(t) for index, t in backend.added_tokens_decoder.items() if not str(t).isspace()}
+        ids = backend.get_vocab().values()
+        if len(set(ids)) < len(ids):
+            raise UserError(f"{folder}/tokenizer.json: two tokens have the same id; restore the file")
+        self.vocab_size = max(ids) + 1
         self._full, self._plain, self._unknown = _encoders(backend.backend_tokenizer, self._added)
-        self.vocab_size = max(self._full.get_vocab(with_added_tokens=True).values()) + 1
         self._chat = ChatTemplate(_default_template(backend, folder), backend.special_tokens_map, str(folder))
         self._header_ids = self._ids(self._full, self._chat.header)
         # SentencePiece begins a text with a space that it does not write in the middle of one.
@@ -78,6 +82,8 @@ class Tokenizer:
         self.stop_ids = tuple(sorted({self.end_id, *declared}))
         self.pad_id = self.end_id if backend.pad_token_id is None else backend.pad_token_id
         self.fingerprint = _fingerprint(folder)
+        if not lost and (read := self.decode(self.encode_part(_TEXT))) != _TEXT:
+            logging.warning("%s/tokenizer.json: changes texts; it reads %r as %r", folder, _TEXT, read)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
