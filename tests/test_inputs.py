@@ -134,6 +134,11 @@ def test_a_folder_that_orbax_cannot_write_is_refused_before_the_first_step(tmp_p
     with pytest.raises(UserError, match=r"Orbax cannot write checkpoints to a path with \*, \? or \["):
         train.train(parse(quickstart.get_config("runlocal")), tmp_path / name / "run")
     assert not (tmp_path / name).exists()
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").symlink_to("nowhere/at all")
+    for taken in ("file", "file/run", "broken"):
+        with pytest.raises(UserError, match=r"--workdir=.*(file|broken) is not a folder; choose another --workdir"):
+            train.train(parse(quickstart.get_config("runlocal")), tmp_path / taken)
     with (
         pytest.raises(UserError, match=r"1 is not what was written \(.*\); choose a --workdir on another file system"),
         checkpoint.Writer(tmp_path / "[x]", keep=1, after=0) as writer,

@@ -377,7 +377,7 @@ def test_export_replaces_an_export_and_nothing_else(exporting, tmp_path):
         assert content(out) == before
         (out / place).unlink()
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="file: not a folder; choose another --output"):
+    with pytest.raises(UserError, match="file is not a folder; choose another --output"):
         exporting(tmp_path / "file")
 
 
@@ -412,14 +412,26 @@ def test_evaluate_goes_over_no_other_file(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "results.json").write_text("{}")
     (tmp_path / "file").write_text("mine")
-    for output in (run, tmp_path / "mine", tmp_path / "file"):
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere" / "at all")
+    (run / "checkpoints" / "1").mkdir()
+    taken = (
+        run,
+        run / "checkpoints",
+        tmp_path / "mine",
+        tmp_path / "file",
+        tmp_path / "file" / "x",
+        tmp_path / "broken",
+    )
+    for output in taken:
         with pytest.raises(UserError, match="choose another --output"):
             evaluate.evaluate_checkpoint(None, None, output)
     (tmp_path / "earlier").mkdir()
     files.write_json(tmp_path / "earlier" / "environment.json", {"popi_jax": "0"})
     (tmp_path / "earlier" / "results.json").write_text("{}")
     (tmp_path / "earlier" / "notes.txt").write_text("mine")
-    for output in (tmp_path / "earlier", tmp_path / "new"):
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "lock").touch()
+    for output in (tmp_path / "earlier", tmp_path / "new", tmp_path / "killed"):
         evaluate._check_output(output)
 
 

@@ -67,6 +67,15 @@ def check_output(path: pathlib.Path) -> None:
         raise UserError(f"--output={path}: not a file; choose another --output")
 
 
+def check_folder(path: pathlib.Path, flag: str) -> None:
+    """Raises UserError unless `path` is a folder, or one can be created there."""
+    there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise UserError(f"{flag}={path}: {there} is not a folder; choose another {flag}")
+    if not path.exists() and not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{flag}={path}: {there} is not writable; choose another {flag}")
+
+
 def write_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes one JSON object per line. JSON has no non-finite numbers, so they become null."""
     write_bytes(path, _lines(rows))

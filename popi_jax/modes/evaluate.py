@@ -67,10 +67,9 @@ def checkpoint_input(workdir: pathlib.Path, step: int | None = None) -> dict[str
 
 
 def _check_output(folder: pathlib.Path) -> None:
-    """Raises UserError if the folder has files of these names that no evaluation wrote."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output={folder}: not a folder; choose another --output")
-    taken = [name for name in ("config.json", *final.FILES) if (folder / name).exists()]
-    of_a_run = any((folder / name).exists() for name in ("checkpoints", "data", "metrics.jsonl"))
-    if taken and (of_a_run or "popi_jax" not in (files.read_json(folder / "environment.json") or {})):
-        raise UserError(f"--output={folder}: {taken[0]} there is not from an evaluation; choose another --output")
+    """Raises UserError unless the folder is missing, empty, or has an earlier evaluation."""
+    files.check_folder(folder, "--output")
+    there = sorted(path.name for path in folder.iterdir() if path.name != "lock") if folder.exists() else []
+    of_a_run = {"checkpoints", "data", "metrics.jsonl"} & set(there)
+    if there and (of_a_run or "popi_jax" not in (files.read_json(folder / "environment.json") or {})):
+        raise UserError(f"--output={folder}: {there[0]} there is not from an evaluation; choose another --output")

@@ -4,6 +4,7 @@ import pathlib
 import shutil
 
 from popi_jax.config import Config
+from popi_jax.data import files
 from popi_jax.errors import UserError
 from popi_jax.model import folders, hub
 from popi_jax.modes import runfiles
@@ -50,8 +51,7 @@ def _replace(output: pathlib.Path, scratch: pathlib.Path) -> None:
 
 def _check_output(output: pathlib.Path) -> None:
     """Raises UserError unless the folder is missing, empty, or holds an earlier export alone."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output={output}: not a folder; choose another --output")
+    files.check_folder(output, "--output")
     for path in sorted(output.iterdir()) if output.exists() else []:
         if path.name not in (*_ROLES, _UNFINISHED):
             raise UserError(f"--output={output}: {path.name} there is not from an export; choose another --output")

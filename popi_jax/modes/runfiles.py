@@ -73,8 +73,8 @@ def one_process(mode: str) -> None:
 
 def describe(folder: pathlib.Path, config: Config, inputs: Mapping[str, str]) -> None:
     """Writes config.json and environment.json, which say how to reproduce the contents of the folder."""
+    write_environment(folder, inputs)  # First: it says that the rest is ours.
     files.write_json(folder / "config.json", config.model_dump(mode="json"))
-    write_environment(folder, inputs)
 
 
 def check_use(workdir: pathlib.Path, config: Config) -> None:

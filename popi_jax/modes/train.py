@@ -10,7 +10,7 @@ import jax
 
 from popi_jax import checkpoint
 from popi_jax.config import Config
-from popi_jax.data import locks, prepared
+from popi_jax.data import files, locks, prepared
 from popi_jax.data.prepared import ExampleSource
 from popi_jax.errors import UserError
 from popi_jax.evaluation import final
@@ -40,6 +40,7 @@ def train(config: Config, workdir: pathlib.Path, shared: pathlib.Path | None = N
         UserError: the config or the data have a mistake, a metric is not finite, or another process writes the workdir.
         Stopped: a signal stopped the run.
     """
+    files.check_folder(workdir, "--workdir")
     checkpoint.check_folder(workdir)
     runfiles.check_claim(workdir, config)
     signals.say(lambda: _saved(workdir))
