@@ -79,7 +79,7 @@ def test_files_of_another_version_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"old.npz: .*another version .*model_ZxTr"):
         decomposition.read(tmp_path / "old.npz")
     (tmp_path / "old.jsonl").write_text('{"row": 0, "h": 1.0}\n')
-    with pytest.raises(UserError, match=r"old.jsonl: .*another version .*finished"):
+    with pytest.raises(UserError, match=r"old.jsonl:1: .*another version .*user: Field required"):
         evaluate.read_records(tmp_path / "old.jsonl")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "old.npz").read_bytes()[:-40])
     with pytest.raises(UserError, match=r"cut.npz: damaged, .*run again"):
