@@ -220,7 +220,14 @@ def test_prompt_response_and_end_are_as_the_template_writes_them(name: str, tmp_
     assert tokenizer.show(response) == scored
     assert tokenizer.end_id in tokenizer.stop_ids
     assert tokenizer.decode(response).strip() == "Tea."
-    others = ("GLM 4", "gpt-oss", "content in parts", "a loop over tools", "an empty block in prompts only", *EMPTY_THOUGHTS)
+    others = (
+        "GLM 4",
+        "gpt-oss",
+        "content in parts",
+        "a loop over tools",
+        "an empty block in prompts only",
+        *EMPTY_THOUGHTS,
+    )
     if name not in others and "last turn" not in name:
         assert whole(tokenizer, "Tea.", enable_thinking=False, thinking=False).startswith(prompt + scored)
     assert not caplog.records

@@ -1,5 +1,6 @@
 """Reads the files of a finished run. A damaged one is one line that names the file, the field and the remedy."""
 
+import json
 import pathlib
 from typing import Annotated, Any, TypeVar
 
@@ -93,7 +94,7 @@ def samples(folder: pathlib.Path) -> list[dict[str, Any]]:
 def checked(value: Any, kind: type[T], where: str) -> T:
     """Returns `value` as a `kind`; UserError if a field is missing or of another type."""
     try:
-        return pydantic.TypeAdapter(kind).validate_python(value)
+        return pydantic.TypeAdapter(kind).validate_json(json.dumps(value), strict=True)  # In JSON, a tuple is a list.
     except pydantic.ValidationError as error:
         fields = ", ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors()[:12])
         raise UserError(f"{where}: damaged, or written by another version ({fields[:400]}); {REMEDY}") from None
