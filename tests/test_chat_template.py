@@ -108,8 +108,8 @@ STYLES = {
         "Hi<turn|>\n<|turn>model\n<|channel>thought\n<channel|>", "Tea.<turn|>",
     ),
     "Command R7B": (
-        "<bos>{% for m in messages %}{{ '<|USER|>' + m.content if m.role == 'user' else '<|CHATBOT|><|START_RESPONSE|>' "
-        "+ m.content + '<|END_RESPONSE|>' }}<|END|>{% endfor %}{% if add_generation_prompt %}<|CHATBOT|>"
+        "<bos>{% for m in messages %}{{ '<|USER|>' + m.content if m.role == 'user' else '<|CHATBOT|><|START_RESPONSE|>'"
+        " + m.content + '<|END_RESPONSE|>' }}<|END|>{% endfor %}{% if add_generation_prompt %}<|CHATBOT|>"
         "<|START_THINKING|><|END_THINKING|>{% endif %}",
         dict.fromkeys(("<bos>", "<|USER|>", "<|CHATBOT|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|END|>",
         "<|START_THINKING|>", "<|END_THINKING|>"), True),
