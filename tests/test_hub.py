@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 
 from popi_jax.errors import UserError
 from popi_jax.model import hub, sharding
@@ -111,6 +112,21 @@ def test_export_then_import_is_exact(family: str, shard_bytes: int, tmp_path: pa
     assert_same_bits(first.params, second.params)
     assert (tmp_path / "tokenizer.json").read_bytes() == (FIXTURES / family / "tokenizer.json").read_bytes()
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == [2, 3]
+
+
+def test_an_exported_tokenizer_neither_cuts_nor_draws(tmp_path: pathlib.Path):
+    source = pathlib.Path(shutil.copytree(FIXTURES / "qwen3", tmp_path / "source", copy_function=shutil.copyfile))
+    state = json.loads((source / "tokenizer.json").read_text())
+    state["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    (source / "tokenizer.json").write_text(json.dumps(state | {"model": state["model"] | {"dropout": 0.9}}))
+    checkpoint = hub.load(source)
+    hub.save(tmp_path / "export", checkpoint.config, checkpoint.params, source)
+    plain, exported = (
+        tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        for folder in (FIXTURES / "qwen3", tmp_path / "export")
+    )
+    text = "Tea is good, no? " * 9
+    assert exported.encode(text).ids == plain.encode(text).ids
 
 
 def test_saving_again_leaves_no_old_shard(tmp_path: pathlib.Path):

@@ -408,6 +408,11 @@ def save(
         "generation_config.json": ids,  # It wins over config.json.
         "tokenizer_config.json": _portable(_read_json(settings) if settings.is_file() else {}),
     }
+    stored = _read_json(source / "tokenizer.json")
+    if stored.get("truncation") or stored.get("padding") or stored["model"].get("dropout"):
+        # As Tokenizer reads it: no text is cut or padded, and no token is drawn at random.
+        model = stored["model"] | {"dropout": None}
+        written["tokenizer.json"] = stored | {"truncation": None, "padding": None, "model": model}
     with folders.new(pathlib.Path(folder)) as scratch:
         for name in tokenizer_lib.FILES:
             if (source / name).is_file():
