@@ -11,6 +11,7 @@ import pytest
 from popi_jax.data.batch import PrefixBatch
 from popi_jax.model import sharding
 from popi_jax.model.decoder import Decoder
+from popi_jax.model.policy import Policy
 from popi_jax.rollout import sampler
 from popi_jax.training import scoring
 from tests import tiny
@@ -136,6 +137,16 @@ def test_greedy_is_the_argmax_of_the_full_forward():
             tokens.append(int(best(ids, len(tokens) - 1)))
             assert tokens[-1] == out.tokens_BxNxS[b, 0, t]
     assert not out.finished_BxN.any() and (out.length_BxN == 10).all()
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.0, 1.0), (1.3, 0.9)])
+def test_rows_beyond_the_tokenizer_are_never_drawn(temperature, top_p):
+    padded = Policy(dataclasses.replace(tiny.CONFIG, n_tokens=12), tiny.LORA)
+    prompt, length = prompts()
+    options = {"temperature": temperature, "top_p": top_p, "stop_ids": ()}
+    assert (draw(prompt, length, jax.random.key(0), 4, 8, **options).tokens_BxNxS >= 12).any()
+    out = draw(prompt, length, jax.random.key(0), 4, 8, policy=padded, **options)
+    assert (out.tokens_BxNxS < 12).all() and (out.length_BxN == 8).all() and np.isfinite(out.logp_BxNxS).all()
 
 
 def test_frequencies_follow_the_model():

@@ -1,10 +1,14 @@
 """Scoring with shared prefixes equals scoring one plain sequence per branch."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from popi_jax.data.batch import PrefixBatch
+from popi_jax.model.policy import Policy
 from popi_jax.training import scoring
 from tests import tiny
 
@@ -89,3 +93,21 @@ def test_rows_of_padding_are_finite_and_have_no_effect():
     expected = scoring.score(POLICY.bind(BASE, DELTA), alone).logp_BxNxS.sum()
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_rows_of_the_vocabulary_beyond_the_tokenizer_are_as_if_they_were_not_there():
+    """The model with 30 rows, of which 20 are tokens, equals the one whose embedding is cut to 20 rows."""
+    batch = tiny.rows(np.random.default_rng(4), 2, 2, 5, 4)
+    ids = (batch.prefix_BxT % 20, batch.branches_BxNxS % 20)
+    batch = PrefixBatch(ids[0], batch.prefix_length_B, ids[1], batch.branch_length_BxN)
+    padded = Policy(dataclasses.replace(tiny.CONFIG, n_tokens=20), tiny.LORA)
+    cut = Policy(dataclasses.replace(tiny.CONFIG, vocab_size=20), tiny.LORA)
+    likely = {"embedding": BASE["embed"]["embedding"].at[20:].multiply(50)}
+    bases = [(padded, BASE | {"embed": likely}), (cut, BASE | {"embed": jax.tree.map(lambda x: x[:20], likely)})]
+
+    def total(delta, policy, base):
+        scores = scoring.score(policy.bind(base, delta), batch, temperature=0.7, reference=policy.bind(base, None))
+        return scores.logp_BxNxS.sum() + scores.kl_BxNxS.sum(), scores
+
+    (got, expected) = (jax.grad(total, has_aux=True)(DELTA, policy, base) for policy, base in bases)
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=2e-5, rtol=2e-4), got, expected)

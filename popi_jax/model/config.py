@@ -100,6 +100,8 @@ class ModelConfig:
         attention: "xla", "splash" or "cudnn" (see kernels.bind); chosen for the devices, not part of a checkpoint.
         frozen_dtype: dtype in which the base weights are stored, "float32" or "bfloat16".
         trained_dtype: dtype in which the trained weights (an adapter or a full copy) are stored, likewise.
+        n_tokens: the tokenizer's number of tokens. Rows of the vocabulary from here on are padding, which is neither
+            drawn nor scored. None: all rows are tokens.
     """
 
     vocab_size: int
@@ -121,6 +123,7 @@ class ModelConfig:
     attention: str = "xla"
     frozen_dtype: str = "float32"
     trained_dtype: str = "float32"
+    n_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:

@@ -21,6 +21,9 @@ from popi_jax.model.config import LoraConfig, ModelConfig
 from popi_jax.model.product import product
 from popi_jax.model.weights import Tree, Weight, fan_in, init_tree, merge_trees
 
+# The logit of a row that is no token. It is finite, so that probability * log-probability is 0 and not NaN.
+_IMPOSSIBLE = -1e30
+
 
 def declare(config: ModelConfig) -> Tree:
     """Declares every weight of the base model; layer weights are stacked along a leading layer axis."""
@@ -314,14 +317,18 @@ class Decoder(nnx.Module):
         return self.final_norm(x_BxNxD), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Returns float32 logits [..., V] of hidden states [..., D]."""
+        """Returns float32 logits [..., V] of hidden states [..., D]. Rows beyond config.n_tokens have probability 0."""
         with jax.named_scope("logits"):
             hidden_RxD = hidden.reshape(-1, hidden.shape[-1])
             kernel_DxV = self.embed["embedding"][...].T if self.head is None else self.head["kernel"][...]
             multiply: Callable[..., jax.Array] = functools.partial(product, "rd,dv->rv")
             if sharding.weight_stays(len(hidden_RxD), *kernel_DxV.shape, mesh=self.mesh):
                 multiply = sharding.send_rows(multiply, "embed", "vocab", self.mesh)
-            return multiply(hidden_RxD, kernel_DxV.astype(hidden.dtype)).reshape(*hidden.shape[:-1], -1)
+            logits_RxV = multiply(hidden_RxD, kernel_DxV.astype(hidden.dtype))
+            if self.config.n_tokens is not None and self.config.n_tokens < self.config.vocab_size:
+                is_token_V = jnp.arange(self.config.vocab_size) < self.config.n_tokens
+                logits_RxV = jnp.where(is_token_V[None], logits_RxV, _IMPOSSIBLE)
+            return logits_RxV.reshape(*hidden.shape[:-1], -1)
 
     def _embed(self, tokens_BxL: jax.Array) -> jax.Array:
         # Each device looks up its slice of the model width for the tokens of all devices that share the table, then

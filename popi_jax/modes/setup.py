@@ -140,6 +140,7 @@ def load(config: Config) -> Run:
             f"{tokenizer_path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model {config.model.path} only"
             f" {model.vocab_size}; set config.model.tokenizer to the model's tokenizer"
         )
+    model = dataclasses.replace(model, n_tokens=tokenizer.vocab_size)
     return Run(
         config=config,
         programs=make_programs(config, mesh, model),
