@@ -232,3 +232,10 @@ def test_exhausted_memory_is_one_line_with_the_remedy(error, said):
     assert out.returncode == 2 and len(out.stderr.splitlines()) == 1, out.stderr
     assert out.stderr.startswith("error: out of memory: ") and said in out.stderr
     assert "lower config.train.users_per_step" in out.stderr
+
+
+def test_a_closed_stdout_is_no_error():
+    source = "from popi_jax.modes import cli\ncli.run(lambda argv: print('done'))"
+    command = ["sh", "-c", '"$0" -c "$1" >&-', sys.executable, source]
+    out = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (out.returncode, out.stderr) == (0, "")

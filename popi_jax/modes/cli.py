@@ -32,6 +32,7 @@ def run(entry: Callable[[list[str]], None]) -> None:
             logging.get_absl_handler().addFilter(lambda record: not disk_full((record.exc_info or (None, None))[1]))
         entry(argv)
 
+    sys.stdout = sys.stdout or pathlib.Path(os.devnull).open("w", encoding="utf-8")  # None where the shell closed it.
     signals.listen()
     try:
         try:
