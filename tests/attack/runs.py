@@ -75,7 +75,10 @@ COMMANDS = {
 
 def make_inputs(folder: pathlib.Path) -> None:
     """Writes a users.jsonl and a prompts.jsonl of several batches."""
-    users = [{"user": f"u{i}", "signals": [{"kind": "profile", "text": f"Likes short answers, and cats {i}."}]} for i in range(40)]
+    users = [
+        {"user": f"u{i}", "signals": [{"kind": "profile", "text": f"Likes short answers, and cats {i}."}]}
+        for i in range(40)
+    ]
     prompts = [{"prompt": f"How do I bake bread number {i}?", "summary": "Likes lists."} for i in range(40)]
     for name, rows in (("users.jsonl", users), ("prompts.jsonl", prompts)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
