@@ -274,11 +274,11 @@ def _drop_after(path: pathlib.Path, step: int, written: Sequence[int] | None) ->
 
     UserError if they are not those that were `written` up to the step.
     """
-    if not path.exists():
+    data = path.read_bytes() if path.exists() else b""
+    if not data:
         if written is not None:
-            logging.warning("%s is missing; the run goes on without the metrics up to step %d", path, step)
-        return b""
-    data = path.read_bytes()
+            logging.warning("%s is missing or empty; the run goes on without the metrics up to step %d", path, step)
+        return data
     if written is not None and (min(len(data), written[0]), zlib.crc32(data[: written[0]])) == tuple(written):
         files.write_bytes(path, data[: written[0]])
         return data[: written[0]]

@@ -1,5 +1,6 @@
 """Two thousand damages to checkpoints and to the files beside them. None is loaded as if it were whole."""
 
+import collections
 import pathlib
 import random
 import shutil
@@ -11,13 +12,17 @@ import pytest
 from configs import recorded
 from popi_jax import checkpoint
 from popi_jax.config import parse
+from popi_jax.data import prepared
 from popi_jax.errors import UserError
-from popi_jax.modes import setup
+from popi_jax.evaluation import evaluate, stored
+from popi_jax.modes import runfiles, setup
+from popi_jax.training import metrics
 from tests.attack.runs import COMMANDS
 
 pytestmark = pytest.mark.attack
 
-CHECKPOINT_DAMAGES = 1000
+CHECKPOINT_DAMAGES = 1200
+FILE_DAMAGES = 800
 
 
 def damage(path: pathlib.Path, rng: random.Random) -> str:
@@ -71,6 +76,31 @@ def whole(tmp_path_factory):
     return workdir, run, truth
 
 
+@pytest.fixture(scope="module")
+def used(whole):
+    """Reads every file beside the checkpoints as the next start of a run or a table does; returns what it uses."""
+    _, run, truth = whole
+    examples = prepared.read(run.config.data)
+    inputs, meta = run.inputs(examples), truth[max(truth)][1]
+
+    def read(workdir: pathlib.Path) -> dict[str, object]:
+        sources = prepared.from_examples(run.config.data, examples, workdir)
+        references = run.references(workdir / "cache")
+        with metrics.MetricWriter(workdir, max(truth), 0.0, meta["metrics"]):
+            pass
+        row = runfiles.finished_row(workdir, run.config, inputs)
+        return {
+            "data": {split: list(source) for split, source in sources.items()},
+            "references": {key: value.tobytes() for key, value in references._known.items()},
+            "metrics": (workdir / metrics.METRICS_FILE).read_bytes(),
+            "row": row,
+            "records": row and evaluate.read_records(workdir / "eval_records.jsonl"),
+            "samples": row and stored.samples(workdir),
+        }
+
+    return read
+
+
 def test_no_damaged_checkpoint_is_loaded(whole, tmp_path, caplog):
     workdir, run, truth = whole
     rng, passed, refused = random.Random(0), 0, 0
@@ -93,3 +123,28 @@ def test_no_damaged_checkpoint_is_loaded(whole, tmp_path, caplog):
             assert "damaged" in caplog.text, how
             passed += 1
     assert passed > CHECKPOINT_DAMAGES / 10, (passed, refused)  # Most damages are seen, and the one before is used.
+
+
+def test_no_damaged_file_beside_the_checkpoints_is_used(whole, used, tmp_path, caplog, capsys):
+    workdir, rng, outcomes = whole[0], random.Random(1), collections.Counter()
+    expected = used(workdir)
+    assert all(expected.values())
+    for _ in range(FILE_DAMAGES):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "tensorboard", "*.png"))
+        how = damage(rng.choice(files_of(tmp_path / "run")), rng)
+        caplog.clear()
+        capsys.readouterr()
+        try:
+            found = used(tmp_path / "run")
+        except UserError as error:
+            assert "\n" not in str(error) and str(tmp_path) in str(error), how
+            outcomes["refused"] += 1
+            continue
+        changed = [name for name, value in found.items() if value != expected[name]]
+        outcomes["as before"] += not changed  # The file is only shown, or was made again from its source.
+        outcomes["made again"] += bool(changed)
+        # What may differ is gone, with a line that says so; it is never another value.
+        assert not any(found[name] for name in changed), (how, changed)
+        assert not changed or caplog.text or capsys.readouterr().out, how
+    assert min(outcomes.values()) > FILE_DAMAGES / 50 and len(outcomes) == 3, outcomes
