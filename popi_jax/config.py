@@ -50,7 +50,7 @@ def local_path(text: str, name: str) -> pathlib.Path:
         text.encode()  # Orbax and tensorstore take UTF-8 alone.
         return pathlib.Path(text).expanduser()
     except (UnicodeError, RuntimeError) as error:
-        raise UserError(f"{name} is {text!r}, which is no path here: {error}; give another path") from None
+        raise UserError(f"{name} is {text!r}, not a valid path ({error}); give another path") from None
 
 
 def _path(text: str, info: pydantic.ValidationInfo) -> str:

@@ -27,7 +27,7 @@ def first_line(error: BaseException) -> str:
 
 
 def disk_full(error: BaseException | None) -> BaseException | None:
-    """Returns the error of a full disk among this one and those that led to it, whatever its type; None without one."""
+    """Returns the error of a full disk among this one and those that led to it, of any type; None if there is none."""
     while error is not None and not any(os.strerror(number) in str(error) for number in _FULL):
         error = error.__cause__ or error.__context__
     return error

@@ -467,7 +467,7 @@ def test_a_damaged_file_is_named(name: str, content: str, tmp_path: pathlib.Path
 def test_end_ids_of_a_wrong_kind_are_refused(eos: object, tmp_path: pathlib.Path):
     save(tmp_path, byte_level(CHATML_TOKENS), CHATML)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
-    with pytest.raises(UserError, match="generation_config.json: eos_token_id .* is no token id"):
+    with pytest.raises(UserError, match="generation_config.json: eos_token_id .* is not a token id"):
         Tokenizer.load(tmp_path)
 
 

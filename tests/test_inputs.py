@@ -156,7 +156,7 @@ def test_a_path_is_a_local_one(key, monkeypatch):
         ("None", "'None'; leave it out"),
         ("gs://bucket/x", "only local paths"),
         ("s3:/bucket", "only local paths"),
-        ("~no-such-user/x", "no path here"),
+        ("~no-such-user/x", "not a valid path"),
         ("a\udcff", "UTF-8"),
         (" ", "give a path"),
     ]:

@@ -78,7 +78,7 @@ def test_a_signal_ends_the_process_with_one_line(number, code, kind, saved):
     assert process.returncode == code and time.monotonic() - started < 10
     assert re.fullmatch(saved, out), out
     safe = "DIR is safe" if kind == "load" else "nothing was written"
-    assert err == f"stopped by {number.name}: {safe}; run the same command again to go on\n"
+    assert err == f"stopped by {number.name}: {safe}; run the same command again to resume\n"
 
 
 def test_a_second_signal_ends_a_step_that_hangs():

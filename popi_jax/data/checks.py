@@ -8,7 +8,7 @@ from typing import Any
 
 from popi_jax.errors import UserError, first_line, shown
 
-# The first bytes of files that are no plain text, and the way to convert them. Nothing of them is the start of JSON.
+# The first bytes of files that are not plain text, and how to convert them. No JSON text starts with any of them.
 _FORMATS = {
     codecs.BOM_UTF16_LE: ("UTF-16 or UTF-32", "convert it to UTF-8, for example with iconv"),
     codecs.BOM_UTF16_BE: ("UTF-16", "convert it to UTF-8, for example with iconv"),

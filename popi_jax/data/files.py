@@ -60,7 +60,7 @@ def numbered_objects(
 
 
 def check_output(path: pathlib.Path) -> None:
-    """Raises UserError unless `path` can name a file to write: its folder exists, and it is no folder or device."""
+    """Raises UserError unless `path` can name a file: its folder exists, and it is not a folder or a device."""
     if not path.parent.is_dir():
         raise UserError(f"--output={path}: {path.parent} is not a folder; create it, or choose another --output")
     if path.exists() and not path.is_file():
@@ -88,7 +88,7 @@ def append_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def append(path: pathlib.Path, data: bytes) -> None:
     """Appends to a file. If an error interrupts it, the file is as before; a kill can cut the data anywhere."""
-    with _told(path), path.open("ab", buffering=0) as file:
+    with _reported(path), path.open("ab", buffering=0) as file:
         before, rest = file.seek(0, os.SEEK_END), memoryview(data)
         try:
             while rest:
@@ -128,7 +128,7 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
         return
     path = pathlib.Path(os.path.realpath(path))
     scratch = path.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}")  # No other process's, and no user's file.
-    with _told(path):
+    with _reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with scratch.open("xb") as file:
@@ -149,7 +149,7 @@ def remove_unfinished(folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _told(path: pathlib.Path) -> Iterator[None]:
+def _reported(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -71,17 +71,17 @@ class _Environment(_Stored):
 
 
 def results(folder: pathlib.Path) -> dict[str, Any] | None:
-    """Returns the content of results.json, with at least one row; None if there is no such file."""
+    """Returns the content of results.json, with at least one row; None if the file does not exist."""
     return _object(folder / "results.json", _Results)
 
 
 def environment(folder: pathlib.Path) -> dict[str, Any] | None:
-    """Returns the content of environment.json; None if there is no such file."""
+    """Returns the content of environment.json; None if the file does not exist."""
     return _object(folder / "environment.json", _Environment)
 
 
 def samples(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the lines of samples.jsonl; [] if there is no such file."""
+    """Returns the lines of samples.jsonl; [] if the file does not exist."""
     path = folder / "samples.jsonl"
     if not path.exists():
         return []

@@ -46,7 +46,7 @@ class ChatTemplate:
     Attributes:
         source: the template.
         head: the text before the first user's content.
-        header: the text between a user's content and the response to it: the generation prompt, and whatever else the
+        header: the text between a user's content and the response: the generation prompt, and anything else that the
             template writes there, such as an empty think block. Spaces at its end belong to `lead`.
         lead: the spaces between header and response.
         last: the text after a response that ends the conversation.

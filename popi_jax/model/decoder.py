@@ -21,7 +21,7 @@ from popi_jax.model.config import LoraConfig, ModelConfig
 from popi_jax.model.product import product
 from popi_jax.model.weights import Tree, Weight, fan_in, init_tree, merge_trees
 
-# The logit of a row that is no token. It is finite, so that probability * log-probability is 0 and not NaN.
+# The logit of a row that is not a token. It is finite, so that probability * log-probability is 0 and not NaN.
 _IMPOSSIBLE = -1e30
 
 

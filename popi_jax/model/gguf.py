@@ -233,7 +233,7 @@ def _check_tokenizer(meta: dict[str, Any], source: str) -> None:
 
 
 class _Reader(gguf.GGUFReader):
-    """A reader that raises ValueError at the end of the file, where the original goes on with empty values."""
+    """A reader that raises ValueError at the end of the file, where the original continues with empty values."""
 
     def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
         if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):

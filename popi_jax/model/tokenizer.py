@@ -2,7 +2,7 @@
 
 A prompt is tokenised as the template writes it. A response is tokenised as the template writes it after the prompt.
 Text of users and models never becomes a control token: every added token in it, special or not, is read as characters.
-Tokens of white space alone, such as Gemma's for two line ends, are no control tokens.
+Tokens of only white space, such as Gemma's for two line ends, are not control tokens.
 """
 
 import functools
@@ -48,7 +48,7 @@ class Tokenizer:
         pad_id: fills rows; never read, since lengths and masks mark the end of a row.
         end_id: ends every response in training: the token that the chat template puts after an assistant's answer.
         stop_ids: ids that end decoding: end_id and the end-of-sequence ids of tokenizer and generation_config.json.
-        date: the date that the chat template reads, whatever the day is.
+        date: the date that the chat template sees, on any day.
         fingerprint: sha256 of the tokenizer's files and of the fixed arguments of its template, among them the date.
     """
 
@@ -244,7 +244,7 @@ class Tokenizer:
         for stop in stops:
             if type(stop) is not int or not 0 <= stop < self.vocab_size:
                 raise UserError(
-                    f"{path}: eos_token_id {repr(stop)[:40]} is no token id of this tokenizer, whose ids end at"
+                    f"{path}: eos_token_id {repr(stop)[:40]} is not a token id of this tokenizer, whose ids end at"
                     f" {self.vocab_size - 1}; correct or remove it"
                 )
         own = self._backend.eos_token_id
@@ -290,7 +290,7 @@ def _default_template(backend: PreTrainedTokenizerFast, folder: pathlib.Path) ->
 
 
 def _read_object(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the JSON object in a file, {} if there is no such file."""
+    """Returns the JSON object in a file, {} if the file does not exist."""
     if not path.exists():
         return {}
     try:
@@ -306,7 +306,7 @@ def _broken(folder: pathlib.Path) -> str:
     """Names the file, or the files, because of which a tokenizer cannot be loaded."""
     try:
         tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except BaseException:  # A panic of the Rust parser is no Exception.
+    except BaseException:  # A panic of the Rust parser is not an Exception.
         return "tokenizer.json"
     try:
         (folder / "chat_template.jinja").read_text(encoding="utf-8")

@@ -28,7 +28,7 @@ def run(entry: Callable[[list[str]], None]) -> None:
         # At absl's default level, info, Orbax and TFDS log too much. --verbosity=0 shows it.
         if not any(argument.startswith(("--verbosity", "-v")) for argument in sys.argv):
             logging.set_verbosity(logging.WARNING)
-            # Orbax logs each thread's trace of an error that is told below.
+            # Orbax logs each thread's trace of an error that is reported below.
             logging.get_absl_handler().addFilter(lambda record: not disk_full((record.exc_info or (None, None))[1]))
         entry(argv)
 

@@ -151,7 +151,7 @@ def git_commit() -> str | None:
 
 
 def _keeps(workdir: pathlib.Path) -> bool:
-    """Whether the workdir has something that another run must not replace. A run that saved nothing may be mended."""
+    """Whether the workdir has something to keep. A run that has saved nothing may start again with another config."""
     kept = [workdir / name for name in ("results.json", metrics.METRICS_FILE)]
     return any(path.exists() and path.stat().st_size for path in kept) or bool(
         checkpoint.steps(workdir / "checkpoints")

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """The run was told to stop and has saved its state. `number` is the signal's."""
+    """A signal stopped the run, which has saved its state. `number` is the signal's."""
 
     def __init__(self, number: int):
         super().__init__(_line(number))
@@ -165,4 +165,4 @@ def _line(number: int) -> str:
         safe = _safe()
     except OSError as error:
         safe = str(error)
-    return f"stopped by {signal.Signals(number).name}: {safe}; run the same command again to go on"
+    return f"stopped by {signal.Signals(number).name}: {safe}; run the same command again to resume"

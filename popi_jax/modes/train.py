@@ -60,7 +60,7 @@ def train(config: Config, workdir: pathlib.Path, shared: pathlib.Path | None = N
 
 
 def _saved(workdir: pathlib.Path) -> str:
-    """Says what a run that ends now leaves."""
+    """Says what a run leaves if it ends now."""
     there = checkpoint.steps(workdir / "checkpoints")
     return f"{workdir} has the checkpoint of step {there[-1]}" if there else f"{workdir} has no checkpoint yet"
 

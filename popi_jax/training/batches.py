@@ -51,7 +51,7 @@ class WrittenSummaries:
             raise UserError(
                 f"{path}: written by another version ({error} is missing); choose another --workdir"
             ) from error
-        # Where a step is no number, the digest differs.
+        # If a step is not a number, the digest differs.
         later = [isinstance(entry["step"], int) and start is not None and entry["step"] >= start for entry in entries]
         kept = [entry for entry, drop in zip(entries, later, strict=True) if not drop]
         self._known = {entry["user"]: entry for entry in kept}

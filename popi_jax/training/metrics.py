@@ -277,7 +277,7 @@ def _drop_after(path: pathlib.Path, step: int, written: Sequence[int] | None) ->
     data = path.read_bytes() if path.exists() else b""
     if not data:
         if written is not None:
-            logging.warning("%s is missing or empty; the run goes on without the metrics up to step %d", path, step)
+            logging.warning("%s is missing or empty; the run continues without the metrics up to step %d", path, step)
         return data
     if written is not None and (min(len(data), written[0]), zlib.crc32(data[: written[0]])) == tuple(written):
         files.write_bytes(path, data[: written[0]])
@@ -289,7 +289,7 @@ def _drop_after(path: pathlib.Path, step: int, written: Sequence[int] | None) ->
     if kept and written is not None:
         raise UserError(
             f"{path}: the lines up to step {step} are not those that the run wrote; restore the file, or remove it to"
-            " go on without them"
+            " continue without them"
         )
     files.write_jsonl(path, kept)
     return path.read_bytes()
