@@ -92,7 +92,7 @@ def contents(folder: pathlib.Path) -> dict[str, Any]:
         assert not any(mark in str(name) for mark in (".tmp", "incomplete", "orbax-checkpoint-tmp")), f"left: {name}"
         if path.parent.name == "checkpoints" and path.name.isdigit():
             record = json.loads(v1.checkpointables_metadata(path).custom_metadata["record"])
-            found[str(name)] = record["checksums"]
+            found[str(name)] = record["crc32c"]
         elif path.is_file() and not set(LEFT_OUT) & set(name.parts):
             found[str(name)] = _value(path)
     return found
