@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from popi_jax import config
@@ -22,14 +22,6 @@ def parsed(*arguments):
     sys.modules.pop("config_config", None)  # Its names would otherwise be there in the next config file, too.
     cli._parse_flags(argv, values)
     return config.parse(values.config)
-
-
-@pytest.fixture(autouse=True)
-def verbosity():
-    """Keeps the parsing of flags from silencing the warnings of later tests."""
-    before = logging.get_verbosity()
-    yield
-    logging.set_verbosity(before)
 
 
 def refused(*arguments):

@@ -1,5 +1,6 @@
 """The start of every command: flags, logging, and the exit codes of errors."""
 
+import logging as python_logging
 import os
 import pathlib
 import re
@@ -69,7 +70,8 @@ def run(entry: Callable[[list[str]], None]) -> None:
 
 def _parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     # Parsing runs the config file, which can raise anything.
-    logging.set_verbosity(logging.ERROR)  # ml_collections warns of a config that returns None, which is an error here.
+    # ml_collections warns of a config that returns None, which is an error here.
+    python_logging.disable(python_logging.WARNING)
     try:
         rest = values(argv)
         if "config" in values:
@@ -95,6 +97,8 @@ def _parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> lis
                 key = told.strip("\"'")
                 told = f"--config.KEY=VALUE: no such key ({key}); configs/base.py has all of them"
         raise UserError(told) from error
+    finally:
+        python_logging.disable(python_logging.NOTSET)
 
 
 def _config_error(error: BaseException) -> str | None:

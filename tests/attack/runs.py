@@ -24,8 +24,8 @@ CONFIG = (
 )
 ALTERNATE = ("--config.schedule.name=alternate", "--config.schedule.n_phi=1", "--config.schedule.n_theta=1")
 TWO_PHASE = ("--config.schedule.name=two_phase", "--config.schedule.n_phi=2", "--config.schedule.n_theta=2")
-# Times, and files whose bytes depend on them. Their presence is compared, not their contents.
-TIMED = ("environment.json", "report.html", "dataset_info.json")
+# Files whose bytes depend on times. Their presence is compared, not their contents. So does the crc32 of results.json.
+TIMED = ("environment.json", "report.html", "dataset_info.json", "lock")
 LEFT_OUT = ("tensorboard", "checkpoints", "cache")
 
 
@@ -99,7 +99,7 @@ def contents(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _value(path: pathlib.Path) -> Any:
-    if path.name in TIMED or path.suffix in (".png", ".lock"):
+    if path.name in TIMED or path.suffix == ".png" or ".array_record" in path.name:
         return "present"
     if path.suffix == ".npz":
         with np.load(path) as arrays:
@@ -113,5 +113,5 @@ def _value(path: pathlib.Path) -> Any:
 
 def _untimed(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _untimed(entry) for key, entry in value.items() if not key.endswith("_s")}
+        return {key: _untimed(entry) for key, entry in value.items() if not key.endswith("_s") and key != "crc32"}
     return [_untimed(entry) for entry in value] if isinstance(value, list) else value
