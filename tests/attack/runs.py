@@ -24,7 +24,7 @@ CONFIG = (
 )
 ALTERNATE = ("--config.schedule.name=alternate", "--config.schedule.n_phi=1", "--config.schedule.n_theta=1")
 TWO_PHASE = ("--config.schedule.name=two_phase", "--config.schedule.n_phi=2", "--config.schedule.n_theta=2")
-# Files whose bytes depend on times. Their presence is compared, not their contents. The crc32 of results.json covers times, too.
+# Files whose bytes depend on times, like the crc32 in results.json. Their presence is compared, not their contents.
 TIMED = ("environment.json", "report.html", "dataset_info.json", "lock")
 LEFT_OUT = ("tensorboard", "checkpoints", "cache")
 
