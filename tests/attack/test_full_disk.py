@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.attack.runs import COMMANDS, contents, make_inputs
+from tests.attack.runs import COMMANDS, contents
 
 pytestmark = [
     pytest.mark.attack,
@@ -34,15 +34,6 @@ def small_disk(folder: pathlib.Path, kib: int) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run with room, for the commands that use one."""
-    folder = tmp_path_factory.mktemp("finished")
-    COMMANDS["joint"].finish(folder)
-    make_inputs(folder)
-    return folder / "run"
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.attack.runs import COMMANDS, contents, make_inputs
+from tests.attack.runs import COMMANDS, contents
 
 pytestmark = pytest.mark.attack
 
@@ -24,15 +24,6 @@ KILLS = {
     "generate": 4,
     "export": 8,
 }
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run without kills, for the commands that use one."""
-    folder = tmp_path_factory.mktemp("finished")
-    COMMANDS["joint"].finish(folder)
-    make_inputs(folder)
-    return folder / "run"
 
 
 def wait_for(process: subprocess.Popen, seconds: float, writes: pathlib.Path | None) -> None:
