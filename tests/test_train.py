@@ -221,7 +221,11 @@ def test_mistakes_in_the_flags_are_one_line(tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     for workdir, flag, shown in [
-        ("file", "--config.seed=0", f"{tmp_path / 'file'}: File exists"),
+        (
+            "file",
+            "--config.seed=0",
+            f"--workdir={tmp_path / 'file'}: {tmp_path / 'file'} is not a folder; choose another --workdir",
+        ),
         ("broken", "--config.seed=0", f"{tmp_path / 'broken' / 'config.json'}:1: not JSON"),
         ("new", "--config.seed=-1", "config.seed is -1; it must be at least 0"),
         ("new", "--topology=v5e:2x2", "--topology is for --mode=compile"),
