@@ -96,7 +96,7 @@ def prepare(
 ) -> dict[str, ExampleSource]:
     """Writes the examples as array_record, unless the same ones are already there, and returns readers for them.
 
-    Damaged files, and what a killed process left of an earlier preparation, are replaced. Of several processes that
+    Damaged files, and what a killed process left of an earlier preparation, are replaced. If several processes
     need the same data, one writes them and the others read the result.
 
     Args:

@@ -395,8 +395,8 @@ def save(
         folder: the folder; see `folders.new`.
         config: the model's shape.
         params: the full parameter tree (fuse an adapter first).
-        tokenizer_path: a folder whose tokenizer files are copied. Of generation_config.json only the ends of a response
-            are kept, since nothing else of it applies here.
+        tokenizer_path: a folder whose tokenizer files are copied. generation_config.json keeps only the ends of a
+            response, since nothing else in it applies here.
         dtype: dtype of the weights on disk. With float32, saving and loading float32 parameters is exact to the bit.
         shard_bytes: larger weights are split into several files with an index; one file at a time is in memory.
     """
