@@ -5,6 +5,7 @@ import json
 import pytest
 
 from configs import psoups_smollm2, recorded
+from popi_jax.errors import UserError
 
 
 def test_config_json_reproduces_the_config(tmp_path):
@@ -17,5 +18,5 @@ def test_config_json_reproduces_the_config(tmp_path):
 def test_unknown_key_is_refused(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"optim": {"learning_rate": 1}}))
-    with pytest.raises((AttributeError, KeyError), match="learning_rate"):
+    with pytest.raises(UserError, match="learning_rate is not a setting"):
         recorded.get_config(str(path))
