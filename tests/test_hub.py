@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from popi_jax.errors import UserError
 from popi_jax.model import hub, sharding
 from popi_jax.model.policy import Policy
+from popi_jax.model.tokenizer import Tokenizer
 
 FIXTURES = pathlib.Path(__file__).resolve().parent / "fixtures"
 FAMILIES = ("llama3", "qwen2", "qwen3")
@@ -127,6 +129,51 @@ def test_an_exported_tokenizer_neither_cuts_nor_draws(tmp_path: pathlib.Path):
     )
     text = "Tea is good, no? " * 9
     assert exported.encode(text).ids == plain.encode(text).ids
+
+
+# In the manner of Llama 3.2 and of Qwen 3: the date in the system turn, a macro that looks at the thinking mode.
+DATED = """
+{%- macro turn(role, text) %}<|im_start|>{{ role }}
+{{ text }}{% if enable_thinking is not defined or enable_thinking %}<more>{% endif %}<|im_end|>
+{% endmacro %}
+{%- if not date_string is defined %}{% set date_string = strftime_now("%d %b %Y") %}{% endif %}
+{{- turn("system", "Today: " + date_string + strftime_now(", %A, %-d.%-m.%y, %H:%M") + "\\n") }}
+{%- for message in messages %}{{ turn(message.role, message.content) }}{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if not thinking %}<think></think>{% endif %}{% endif %}"""
+
+
+@pytest.mark.parametrize("place", ["file", "config", "named", "list"])
+def test_an_exported_template_writes_what_was_trained_on(place: str, tmp_path: pathlib.Path):
+    source = pathlib.Path(shutil.copytree(FIXTURES / "qwen3", tmp_path / "source", copy_function=shutil.copyfile))
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "chat_template.jinja").unlink(missing_ok=True)
+    if place == "file":
+        (source / "chat_template.jinja").write_text(DATED)
+    else:
+        named = [{"name": "default", "template": DATED}, {"name": "tool_use", "template": "tools"}]
+        by_name = {entry["name"]: entry["template"] for entry in named}
+        settings["chat_template"] = {"config": DATED, "named": by_name, "list": named}[place]
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    checkpoint = hub.load(source)
+    hub.save(tmp_path / "export", checkpoint.config, checkpoint.params, source)
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "export")
+    messages = [{"role": "user", "content": "Hi"}]
+    written = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ours = Tokenizer.load(source)
+    assert written == ours.show(ours.render(messages))
+    assert "Today: 26 Jul 2024, Friday, 26.7.24, 00:00" in written and "<more>" not in written
+    again = Tokenizer.load(tmp_path / "export")
+    assert again.render(messages) == ours.render(messages) and again.fixed_template == again.template
+    if place in ("named", "list"):
+        assert theirs.chat_template["tool_use"] == "tools"
+
+
+def test_a_template_without_a_date_is_exported_as_it_is(tmp_path: pathlib.Path):
+    checkpoint = hub.load(FIXTURES / "llama3")
+    hub.save(tmp_path, checkpoint.config, checkpoint.params, checkpoint.tokenizer_path)
+    first, second = (Tokenizer.load(folder).template for folder in (FIXTURES / "llama3", tmp_path))
+    assert first == second
 
 
 def test_saving_again_leaves_no_old_shard(tmp_path: pathlib.Path):

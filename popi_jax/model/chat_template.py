@@ -7,6 +7,7 @@ date or a thinking mode get fixed values, so that a prompt has the same tokens e
 
 import datetime
 import functools
+import json
 import logging
 import re
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ ARGUMENTS: dict[str, Any] = {
     "enable_thinking": False,
     "thinking": False,
 }
+# The directives of strftime, with glibc's for numbers without a zero in front.
+_DIRECTIVES = [f"%{letter}" for letter in ("-d", "-m", "e", *"aAbBcdfGHIjmMpSuUVwWxXyY")]
 _MARK = "\ue000popi\ue000"  # Placeholder for a message's content, to find the template's text around it.
 _QUESTION = "\ue001popi\ue001"
 # Text that shows whether a template changes what it is given: white space, markup, quotes, both cases, and length.
@@ -85,6 +88,17 @@ class ChatTemplate:
             except UserError as error:
                 problems.append(error)
         raise problems[0]
+
+    def fixed(self) -> str:
+        """Returns the template with its date and thinking mode fixed in its text, for software that sets neither."""
+        names = set(re.findall(r"\w+", self.source))
+        blocks = ["{%- set " + f"{name} = {json.dumps(value)}" + " %}" for name, value in ARGUMENTS.items() if name in names]
+        if "strftime_now" in names:
+            filters = "".join(f" | replace({code!r}, {DATE.strftime(code)!r})" for code in _DIRECTIVES)
+            blocks.append("{%- macro strftime_now(format) %}{{- format" + filters + " }}{%- endmacro %}")
+        # The empty expression keeps Jinja from removing a line end at the start of the template.
+        start = "".join([*blocks, '{{- "" }}']) if blocks else ""
+        return self.source if self.source.startswith(start) else start + self.source
 
     def pieces(self, turns: Sequence[Turn]) -> tuple[list[str], list[str]]:
         """Splits a prompt into the template's text and the contents, which follow its pieces one by one.

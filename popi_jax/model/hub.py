@@ -33,6 +33,7 @@ Params = dict[str, Any]
 STYLEBOOK = pathlib.Path(__file__).resolve().parent.parent / "assets" / "stylebook"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_TEMPLATE = "chat_template.jinja"
 _ADAPTER = "adapter_config.json"
 _DOWNLOADED = (
     "config.json",
@@ -396,7 +397,8 @@ def save(
         config: the model's shape.
         params: the full parameter tree (fuse an adapter first).
         tokenizer_path: a folder whose tokenizer files are copied. generation_config.json keeps only the ends of a
-            response, since nothing else in it applies here.
+            response, since nothing else in it applies here. A chat template that reads the date or a thinking mode
+            gets the values that the model was trained with.
         dtype: dtype of the weights on disk. With float32, saving and loading float32 parameters is exact to the bit.
         shard_bytes: larger weights are split into several files with an index; one file at a time is in memory.
     """
@@ -408,6 +410,8 @@ def save(
         "generation_config.json": ids,  # It wins over config.json.
         "tokenizer_config.json": _portable(_read_json(settings) if settings.is_file() else {}),
     }
+    old, new = tokenizer.template, tokenizer.fixed_template
+    written["tokenizer_config.json"] = _replaced(written["tokenizer_config.json"], old, new)
     stored = _read_json(source / "tokenizer.json")
     if stored.get("truncation") or stored.get("padding") or stored["model"].get("dropout"):
         # As Tokenizer reads it: no text is cut or padded, and no token is drawn at random.
@@ -419,6 +423,8 @@ def save(
                 shutil.copyfile(source / name, scratch / name)
         for name, value in written.items():
             (scratch / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if (scratch / _TEMPLATE).exists():
+            (scratch / _TEMPLATE).write_text(new, encoding="utf-8")
         _save_weights(scratch, config, params, jnp.dtype(dtype), shard_bytes)
 
 
@@ -432,6 +438,15 @@ def _portable(tokenizer_config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(tokenizer_config.get("extra_special_tokens"), list):  # Version 4 has another name for the list.
         tokenizer_config["additional_special_tokens"] = tokenizer_config.pop("extra_special_tokens")
     return tokenizer_config
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+    """Returns a JSON value with one string in place of another, at any depth."""
+    if isinstance(value, dict):
+        return {key: _replaced(entry, old, new) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_replaced(entry, old, new) for entry in value]
+    return new if value == old else value
 
 
 def _save_weights(folder: pathlib.Path, config: ModelConfig, params: Params, dtype: np.dtype, shard_bytes: int) -> None:

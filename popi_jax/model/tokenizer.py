@@ -49,6 +49,8 @@ class Tokenizer:
         end_id: ends every response in training: the token that the chat template puts after an assistant's answer.
         stop_ids: ids that end decoding: end_id and the end-of-sequence ids of tokenizer and generation_config.json.
         date: the date that the chat template sees, on any day.
+        template: the chat template.
+        fixed_template: the chat template with its date and thinking mode fixed in its text; see ChatTemplate.fixed.
         fingerprint: sha256 of the tokenizer's files and of the fixed arguments of its template, among them the date.
     """
 
@@ -70,6 +72,7 @@ class Tokenizer:
         self.vocab_size = max(ids) + 1
         self._full, self._plain, self._unknown = _encoders(backend.backend_tokenizer, self._added)
         self._chat = ChatTemplate(_default_template(backend, folder), backend.special_tokens_map, str(folder))
+        self.template, self.fixed_template = self._chat.source, self._chat.fixed()
         self._header_ids = self._ids(self._full, self._chat.header)
         # SentencePiece begins a text with a space that it does not write in the middle of one.
         self._anchor, self._anchor_ids = "", []
