@@ -91,9 +91,10 @@ class ChatTemplate:
 
     def fixed(self) -> str:
         """Returns the template with its date and thinking mode fixed in its text, for software that sets neither."""
-        names = set(re.findall(r"\w+", self.source))
-        blocks = ["{%- set " + f"{name} = {json.dumps(value)}" + " %}" for name, value in ARGUMENTS.items() if name in names]
-        if "strftime_now" in names:
+        read = set(re.findall(r"\w+", self.source))
+        values = [f"{name} = {json.dumps(value)}" for name, value in ARGUMENTS.items() if name in read]
+        blocks = ["{%- set " + value + " %}" for value in values]
+        if "strftime_now" in read:
             filters = "".join(f" | replace({code!r}, {DATE.strftime(code)!r})" for code in _DIRECTIVES)
             blocks.append("{%- macro strftime_now(format) %}{{- format" + filters + " }}{%- endmacro %}")
         # The empty expression keeps Jinja from removing a line end at the start of the template.
