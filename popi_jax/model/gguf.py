@@ -54,6 +54,7 @@ _REQUIRED = (
     "llama.feed_forward_length",
 )
 _SPECIAL = 3  # tokenizer.ggml.token_type of a control token.
+_ENDS = ("eos", "eot", "eom")  # End of sequence, of turn, and of a message after which the turn goes on.
 
 
 def unpermute(weight_OutxD: np.ndarray, heads: int) -> np.ndarray:
@@ -87,7 +88,8 @@ def hub_weights(reader: gguf.GGUFReader, config: ModelConfig, source: str) -> di
     """Dequantises every tensor to float32 under its hub name, in the hub's [out, in] layout and rope order.
 
     Raises:
-        UserError: a tensor is missing, unexpected, of another shape than the metadata say, or of an unknown type.
+        UserError: a tensor is missing, unexpected, of another shape than the metadata say, of an unknown type, or not
+            finite.
     """
     wanted = hub.tensor_shapes(config)
     weights = {}
@@ -97,6 +99,8 @@ def hub_weights(reader: gguf.GGUFReader, config: ModelConfig, source: str) -> di
             value = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         except NotImplementedError as error:
             raise UserError(f"{source}: tensor {tensor.name} is of a type that cannot be read ({error})") from error
+        if not np.isfinite(value).all():
+            raise UserError(f"{source}: tensor {tensor.name} has values that are NaN or infinite; download it again")
         if value.shape != wanted.get(name):
             means = list(wanted[name]) if name in wanted else "no such tensor"
             raise UserError(f"{source}: tensor {tensor.name} has shape {list(value.shape)}, the metadata mean {means}")
@@ -203,6 +207,12 @@ def tokenizer_config(meta: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def generation_config(meta: dict[str, Any]) -> dict[str, Any]:
+    """Returns generation_config.json: the tokens at which llama.cpp stops."""
+    ids = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in _ENDS]
+    return {"eos_token_id": sorted({number for number in ids if number is not None})}
+
+
 def _check_tokenizer(meta: dict[str, Any], source: str) -> None:
     """Raises UserError unless the metadata describe SmolLM2's kind of tokenizer."""
     for key, wanted in (
@@ -227,7 +237,7 @@ def _check_tokenizer(meta: dict[str, Any], source: str) -> None:
         )
     if "tokenizer.ggml.eos_token_id" not in meta:
         raise UserError(f"{source}: tokenizer.ggml.eos_token_id is missing; nothing would end a response")
-    for key in (f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "padding", "unknown")):
+    for key in (f"tokenizer.ggml.{name}_token_id" for name in ("bos", "padding", "unknown", *_ENDS)):
         if key in meta:
             read_size(meta, key, source, len(tokens) - 1, least=0)
 
@@ -263,6 +273,7 @@ def convert(gguf_path: pathlib.Path, output: pathlib.Path) -> None:
     weights = hub_weights(reader, model, source)
     with folders.new(output) as scratch:
         (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (scratch / "generation_config.json").write_text(json.dumps(generation_config(meta), indent=2) + "\n")
         (scratch / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(meta), indent=2) + "\n")
         tokenizer.save(str(scratch / "tokenizer.json"))
         safetensors.numpy.save_file(weights, scratch / "model.safetensors", metadata={"format": "pt"})
