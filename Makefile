@@ -10,6 +10,8 @@ WORKDIR ?= runs/quickstart
 PEERS ?= .venv-peers
 TUNIX ?= .venv-tunix
 ARGS ?=
+# Of test: the number of processes. A file's tests stay in one process, which sets up what they share once.
+JOBS ?= auto
 SMOLLM2 := checkpoints/SmolLM2-135M-Instruct
 
 BIN := $(VENV)/bin
@@ -48,7 +50,7 @@ quickstart: $(VENV)/.setup  ## Trains, evaluates and compares every method on st
 	$(BIN)/python experiments/results_table.py --config=$(CONFIG) --workdir=$(WORKDIR)
 
 test: lint types  ## Runs everything that CI runs.
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --numprocesses=$(JOBS) --maxprocesses=8 --dist=loadfile $(TESTS)
 
 # With torch for the live parity, and the peers, whose losses and tokens the benchmarks' sides must equal.
 nightly: $(VENV)/.setup-torch $(SMOLLM2)/config.json $(PEERS)/.setup $(TUNIX)/.setup attack  ## Runs the tests that take minutes or fetch packages, and attack.

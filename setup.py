@@ -61,6 +61,7 @@ setuptools.setup(
             "mypy",
             "nbclient",
             "pytest",
+            "pytest-xdist",
             "ruff",
             'libtpu==0.0.52; python_version < "3.12"',
             *DOCS,
