@@ -20,6 +20,7 @@ ABSENT = object()
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied_with_another_head": ("llama", {"tie_word_embeddings": True, "head": True}),
     "tied_with_the_same_head": ("llama", {"tie_word_embeddings": True, "head": "same"}),
+    "tied_with_the_head_alone": ("qwen3", {"tie_word_embeddings": True, "head": "alone"}),
     "rope_scaling_beside_rope_parameters": (
         "llama",
         {
@@ -117,8 +118,10 @@ def write(folder: pathlib.Path, name: str) -> None:
     if head:
         shapes["lm_head.weight"] = (64, 32)
     weights = {key: _draw(key, shape) for key, shape in shapes.items()}
-    if head == "same":
+    if head in ("same", "alone"):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    if head == "alone":
+        del weights["model.embed_tokens.weight"]
     safetensors.numpy.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -170,7 +170,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 class _Weights:
     """The tensors of a folder's safetensors files, memory-mapped and read only as needed."""
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, tied: bool):
         self.files, weight_map = _weight_files(folder)
         self._where = folder / (_INDEX if weight_map else _SINGLE)
         self._file_of = {name: folder / file for name, file in weight_map.items()}
@@ -191,10 +191,15 @@ class _Weights:
             if name not in self._file_of and len(paths) > 1:
                 raise UserError(f"{paths[1]}: tensor {name} is also in {paths[0]}; weight_map of {_INDEX} has neither")
             self._file_of.setdefault(name, paths[0])
+        self._stored_name: dict[str, str] = {}
+        if tied and _HEAD in self._file_of and _EMBEDDING not in self._file_of:
+            # The one matrix is stored under the head's name, which transformers 5 reads too.
+            self._file_of[_EMBEDDING] = self._file_of.pop(_HEAD)
+            self._stored_name[_EMBEDDING] = _HEAD
 
     def tensor(self, name: str) -> Any:
         """Returns a lazily read tensor: get_shape(), get_dtype(), slicing."""
-        return self._handles[self._file_of[name]].get_slice(name)
+        return self._handles[self._file_of[name]].get_slice(self._stored_name.get(name, name))
 
     def read(self, name: str, index: Callable[[Any], np.ndarray], dtype: np.dtype) -> np.ndarray:
         """Returns index(tensor), a part of a tensor, in this dtype; UserError if a value is NaN or infinite."""
@@ -351,7 +356,7 @@ def load(path_or_id: str | os.PathLike[str], mesh: jax.sharding.Mesh | None = No
     """
     folder = resolve(path_or_id)
     config = read_config(folder / "config.json", **options)
-    weights = _Weights(folder)
+    weights = _Weights(folder, config.tie_embeddings)
     config = dataclasses.replace(config, tie_embeddings=weights.tied(config))
     table = leaves(config)
     weights.check(table, config)
