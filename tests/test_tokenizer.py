@@ -138,6 +138,20 @@ def test_broken_tokenizer(tmp_path: pathlib.Path):
     assert f"{tmp_path}/tokenizer.json: not a readable tokenizer" in refused(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["eos_token", "bos_token", "unk_token"])
+def test_a_named_token_that_does_not_exist(name: str, tmp_path: pathlib.Path):
+    message = refused(make_folder(tmp_path, **{name: "<nosuch>"}, pad_token="<neither>"))
+    assert f"{name} '<nosuch>' is not in tokenizer.json; name a token that is there" in message
+
+
+def test_a_padding_token_that_does_not_exist_is_left_out(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture):
+    plain = Tokenizer.load(make_folder(tmp_path))
+    tokenizer = Tokenizer.load(make_folder(tmp_path, pad_token="<nosuch>"))
+    assert "pad_token '<nosuch>' is not in tokenizer.json" in caplog.text
+    assert tokenizer.vocab_size == plain.vocab_size and tokenizer.pad_id == plain.end_id
+    assert tokenizer.encode("<nosuch>") == plain.encode("<nosuch>")
+
+
 def test_no_chat_template(tmp_path: pathlib.Path):
     assert "no chat_template" in refused(make_folder(tmp_path, None))
 

@@ -101,13 +101,16 @@ class Tokenizer:
         for name in FILES:
             if name.endswith(".json"):
                 _read_object(folder / name)
-        try:
-            # Not AutoTokenizer: a model's own class may rebuild the tokenizer and ignore tokenizer.json.
-            backend = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        except BaseException as error:  # The Rust parser raises bare Exception, and a panic is none.
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            raise UserError(f"{folder}/{_broken(folder)}: not a readable tokenizer ({first_line(error)})") from error
+        backend = _load_backend(folder)
+        new = _new_token(backend, folder)
+        if new and new[0] == "pad_token":
+            logging.warning(
+                "%s: pad_token %r is not in tokenizer.json; padding is never read, so it is left out", folder, new[1]
+            )
+            backend = _load_backend(folder, pad_token=None)
+            new = _new_token(backend, folder)
+        if new:
+            raise UserError(f"{folder}: {new[0]} {new[1]!r} is not in tokenizer.json; name a token that is there")
         return cls(backend, folder)
 
     def render(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -273,6 +276,29 @@ def _encoders(
     if "unk_id" in model:  # Unigram
         return full, plain, model["unk_id"]
     return full, plain, full.token_to_id(model.get("unk_token") or "")
+
+
+def _load_backend(folder: pathlib.Path, **options: Any) -> PreTrainedTokenizerFast:
+    try:
+        # Not AutoTokenizer: a model's own class may rebuild the tokenizer and ignore tokenizer.json.
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, **options)
+    except BaseException as error:  # The Rust parser raises bare Exception, and a panic is none.
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise UserError(f"{folder}/{_broken(folder)}: not a readable tokenizer ({first_line(error)})") from error
+
+
+def _new_token(backend: PreTrainedTokenizerFast, folder: pathlib.Path) -> tuple[str, str] | None:
+    """Returns name and text of a special token that tokenizer.json lacks; None if it has all of them.
+
+    transformers gives such a token an id after all others, which no model knows.
+    """
+    ids, names = backend.get_vocab(), backend.special_tokens_map
+    if max(ids, key=ids.__getitem__) not in names.values():
+        return None
+    stored = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    new = ((name, token) for name, token in names.items() if stored.token_to_id(token) is None)
+    return next(new, None)
 
 
 def _default_template(backend: PreTrainedTokenizerFast, folder: pathlib.Path) -> str:
