@@ -1,6 +1,7 @@
 """A cache, a checkpoint and a finished row are used only with the inputs that they were made from."""
 
 import json
+import re
 import shutil
 import types
 
@@ -118,6 +119,18 @@ def test_written_summaries_are_those_of_the_checkpoint(tmp_path):
         files.write_jsonl(path, damaged)
         with pytest.raises(UserError, match=r"written.jsonl: .*not the summaries that the checkpoint of step 4"):
             batches.WrittenSummaries(path, 4, digest)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("user", ["u0"]), ("summary", None), ("finished", 1), ("step", "4"), ("step", True)]
+)
+def test_a_damaged_line_of_written_summaries_is_told(field, value, tmp_path):
+    path = tmp_path / "written.jsonl"
+    files.write_jsonl(path, [entries(3)[0], entries(3, 3)[1] | {field: value}])
+    with pytest.raises(
+        UserError, match=rf"written.jsonl: damaged, .*: {field} is {re.escape(repr(value))} in one line"
+    ):
+        batches.WrittenSummaries(path)
 
 
 def test_a_checkpoint_has_a_fingerprint(tmp_path):

@@ -19,7 +19,7 @@ from popi_jax.data import files
 from popi_jax.data.batch import Batch, GeneratorBatch, InferenceBatch, PrefixBatch
 from popi_jax.data.schema import Example, Query
 from popi_jax.data.shapes import Measured, Shapes, shardings_of
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, shown
 from popi_jax.model.weights import Tree
 from popi_jax.rollout import contexts, text
 from popi_jax.rollout.pairs import Item, Packer, Planted
@@ -27,7 +27,8 @@ from popi_jax.rollout.references import References, reference_item
 from popi_jax.rollout.text import Drawn, TextSampler
 from popi_jax.training.rng import STREAMS, stream_key
 
-_WRITTEN = ("user", "summary", "finished", "step")  # The fields of each line of written_summaries.jsonl.
+# The fields of each line of written_summaries.jsonl.
+_WRITTEN = {"user": str, "summary": str, "finished": bool, "step": int}
 
 
 class WrittenSummaries:
@@ -45,14 +46,15 @@ class WrittenSummaries:
         if not text.endswith(b"\n"):  # A kill or a full disk left an incomplete line.
             files.write_text(path, text[: text.rfind(b"\n") + 1].decode(errors="replace"))
         there = files.read_jsonl(path, "choose another --workdir")
-        try:
-            entries = [{name: entry[name] for name in _WRITTEN} for entry in there]
-        except KeyError as error:
-            raise UserError(
-                f"{path}: written by another version ({error} is missing); choose another --workdir"
-            ) from error
-        # If a step is not a number, the digest differs.
-        later = [isinstance(entry["step"], int) and start is not None and entry["step"] >= start for entry in entries]
+        for entry in there:
+            wrong = next((name for name, kind in _WRITTEN.items() if type(entry.get(name)) is not kind), None)
+            if wrong is not None:
+                raise UserError(
+                    f"{path}: damaged, or written by another version: {wrong} is {shown(entry.get(wrong))} in one line;"
+                    " restore the file, or choose another --workdir"
+                )
+        entries = [{name: entry[name] for name in _WRITTEN} for entry in there]
+        later = [start is not None and entry["step"] >= start for entry in entries]
         kept = [entry for entry, drop in zip(entries, later, strict=True) if not drop]
         self._known = {entry["user"]: entry for entry in kept}
         if digest is not None and self.digest() != digest:
