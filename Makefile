@@ -10,11 +10,13 @@ WORKDIR ?= runs/quickstart
 PEERS ?= .venv-peers
 TUNIX ?= .venv-tunix
 ARGS ?=
-# Of test: the number of processes. A file's tests stay in one process, which sets up what they share once.
+# Of test: the number of processes.
 JOBS ?= auto
 SMOLLM2 := checkpoints/SmolLM2-135M-Instruct
 
 BIN := $(VENV)/bin
+# A file's tests stay in one process, which sets up what they share once.
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --maxprocesses=8 --dist=loadfile
 REQUIREMENTS := setup.py $(wildcard constraints/*.txt)
 # The exact versions for this interpreter, where we have them; setup.py's ranges otherwise.
 CONSTRAINT = file=constraints/py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])').txt; \
@@ -50,11 +52,11 @@ quickstart: $(VENV)/.setup  ## Trains, evaluates and compares every method on st
 	$(BIN)/python experiments/results_table.py --config=$(CONFIG) --workdir=$(WORKDIR)
 
 test: lint types  ## Runs everything that CI runs.
-	$(BIN)/python -m pytest --numprocesses=$(JOBS) --maxprocesses=8 --dist=loadfile $(TESTS)
+	$(PYTEST) $(TESTS)
 
 # With torch for the live parity, and the peers, whose losses and tokens the benchmarks' sides must equal.
-nightly: $(VENV)/.setup-torch $(SMOLLM2)/config.json $(PEERS)/.setup $(TUNIX)/.setup attack  ## Runs the tests that take minutes or fetch packages, and attack.
-	$(BIN)/python -m pytest -m 'slow or network' $(TESTS)
+nightly: $(VENV)/.setup-torch $(SMOLLM2)/config.json $(PEERS)/.setup $(TUNIX)/.setup attack  ## Runs every test, with the compiler's optimizations.
+	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(PYTEST) -m 'not attack' $(TESTS)
 
 attack: $(VENV)/.setup-test  ## Kills runs, damages their files, fills disks and fuzzes every input: hours.
 	$(BIN)/python -m pytest -m attack tests/attack

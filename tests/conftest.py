@@ -10,6 +10,9 @@ import tempfile
 os.environ["NPROC"] = "16"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Compiling is most of what the tests do, and takes half as long without the compiler's optimizations. `make nightly`
+# runs every test with them.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # Workers and subprocesses compile the same programs repeatedly, so they share a cache. It is new in each session: an
 # old one would hold programs of other code.
@@ -34,11 +37,3 @@ def clear_compiled_programs() -> Iterator[None]:
     """
     yield
     jax.clear_caches()
-
-
-@pytest.fixture(scope="module")
-def fast_compilation() -> Iterator[None]:
-    """Compiling is nearly all that these tests do, and takes half as long without the compiler's optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

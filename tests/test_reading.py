@@ -21,8 +21,6 @@ from popi_jax.modes import setup
 from popi_jax.training import schedule
 from popi_jax.training.batches import BatchMaker, WrittenSummaries, chosen_queries
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 STEP, K, M = 4, 3, 2  # Steps taken before; summaries and queries per user.
 
 

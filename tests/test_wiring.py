@@ -29,8 +29,6 @@ from popi_jax.training.batches import chosen_queries
 from popi_jax.training.steps import Settings, TrainState
 from tests import test_optim, tiny
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 # One step in the middle of a run. One of its users has one query, one is padding.
 STEP, UPDATES_BEFORE, BASELINE = 4, 3, -6.5
 QUERIES_U = np.array([2, 1, 2, 0])
