@@ -291,7 +291,12 @@ def test_an_interrupted_export_leaves_the_earlier_one(tmp_path, monkeypatch):
     rename = pathlib.Path.rename
 
     def fails(path, target):
-        if path.name.endswith(".tmp") and target.name == "out" and (path / "config.json").exists() and not fails.done:
+        if (
+            path.name.endswith(".unfinished")
+            and target.name == "out"
+            and (path / "config.json").exists()
+            and not fails.done
+        ):
             fails.done = True
             raise KeyboardInterrupt
         return rename(path, target)
@@ -301,6 +306,22 @@ def test_an_interrupted_export_leaves_the_earlier_one(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path / "out")
     assert content(tmp_path) == before and fails.done
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_a_killed_export_left_is_put_back_or_removed(fails, tmp_path, monkeypatch):
+    save(tmp_path / "out")
+    before = content(tmp_path)
+    (tmp_path / "out").rename(tmp_path / ".out.replaced")  # Killed between two renames.
+    (tmp_path / ".out.unfinished").mkdir()
+    (tmp_path / ".out.unfinished" / "model.safetensors").write_text("cut")
+    if fails:
+        monkeypatch.setattr(hub.safetensors.numpy, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(UserError, match="cannot be written"):
+            save(tmp_path / "out")
+    else:
+        save(tmp_path / "out")
+    assert content(tmp_path) == before
 
 
 def test_everyone_can_read_an_export(tmp_path):

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import pathlib
-import secrets
 import shutil
 from collections.abc import Iterator
 
@@ -18,15 +17,17 @@ _LIST = "export.json"
 def new(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields an empty folder, which takes the place of `folder` if the block ends without an error.
 
-    Otherwise `folder` stays as it was. The new folder gets a list of its files, `export.json`.
+    Otherwise `folder` stays as it was. The new folder gets a list of its files, `export.json`. What a killed process
+    left beside the folder is removed or put back.
 
     Raises:
         UserError: `check_replaceable` refuses the folder, or it cannot be written.
     """
     folder = folder.resolve()
     check_replaceable(folder)
-    scratch, old = (folder.with_name(f".{secrets.token_hex(8)}.tmp") for _ in range(2))
+    scratch, old = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "replaced"))
     try:
+        _put_back(folder, scratch, old)
         scratch.mkdir(parents=True)
         yield scratch
         names = sorted(path.name for path in scratch.iterdir())
@@ -40,10 +41,14 @@ def new(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{folder}: cannot be written ({reason}); free space, or choose another folder") from error
     finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for path in (scratch, old):
-            shutil.rmtree(path, ignore_errors=True)
+        _put_back(folder, scratch, old)
+
+
+def _put_back(folder: pathlib.Path, scratch: pathlib.Path, old: pathlib.Path) -> None:
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for path in (scratch, old):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_replaceable(folder: pathlib.Path) -> None:
