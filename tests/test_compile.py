@@ -1,7 +1,10 @@
 """--mode=compile: its programs are those of a run, and its figures agree with counts by hand."""
 
+import json
+import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -20,17 +23,23 @@ from popi_jax.modes import setup
 from popi_jax.modes.cost import chips, traffic
 from popi_jax.rollout import text
 from popi_jax.training import batches
+from tests.test_readme import COMMANDS, ROOT
+
+# The smallest config with every part: two micro-batches, fewer summaries for theta, adapters.
+SMALL = {
+    "train.users_per_step": 8,
+    "train.accumulation_generator": 2,
+    "sampling.k": 2,
+    "sampling.k_generator": 1,
+    "lora.rank": 4,
+    "mesh.fsdp": 4,
+    "mesh.data": 1,
+}
 
 
 def small(**values: object) -> Config:
-    """The smallest config with every part: two micro-batches, fewer summaries for theta, adapters."""
-    config = quickstart.get_config("runlocal")
-    config.train.users_per_step = 8
-    config.train.accumulation_generator = 2
-    config.sampling.k, config.sampling.k_generator = 2, 1
-    config.lora.rank = 4
-    config.mesh.fsdp, config.mesh.data = 4, 1
-    return changed(parse(config), {key.replace("__", "."): value for key, value in values.items()})
+    values = SMALL | {key.replace("__", "."): value for key, value in values.items()}
+    return changed(parse(quickstart.get_config("runlocal")), values)
 
 
 def test_compile_lowers_the_program_that_a_run_calls(tmp_path, monkeypatch):
@@ -128,15 +137,23 @@ def test_published_shapes_need_no_weights(module, arg):
 
 def documented_fields() -> set[str]:
     """The fields of a step in docs/reference/command-line.md."""
-    page = (pathlib.Path(__file__).parents[1] / "docs/reference/command-line.md").read_text()
+    page = (ROOT / "docs/reference/command-line.md").read_text()
     rows = page[page.index("## The report of `--mode=compile`") :].split("\n| `")[1:]
     return {name for row in rows for name in re.findall(r"`?(\w+)`", row.split(" | ")[0])}
 
 
-def test_every_program_compiles_for_a_tpu_slice():
-    """The real compiler, without a TPU: no dynamic shape, nothing that Mosaic refuses, no host transfer."""
+def test_every_program_compiles_for_a_tpu_slice(tmp_path):
+    """The real compiler, without a TPU: no dynamic shape, nothing that Mosaic refuses, no host transfer.
+
+    The command is the one of docs/howto/tpu-slice.md.
+    """
     pytest.importorskip("libtpu")
-    found = compile_lib.report(small(), "v5e:2x2")
+    command = next(command for command in COMMANDS if "--topology=v5e:2x2" in command)
+    words = shlex.split(command.replace("quickstart.py", "quickstart.py:runlocal"))
+    words[0], words[-1] = sys.executable, f"--output={tmp_path / 'slice.json'}"
+    flags = [f"--config.{key}={value}" for key, value in SMALL.items()]
+    subprocess.run([*words, *flags], cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, check=True, timeout=900)
+    found = json.loads((tmp_path / "slice.json").read_text())
     assert found["device_kind"] == "TPU v5 lite" and found["devices"] == 4
     for row in found["steps"]:
         assert row["fits"] and row["host_transfers"] == [] and row["compiler_flops_per_device"] > 0
