@@ -5,12 +5,14 @@ which are derived from the seed and the step. The record has the caller's metada
 and the shape, type and CRC-32C of every leaf. Orbax detects a truncated file, but loads a flipped byte silently.
 """
 
+import contextlib
 import dataclasses
 import glob
 import hashlib
 import json
 import logging
 import math
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
@@ -240,7 +242,8 @@ def _own_part(x: jax.Array) -> Iterator[np.ndarray]:
 
 def _read_record(path: epath.Path) -> dict[str, Any]:
     try:
-        custom = v1.checkpointables_metadata(path).custom_metadata
+        with _one_line():
+            custom = v1.checkpointables_metadata(path).custom_metadata
         text = custom["record"]
         whole = zlib.crc32(text.encode()) == custom["crc32"]
     except Exception as error:  # A broken file can make Orbax raise any exception.
@@ -250,9 +253,44 @@ def _read_record(path: epath.Path) -> dict[str, Any]:
     return json.loads(text)
 
 
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """Keeps Orbax from printing pages about a damaged checkpoint: our own message names the reason."""
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except BaseException:
+        _ignore_leftovers()
+        raise
+    finally:
+        absl.setLevel(level)
+
+
+def _ignore_leftovers() -> None:
+    """Ignores the errors of the tasks that a failed load leaves behind, which come up whenever these are collected."""
+    logging.getLogger("asyncio").addFilter(_not_retrieved)
+    show = sys.unraisablehook
+    if getattr(show, "ignores_leftovers", False):
+        return
+
+    def unraisable(error: Any) -> None:
+        if str(error.exc_value) != "Event loop is closed":
+            show(error)
+
+    unraisable.ignores_leftovers = True  # type: ignore[attr-defined]
+    sys.unraisablehook = unraisable
+
+
+def _not_retrieved(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
+
+
 def _load(path: epath.Path, abstract: Any, record: dict[str, Any]) -> Any:
     try:
-        state = v1.load_checkpointables(path, {"state": abstract})["state"]
+        with _one_line():
+            state = v1.load_checkpointables(path, {"state": abstract})["state"]
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # Not caused by the checkpoint.
     except Exception as error:

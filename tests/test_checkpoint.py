@@ -153,6 +153,31 @@ def test_other_damage_falls_back(tmp_path, damage):
     assert checkpoint.restore(tmp_path, abstract(make_state())).step == 1
 
 
+DAMAGED = """
+import gc, pathlib, sys
+from popi_jax import checkpoint
+from tests.test_checkpoint import abstract, data_files, make_state, write
+folder = pathlib.Path(sys.argv[1])
+write(folder, [1, 2])
+whole = {path: path.read_bytes() for path in [*data_files(folder / "2"), folder / "2" / "state" / "manifest.ocdbt"]}
+for path, data in whole.items():
+    for length in (0, 50, len(data) // 2):
+        path.write_bytes(data[:length])
+        assert checkpoint.restore(folder, abstract(make_state())).step == 1
+        gc.collect()
+    path.write_bytes(data)
+"""
+
+
+def test_a_damaged_checkpoint_is_told_on_one_line(tmp_path):
+    """Orbax, asyncio and uvloop would print pages, some of them later."""
+    command = [sys.executable, "-c", DAMAGED, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    lines = [line for line in done.stderr.splitlines() if "Warning" not in line]  # Of Python, about coroutines.
+    assert len(lines) >= 6 and all(line.startswith("WARNING:root:checkpoint 2 in ") for line in lines), done.stderr
+
+
 def test_resuming_before_a_damaged_step_writes_it_again(tmp_path, caplog):
     write(tmp_path, [1, 2, 3])
     flip_byte(tmp_path / "3")

@@ -409,14 +409,14 @@ def save(
     """
     source = pathlib.Path(tokenizer_path)
     tokenizer, settings = tokenizer_lib.Tokenizer.load(source), source / "tokenizer_config.json"
+    templates = tokenizer.template, tokenizer.fixed_template
+    old, new = (json.dumps(template, ensure_ascii=False) for template in templates)
     ids = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
     written = {
         "config.json": {**config.to_hub(), **ids, "torch_dtype": dtype},
         "generation_config.json": ids,  # It wins over config.json.
         "tokenizer_config.json": _portable(_read_json(settings) if settings.is_file() else {}),
     }
-    old, new = tokenizer.template, tokenizer.fixed_template
-    written["tokenizer_config.json"] = _replaced(written["tokenizer_config.json"], old, new)
     stored = _read_json(source / "tokenizer.json")
     if stored.get("truncation") or stored.get("padding") or stored["model"].get("dropout"):
         # As Tokenizer reads it: no text is cut or padded, and no token is drawn at random.
@@ -427,9 +427,10 @@ def save(
             if (source / name).is_file():
                 shutil.copyfile(source / name, scratch / name)
         for name, value in written.items():
-            (scratch / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            text = json.dumps(value, indent=2, ensure_ascii=False).replace(old, new)
+            (scratch / name).write_text(text + "\n", encoding="utf-8")
         if (scratch / _TEMPLATE).exists():
-            (scratch / _TEMPLATE).write_text(new, encoding="utf-8")
+            (scratch / _TEMPLATE).write_text(templates[1], encoding="utf-8")
         _save_weights(scratch, config, params, jnp.dtype(dtype), shard_bytes)
 
 
@@ -443,15 +444,6 @@ def _portable(tokenizer_config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(tokenizer_config.get("extra_special_tokens"), list):  # Version 4 has another name for the list.
         tokenizer_config["additional_special_tokens"] = tokenizer_config.pop("extra_special_tokens")
     return tokenizer_config
-
-
-def _replaced(value: Any, old: str, new: str) -> Any:
-    """Returns a JSON value with one string in place of another, at any depth."""
-    if isinstance(value, dict):
-        return {key: _replaced(entry, old, new) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_replaced(entry, old, new) for entry in value]
-    return new if value == old else value
 
 
 def _save_weights(folder: pathlib.Path, config: ModelConfig, params: Params, dtype: np.dtype, shard_bytes: int) -> None:
