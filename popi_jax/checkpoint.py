@@ -5,14 +5,19 @@ which are derived from the seed and the step. The record has the caller's metada
 and the shape, type and CRC-32C of every leaf. Orbax detects a truncated file, but loads a flipped byte silently.
 """
 
+import atexit
 import contextlib
 import dataclasses
+import functools
 import glob
 import hashlib
 import json
 import logging
 import math
+import os
+import shutil
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
@@ -47,19 +52,35 @@ def steps(folder: epath.PathLike) -> list[int]:
 
 
 def check_folder(folder: epath.PathLike) -> None:
-    """Raises UserError if Orbax cannot write checkpoints below this folder.
+    """Raises UserError if Orbax cannot write checkpoints below this folder; see `_plain`."""
+    if glob.has_magic(str(epath.Path(folder).resolve())) and jax.process_count() > 1:
+        raise UserError(
+            f"{folder}: several processes cannot write checkpoints to a path with *, ? or [; choose another --workdir"
+        )
 
-    Orbax 0.12.8 looks for its parts with a glob of the whole path. With a bracket in it, it finds none, and a
-    checkpoint without its arrays counts as finished.
+
+def _plain(folder: epath.PathLike) -> epath.Path:
+    """Returns an absolute path of the folder that Orbax can use.
+
+    Orbax 0.12.8 looks for a checkpoint's parts with a glob of the whole path. With a bracket in it, it finds none, and
+    a checkpoint without its arrays counts as finished. Such a folder gets a link, which processes would not share.
     """
     path = epath.Path(folder).resolve()
-    if glob.has_magic(str(path)):
-        raise UserError(f"{path}: Orbax cannot write checkpoints to a path with *, ? or [; choose another --workdir")
+    return _link(path) if glob.has_magic(str(path)) else path
+
+
+@functools.cache
+def _link(path: epath.Path) -> epath.Path:
+    links = tempfile.mkdtemp(prefix="popi_jax_")
+    atexit.register(shutil.rmtree, links, ignore_errors=True)
+    link = epath.Path(links) / "checkpoints"
+    os.symlink(path, link, target_is_directory=True)
+    return link
 
 
 def fingerprint(folder: epath.PathLike, step: int | None = None) -> str | None:
     """Returns a hash that identifies the newest checkpoint, or that of `step`; None if it is missing or damaged."""
-    path = epath.Path(folder).resolve()
+    path = _plain(folder)
     found = steps(path) if step is None else [step]
     try:
         return hashlib.sha256(json.dumps(_read_record(path / str(found[-1]))).encode()).hexdigest() if found else None
@@ -78,12 +99,13 @@ class Writer:
     """
 
     def __init__(self, folder: epath.PathLike, keep: int, after: int) -> None:
+        epath.Path(folder).mkdir(parents=True, exist_ok=True)
+        self._folder, self._reads_back = _plain(folder), after == 0
         self._checkpointer = v1.training.Checkpointer(
-            epath.Path(folder).resolve(),  # Orbax refuses relative paths.
+            self._folder,
             preservation_policy=v1.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
-        self._folder, self._reads_back = epath.Path(folder).resolve(), after == 0
         for checkpoint in self._checkpointer.checkpoints:
             if checkpoint.step > after:
                 logging.warning("removing checkpoint %d: the run resumes from step %d", checkpoint.step, after)
@@ -157,7 +179,7 @@ def restore(
         UserError: the checkpoint is of another model or config (the message says what differs), the requested one is
             missing, or all are damaged.
     """
-    path = epath.Path(folder).resolve()
+    path = _plain(folder)
     found = steps(path)
     if step is not None and step not in found:
         raise UserError(f"{folder} has no checkpoint of step {step}; available steps: {found or 'none'}")

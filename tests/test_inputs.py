@@ -5,9 +5,11 @@ import re
 import shutil
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import quickstart
 from configs import users as users_config
@@ -142,23 +144,36 @@ def test_a_checkpoint_has_a_fingerprint(tmp_path):
     assert None not in found and found[0] != found[1] and found[0] == checkpoint.fingerprint(tmp_path / "a")
 
 
-@pytest.mark.parametrize("name", ["lr=[1e-6]", "a*", "what?"])
-def test_a_folder_that_orbax_cannot_write_is_refused_before_the_first_step(tmp_path, name, monkeypatch):
-    with pytest.raises(UserError, match=r"Orbax cannot write checkpoints to a path with \*, \? or \["):
-        train.train(parse(quickstart.get_config("runlocal")), tmp_path / name / "run")
-    assert not (tmp_path / name).exists()
+@pytest.mark.parametrize("name", ["lr=[1e-6]", "a*", "what?", "lr=1e-6,b@2 50% {a} #"])
+def test_any_name_of_a_folder_keeps_its_checkpoints(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for after in (0, 2):  # A second run finds the first one's.
+        with checkpoint.Writer(name, keep=2, after=after) as writer:
+            for step in (after + 1, after + 2):
+                writer.save(step, {"x": jnp.full(5, float(step))}, {})
+    assert checkpoint.steps(name) == [3, 4] and checkpoint.fingerprint(tmp_path / name) is not None
+    found = checkpoint.restore(tmp_path / name, {"x": jax.ShapeDtypeStruct((5,), jnp.float32)})
+    assert found.step == 4 and found.state["x"].tolist() == [4.0] * 5
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    if "#" not in name:  # Processes would not share the link.
+        with pytest.raises(UserError, match=r"several processes cannot write checkpoints to a path with \*, \? or \["):
+            train.train(parse(quickstart.get_config("runlocal")), tmp_path / name / "run")
+
+
+def test_a_folder_that_cannot_hold_a_run_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "broken").symlink_to("nowhere/at all")
     for taken in ("file", "file/run", "broken"):
         with pytest.raises(UserError, match=r"--workdir=.*(file|broken) is not a folder; choose another --workdir"):
             train.train(parse(quickstart.get_config("runlocal")), tmp_path / taken)
+
+
+def test_a_folder_that_loses_data_is_told_at_the_first_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_plain", lambda folder: epath.Path(folder).resolve())  # Orbax loses these.
     with (
         pytest.raises(UserError, match=r"1 is not what was written \(.*\); choose a --workdir on another file system"),
         checkpoint.Writer(tmp_path / "[x]", keep=1, after=0) as writer,
     ):
-        writer.save(1, {"x": jnp.ones(5)}, {})
-    monkeypatch.chdir(tmp_path)
-    with checkpoint.Writer("lr=1e-6,b@2 50% {a} #", keep=1, after=0) as writer:
         writer.save(1, {"x": jnp.ones(5)}, {})
 
 
