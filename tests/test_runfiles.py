@@ -28,13 +28,17 @@ def finished(workdir, c):
     final.write_results(workdir, c, rows, final.checksum(workdir, rows))
 
 
-def test_finished_run_has_the_same_config(tmp_path):
+def test_finished_run_has_the_same_config(tmp_path, capsys):
     assert runfiles.finished_row(tmp_path, config(), INPUTS) is None
     finished(tmp_path, config())
     assert runfiles.finished_row(tmp_path, config(), INPUTS)["accuracy"] == 0.5
     assert runfiles.finished_row(tmp_path, config(mesh__fsdp=2, train__checkpoint_every=7), INPUTS) is not None
     assert runfiles.finished_row(tmp_path, config(model__remat="full"), INPUTS) is not None
+    capsys.readouterr()
     assert runfiles.finished_row(tmp_path, config(eval__temperature=0.1), INPUTS) is None
+    assert (
+        "of another config: config.eval.temperature (0.6 there, 0.1 now); running it again" in capsys.readouterr().out
+    )
     assert runfiles.finished_row(tmp_path, config(optim__lr_generator=1.0), INPUTS) is None
 
 

@@ -105,7 +105,10 @@ def finished_row(workdir: pathlib.Path, config: Config, inputs: Mapping[str, str
     None, too, if its files changed since it was written.
     """
     results = stored.results(workdir)
-    if results is None or any(not key.startswith(_ASIDE) for key in _changed(workdir, config)):
+    if results is None:
+        return None
+    if bound := {key: values for key, values in _changed(workdir, config).items() if not key.startswith(_ASIDE)}:
+        print(f"{workdir}: its results are of another config: {_shown(bound)}; running it again")
         return None
     if _inputs_of(workdir) is None:
         print(f"{workdir}: environment.json has no fingerprints of its inputs; its row is taken unchecked")
