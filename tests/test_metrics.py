@@ -78,7 +78,7 @@ def test_lines_of_the_resume_step_are_kept(tmp_path):
     assert [line["step"] for line in metrics.read_metrics(tmp_path)] == [1, 1, 2, 2]
 
 
-def test_the_lines_of_earlier_steps_are_those_of_the_checkpoint(tmp_path):
+def test_the_lines_of_earlier_steps_are_those_of_the_checkpoint(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     with metrics.MetricWriter(tmp_path, resume_step=0) as log:
         log.write(1, {"loss": 1.5})
@@ -100,6 +100,9 @@ def test_the_lines_of_earlier_steps_are_those_of_the_checkpoint(tmp_path):
             resumed()
     path.unlink()
     assert resumed() == (0, 0)
+    path.write_bytes(whole[: whole.index(b"\n")])  # No line is whole.
+    assert resumed() == (0, 0) and path.read_bytes() == b""
+    assert caplog.text.count("is missing or cut; the run continues without the metrics up to step 2") == 2
     path.write_text('{"step": 3}\n')  # Written after the file was removed, and before the next checkpoint.
     assert resumed() == (0, 0) and path.read_bytes() == b""
 

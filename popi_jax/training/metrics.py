@@ -275,24 +275,23 @@ def _drop_after(path: pathlib.Path, step: int, written: Sequence[int] | None) ->
     UserError if they are not those that were `written` up to the step.
     """
     data = path.read_bytes() if path.exists() else b""
-    if not data:
-        if written is not None:
-            logging.warning("%s is missing or empty; the run continues without the metrics up to step %d", path, step)
-        return data
     if written is not None and (min(len(data), written[0]), zlib.crc32(data[: written[0]])) == tuple(written):
         files.write_bytes(path, data[: written[0]])
         return data[: written[0]]
-    if not data.endswith(b"\n"):
+    if data and not data.endswith(b"\n"):
         with path.open("r+b") as file:
             file.truncate(data.rfind(b"\n") + 1)
-    kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
-    if kept and written is not None:
+    kept = [line for line in read_metrics(path.parent) if line["step"] <= step] if data else []
+    if not kept and written is not None:
+        logging.warning("%s is missing or cut; the run continues without the metrics up to step %d", path, step)
+    elif written is not None:
         raise UserError(
             f"{path}: the lines up to step {step} are not those that the run wrote; restore the file, or remove it to"
             " continue without them"
         )
-    files.write_jsonl(path, kept)
-    return path.read_bytes()
+    if data:
+        files.write_jsonl(path, kept)
+    return path.read_bytes() if data else data
 
 
 def _duration(seconds: float) -> str:
