@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
@@ -278,30 +280,27 @@ def _read_record(path: epath.Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
     """Keeps Orbax from printing pages about a damaged checkpoint: our own message names the reason."""
+    _ignore_leftovers()
     absl = logging.getLogger("absl")
     level = absl.level
     absl.setLevel(logging.CRITICAL)
     try:
         yield
-    except BaseException:
-        _ignore_leftovers()
-        raise
     finally:
         absl.setLevel(level)
 
 
+@functools.cache
 def _ignore_leftovers() -> None:
     """Ignores the errors of the tasks that a failed load leaves behind, which come up whenever these are collected."""
     logging.getLogger("asyncio").addFilter(_not_retrieved)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     show = sys.unraisablehook
-    if getattr(show, "ignores_leftovers", False):
-        return
 
     def unraisable(error: Any) -> None:
-        if str(error.exc_value) != "Event loop is closed":
+        if str(error.exc_value) != "Event loop is closed" and not inspect.iscoroutine(error.object):
             show(error)
 
-    unraisable.ignores_leftovers = True  # type: ignore[attr-defined]
     sys.unraisablehook = unraisable
 
 
