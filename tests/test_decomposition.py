@@ -91,7 +91,7 @@ def test_files_of_another_version_are_refused(tmp_path):
         with pytest.raises(UserError, match=rf"damaged.jsonl:2: damaged, .*{field}: .*run again"):
             evaluate.read_records(tmp_path / "damaged.jsonl")
     (tmp_path / "old.jsonl").write_text('{"user": "u", "summary": "s"}\n')
-    with pytest.raises(UserError, match=r"old.jsonl: .*another version: finished is None"):
+    with pytest.raises(UserError, match=r"old.jsonl:1: .*another version: finished is None"):
         batches.WrittenSummaries(tmp_path / "old.jsonl")
 
 

@@ -129,9 +129,7 @@ def test_written_summaries_are_those_of_the_checkpoint(tmp_path):
 def test_a_damaged_line_of_written_summaries_is_told(field, value, tmp_path):
     path = tmp_path / "written.jsonl"
     files.write_jsonl(path, [entries(3)[0], entries(3, 3)[1] | {field: value}])
-    with pytest.raises(
-        UserError, match=rf"written.jsonl: damaged, .*: {field} is {re.escape(repr(value))} in one line"
-    ):
+    with pytest.raises(UserError, match=rf"written.jsonl:2: damaged, .*: {field} is {re.escape(repr(value))};"):
         batches.WrittenSummaries(path)
 
 

@@ -292,7 +292,7 @@ def test_an_interrupted_export_leaves_the_earlier_one(tmp_path, monkeypatch):
 
     def fails(path, target):
         if (
-            path.name.endswith(".unfinished")
+            path.name.startswith(".popi_jax_unfinished_")
             and target.name == "out"
             and (path / "config.json").exists()
             and not fails.done
@@ -312,9 +312,9 @@ def test_an_interrupted_export_leaves_the_earlier_one(tmp_path, monkeypatch):
 def test_what_a_killed_export_left_is_put_back_or_removed(fails, tmp_path, monkeypatch):
     save(tmp_path / "out")
     before = content(tmp_path)
-    (tmp_path / "out").rename(tmp_path / ".out.replaced")  # Killed between two renames.
-    (tmp_path / ".out.unfinished").mkdir()
-    (tmp_path / ".out.unfinished" / "model.safetensors").write_text("cut")
+    (tmp_path / "out").rename(tmp_path / ".popi_jax_replaced_out")  # Killed between two renames.
+    (tmp_path / ".popi_jax_unfinished_out").mkdir()
+    (tmp_path / ".popi_jax_unfinished_out" / "model.safetensors").write_text("cut")
     if fails:
         monkeypatch.setattr(hub.safetensors.numpy, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(UserError, match="cannot be written"):

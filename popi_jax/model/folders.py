@@ -25,7 +25,7 @@ def new(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     folder = folder.resolve()
     check_replaceable(folder)
-    scratch, old = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "replaced"))
+    scratch, old = (folder.with_name(f".popi_jax_{state}_{folder.name}") for state in ("unfinished", "replaced"))
     try:
         _put_back(folder, scratch, old)
         scratch.mkdir(parents=True)

@@ -45,15 +45,16 @@ class WrittenSummaries:
         text = path.read_bytes() if path.exists() else b"\n"
         if not text.endswith(b"\n"):  # A kill or a full disk left an incomplete line.
             files.write_text(path, text[: text.rfind(b"\n") + 1].decode(errors="replace"))
-        there = files.read_jsonl(path, "choose another --workdir")
-        for entry in there:
+        remedy = "restore the file, or choose another --workdir"
+        there = list(files.numbered_objects(path, remedy, remedy)) if path.exists() else []
+        for number, entry in there:
             wrong = next((name for name, kind in _WRITTEN.items() if type(entry.get(name)) is not kind), None)
             if wrong is not None:
                 raise UserError(
-                    f"{path}: damaged, or written by another version: {wrong} is {shown(entry.get(wrong))} in one line;"
-                    " restore the file, or choose another --workdir"
+                    f"{path}:{number}: damaged, or written by another version: {wrong} is {shown(entry.get(wrong))};"
+                    f" {remedy}"
                 )
-        entries = [{name: entry[name] for name in _WRITTEN} for entry in there]
+        entries = [{name: entry[name] for name in _WRITTEN} for _, entry in there]
         later = [start is not None and entry["step"] >= start for entry in entries]
         kept = [entry for entry, drop in zip(entries, later, strict=True) if not drop]
         self._known = {entry["user"]: entry for entry in kept}
