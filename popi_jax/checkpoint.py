@@ -193,8 +193,7 @@ def restore(
         except _Damaged as error:
             if step is not None:
                 raise UserError(f"{folder}: checkpoint {step} is damaged ({error}); choose another step") from error
-            reason = str(error)  # A log that keeps its records must not keep the arrays of the error's traceback.
-            logging.warning("checkpoint %d in %s is damaged (%s); trying the one before it", candidate, folder, reason)
+            logging.warning("checkpoint %d in %s is damaged (%s); trying the one before it", candidate, folder, error)
     if found:
         raise UserError(f"{folder}: all checkpoints are damaged (steps {found}); remove the folder to start again")
     return None
