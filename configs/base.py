@@ -52,37 +52,54 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     # The users to train and test on.
     c.data = ml_collections.ConfigDict()
-    # stylebook (generated, ships with the package), psoups (a P-Soups file) or users (your own users.jsonl).
+    # stylebook (generated, ships with the package), users (your own users.jsonl), psoups (a P-Soups file), or one of
+    # the public benchmarks: elix, review, roleplay, alignx, prefeval and traits.
     c.data.dataset = "stylebook"
-    # psoups: the JSON file. users: the users.jsonl to train on. stylebook reads no file, so leave it "".
+    # users: the users.jsonl to train on. psoups: the JSON file. Benchmarks: the folder or file of the data as
+    # published, or hf://datasets/OWNER/NAME to take it from the hub. stylebook reads no file, so leave it "".
     c.data.path = ""
-    # users: the users.jsonl to test on; "": test_fraction of the users in data.path is held out. Not used otherwise.
+    # users: the users.jsonl to test on; benchmarks: the folder or file to test on. "": the test split in data.path, or
+    # if there is none, a share of it, see test_fraction. psoups and stylebook do not use it.
     c.data.test_path = ""
     c.data.prepared_dir = ""  # Folder for the prepared data; "": the folder data in the run's workdir.
-    # Seed of the data: it draws the stylebook users, the train/test split of psoups and users, and the psoups signals.
-    # It is separate from seed, so that runs with different seeds share their data.
+    # Seed of the data: it draws the users, their signals and the train/test split. It is separate from seed, so that
+    # runs with different seeds share their data.
     c.data.seed = 0
-    # Share to test on, between 0 and 1, both excluded. psoups: of the rows. users: of the users, if test_path is "".
+    # Share to test on, between 0 and 1, both excluded, where the data have no test split. psoups: of the rows. users
+    # and prefeval: of the users. traits: of the statements. Other benchmarks: of the rows. With unseen = "topics": of
+    # the topics.
     c.data.test_fraction = 0.3
-    # psoups: where a user's signals come from. disjoint: other rows of the same persona in the same split, none with
-    # the prompt of a query. shipped: the feedback pairs in the file, except those that show one of the user's queries.
-    c.data.signals = "disjoint"
-    # Signals per user, for stylebook and for psoups with disjoint signals. users always takes all signals in the file.
+    # How rows become users. disjoint: nothing of the test split is seen in training, as far as the data allow.
+    # published: as in the published code of a benchmark, for figures that compare with the paper's; for psoups, the
+    # signals are the feedback pairs in the file.
+    c.data.protocol = "disjoint"
+    # What a benchmark's builder does with rows whose label or text is null or blank: error, or drop, which counts them.
+    c.data.on_null = "error"
+    # alignx: what a test user shows: DEMO (a demographic text), UGC (comments), PAIR (preference pairs) or arbitrary (a
+    # mix). Each is a test file of its own; the training users are the same.
+    c.data.variant = "arbitrary"
+    # prefeval and traits: what the test users have that no training user has: users (nothing but themselves and their
+    # texts) or topics (topics of prefeval, or traits).
+    c.data.unseen = "users"
+    # traits: the numbers of traits of a user, one of which is drawn for each.
+    c.data.traits_per_user = (2,)
+    # Signals per user. users always takes all signals in the file, and so do psoups with protocol = "published", alignx
+    # and prefeval.
     c.data.signals_per_user = 4
-    # Number of training users. stylebook draws that many, at least 1. psoups and users take the first ones, and all of
-    # them for 0.
+    # Number of training users. stylebook and traits draw that many, at least 1. The others take the first ones, and all
+    # of them for 0.
     c.data.train_users = 0
-    # Number of test users. stylebook draws that many, at least 1. psoups and users take the first ones, and all of them
-    # for 0.
+    # Number of test users. stylebook and traits draw that many, at least 1. The others take the first ones, and all of
+    # them for 0.
     c.data.test_users = 0
-    # psoups with disjoint signals: how many times each training row is used, every time with newly drawn signals.
+    # Passes over the training rows, each with newly drawn signals: psoups, elix, review and roleplay with protocol =
+    # "disjoint". The published protocol has its own number.
     c.data.train_draws = 1
-    # psoups with disjoint signals: how many times each test row is used, every time with newly drawn signals.
-    c.data.test_draws = 1
+    c.data.test_draws = 1  # The same for the test rows.
     # M: queries of a user in one training step, each of which is scored with all of the user's K summaries. A user with
-    # more queries shows a new random choice in every step. stylebook and psoups give a training user at most this many.
+    # more queries shows a new random choice in every step. Data sets that draw their users give them at most this many.
     c.data.queries_per_user = 1
-    # Queries of a test user: this many for stylebook, at most this many for psoups. users tests on all in the file.
+    # Queries of a test user, at most. stylebook and traits give them exactly this many. users tests on all in the file.
     c.data.test_queries_per_user = 1
 
     # Longest inputs and outputs, in tokens. Inputs are never cut: one that exceeds its limit is an error, or, with

@@ -24,10 +24,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         raise UserError("configs/recorded.py: the file is missing; use --config=configs/recorded.py:DIR/config.json")
     recorded = checks.as_object(checks.parse_json(checks.read_text(arg, _REMEDY), arg, remedy=_REMEDY), arg, _REMEDY)
     tree = base.get_config().to_dict()
-    for key, value in recorded.items():
-        if isinstance(value, dict):
-            entries = {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()}
-            value = tree[key] | entries if isinstance(tree.get(key), dict) else entries
+    for key, value in config.tuples(recorded).items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            value = {**tree[key], **value}
         tree[key] = value
     try:
         return ml_collections.ConfigDict(config.validated(tree).model_dump()).lock()

@@ -33,10 +33,11 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from configs import quickstart
-from popi_jax.data import stylebook, templates
-from popi_jax.data import stylebook_text as text
+from popi_jax.data import templates
+from popi_jax.data.builders import stylebook
+from popi_jax.data.builders import stylebook_text as text
+from popi_jax.data.builders.stylebook_exact import difference
 from popi_jax.data.schema import Example, Query, Signal
-from popi_jax.data.stylebook_exact import difference
 from popi_jax.errors import UserError
 from popi_jax.model import folders, hub
 from popi_jax.model.config import ModelConfig

@@ -29,7 +29,8 @@ from ml_collections import config_flags
 
 from popi_jax import config as config_lib
 from popi_jax.config import Config
-from popi_jax.data import files, locks, prepared, stylebook_exact
+from popi_jax.data import files, locks, prepared
+from popi_jax.data.builders import stylebook_exact
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError, shown
 from popi_jax.evaluation import decomposition, evaluate, final, report, stats, stored
@@ -211,14 +212,16 @@ def make_table(
     """
     unknown = [method for method in methods if method not in TRAINED + BAYES]
     if unknown:
-        raise UserError(f"--methods: {unknown[0]!r} is unknown; choose from {', '.join(TRAINED + BAYES)}")
+        raise UserError(f"--methods: {shown(unknown[0])} is unknown; choose from {', '.join(TRAINED + BAYES)}")
     # Read before the hours of training that the methods take.
     examples = prepared.load_examples(config.data)
     inputs = setup.read_inputs(config, examples)
     if "oracle" in methods:
         nameless = [e.user for part in examples.values() for e in part if not e.persona]
         if nameless:
-            raise UserError(f"--methods: user {nameless[0]!r} has no persona, which oracle needs; leave out oracle")
+            raise UserError(
+                f"--methods: user {shown(nameless[0])} has no persona, which oracle needs; leave out oracle"
+            )
     signals.say(lambda: f"{table} has the finished runs and the checkpoints of the others")
     with locks.held(table):
         rows: list[dict[str, Any]] = []

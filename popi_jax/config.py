@@ -62,11 +62,27 @@ def _path(text: str, info: pydantic.ValidationInfo) -> str:
         raise ValueError(str(error)) from None
 
 
+def _source(text: str, info: pydantic.ValidationInfo) -> str:
+    """Checks a key that is a path, "", or a data set of the hub."""
+    if text.startswith(HUB) and not re.fullmatch(r"[\w.-]+/[\w.-]+", text.removeprefix(HUB)):
+        raise ValueError(f"config.{info.field_name} is {text!r}; a data set of the hub is {HUB}OWNER/NAME")
+    return text if text.startswith(HUB) else _path(text, info)
+
+
+HUB = "hf://datasets/"
 Path = Annotated[str, Field(max_length=4096, pattern=r"^\P{Cc}*$"), pydantic.AfterValidator(_path)]
+Source = Annotated[str, Field(max_length=4096, pattern=r"^\P{Cc}*$"), pydantic.AfterValidator(_source)]
+
+
+_PROTOCOLS = {"disjoint": "disjoint", "shipped": "published"}  # Of data.signals, the key's name in older runs.
 
 
 class Section(pydantic.BaseModel):
-    """A group of settings. It is immutable, and refuses unknown keys and values of another type."""
+    """A group of settings. It is immutable, and refuses unknown keys and values of another type.
+
+    Only keys that were added later have a default here: the value that does what runs did before. So the config.json of
+    an older run stays valid. The defaults of an experiment are in configs/base.py.
+    """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
@@ -95,13 +111,17 @@ class Lora(Section):
 class Data(Section):
     """config.data."""
 
-    dataset: Literal["stylebook", "psoups", "users"]
-    path: Path
-    test_path: Path
+    dataset: Literal["stylebook", "psoups", "users", "elix", "review", "roleplay", "alignx", "prefeval", "traits"]
+    path: Source
+    test_path: Source
     prepared_dir: Path
     seed: Seed
     test_fraction: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-    signals: Literal["disjoint", "shipped"]
+    protocol: Literal["disjoint", "published"]
+    on_null: Literal["error", "drop"] = "error"
+    variant: Literal["DEMO", "UGC", "PAIR", "arbitrary"] = "arbitrary"
+    unseen: Literal["users", "topics"] = "users"
+    traits_per_user: tuple[Annotated[int, Field(ge=1, le=8)], ...] = (2,)
     signals_per_user: Few
     train_users: Users
     test_users: Users
@@ -109,6 +129,16 @@ class Data(Section):
     test_draws: Draws
     queries_per_user: Few
     test_queries_per_user: Few
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _of_older_runs(cls, tree: Any) -> Any:
+        """Reads the config.json of a run from before `signals` became `protocol`."""
+        if isinstance(tree, dict) and tree.get("signals") in tuple(_PROTOCOLS):
+            return {key: value for key, value in tree.items() if key != "signals"} | {
+                "protocol": _PROTOCOLS[tree["signals"]]
+            }
+        return tree
 
 
 class Limits(Section):
@@ -257,6 +287,7 @@ class Config(Section):
             raise ValueError(f"config.limits.buckets has {len(self.limits.buckets)} lengths; give at most 64")
         for key, values in (
             ("lora.targets", self.lora.targets),
+            ("data.traits_per_user", self.data.traits_per_user),
             ("table.methods", self.table.methods),
             ("table.seeds", self.table.seeds),
         ):
@@ -304,6 +335,24 @@ def validated(tree: dict[str, Any]) -> Config:
         return Config.model_validate(tree)
     except pydantic.ValidationError as error:
         raise UserError(_one_line(error.errors()[0])) from None
+
+
+def tuples(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a config.json holds with tuples for its lists, as in a config."""
+    return {
+        key: {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()}
+        if isinstance(value, dict)
+        else value
+        for key, value in tree.items()
+    }
+
+
+def upgraded(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns an older run's config.json with the keys of today; a tree that is no config stays as it is."""
+    try:
+        return Config.model_validate(tuples(tree)).model_dump(mode="json")
+    except pydantic.ValidationError:
+        return tree
 
 
 def changed(config: Config, values: Mapping[str, Any]) -> Config:

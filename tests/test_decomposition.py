@@ -9,7 +9,7 @@ import pytest
 
 from configs import base
 from popi_jax.config import changed, parse
-from popi_jax.data import stylebook, stylebook_exact, stylebook_text
+from popi_jax.data.builders import stylebook, stylebook_exact, stylebook_text
 from popi_jax.errors import UserError
 from popi_jax.evaluation import decomposition, evaluate
 from popi_jax.evaluation.decomposition import Measured, estimate_information, one_wording

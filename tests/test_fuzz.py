@@ -19,7 +19,8 @@ from ml_collections import config_flags
 
 from configs import base, recorded
 from popi_jax import config
-from popi_jax.data import prompts, psoups, users
+from popi_jax.data import prompts, users
+from popi_jax.data.builders import psoups
 from popi_jax.errors import UserError
 from popi_jax.evaluation import evaluate, stored
 from popi_jax.model import hub
@@ -179,10 +180,10 @@ def test_summaries(folder, data):
     (folder / "summaries.jsonl").unlink()
 
 
-@given(one([ROW | {"prompt": str(place)} for place in range(6)]), st.sampled_from(["disjoint", "shipped"]))
-def test_psoups(folder, data, signals):
+@given(one([ROW | {"prompt": str(place)} for place in range(6)]), st.sampled_from(["disjoint", "published"]))
+def test_psoups(folder, data, protocol):
     path = folder / "psoups.json"
-    check(lambda: psoups.read_psoups(path, signals=signals, signals_per_user=1), path, data)
+    check(lambda: psoups.read_psoups(path, protocol=protocol, signals_per_user=1), path, data)
 
 
 @given(one(SETTINGS))

@@ -246,7 +246,7 @@ def test_psoups_settings_are_passed_to_the_reader(tmp_path: pathlib.Path) -> Non
     data = load(config)
     assert (len(data["train"]), len(data["test"])) == (3 * 20 // 5, 2 * 20 // 2)
     assert {len(example.signals) for example in data["train"] + data["test"]} == {2}
-    config.data.signals = "shipped"
+    config.data.protocol = "published"
     counts: collections.Counter[str] = collections.Counter()
     load(config, counts)
     assert counts["shipped signals that show their own query"] > 0

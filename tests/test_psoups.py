@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from popi_jax.data import psoups
+from popi_jax.data.builders import psoups
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError
 
@@ -99,11 +99,11 @@ def test_signals_and_queries_are_rows_with_the_examples_persona(path: pathlib.Pa
         assert all(query.group == query.prompt for query in example.queries)
 
 
-@pytest.mark.parametrize("protocol", ["disjoint", "shipped"])
+@pytest.mark.parametrize("protocol", ["disjoint", "published"])
 @pytest.mark.parametrize("queries", [1, 3])
 def test_each_row_is_a_query_once_per_draw(path: pathlib.Path, protocol: str, queries: int) -> None:
     data = psoups.read_psoups(
-        path, signals=protocol, train_draws=3, test_draws=2, queries_per_user=queries, test_queries_per_user=queries
+        path, protocol=protocol, train_draws=3, test_draws=2, queries_per_user=queries, test_queries_per_user=queries
     )
     train, test = query_rows(data["train"]), query_rows(data["test"])
     draws = (3, 2) if protocol == "disjoint" else (1, 1)
@@ -126,7 +126,7 @@ def test_draws_differ_in_signals_and_users_are_unique(path: pathlib.Path) -> Non
 
 def test_test_rows_do_not_depend_on_protocol_or_number_of_draws(path: pathlib.Path) -> None:
     base = query_rows(psoups.read_psoups(path)["test"])
-    for other in ({"signals": "shipped"}, {"train_draws": 3, "queries_per_user": 4}, {"test_queries_per_user": 3}):
+    for other in ({"protocol": "published"}, {"train_draws": 3, "queries_per_user": 4}, {"test_queries_per_user": 3}):
         assert query_rows(psoups.read_psoups(path, **other)["test"]) == base
     assert query_rows(psoups.read_psoups(path, seed=1)["test"]) != base
 
@@ -135,7 +135,7 @@ def test_test_rows_do_not_depend_on_protocol_or_number_of_draws(path: pathlib.Pa
 def test_test_prompts_are_in_no_shipped_signals_and_test_has_the_requested_size(path: pathlib.Path, seed: int) -> None:
     rows = json.loads(path.read_text())
     counts: collections.Counter[str] = collections.Counter()
-    data = psoups.read_psoups(path, signals="shipped", seed=seed, counts=counts)
+    data = psoups.read_psoups(path, protocol="published", seed=seed, counts=counts)
     shown = {signal["prompt"] for row in rows for signal in row[psoups.FEEDBACK]}
     assert not query_prompts(data["test"]) & shown
     assert 0.3 * len(rows) - 2 <= len(data["test"]) <= 0.3 * len(rows) + 0.5
@@ -145,7 +145,7 @@ def test_test_prompts_are_in_no_shipped_signals_and_test_has_the_requested_size(
 def test_shipped_signals_are_the_rows_own_without_the_queries(path: pathlib.Path) -> None:
     rows = json.loads(path.read_text())
     counts: collections.Counter[str] = collections.Counter()
-    data = psoups.read_psoups(path, signals="shipped", counts=counts)
+    data = psoups.read_psoups(path, protocol="published", counts=counts)
     dropped = 0
     for example in data["train"] + data["test"]:
         row = rows[int(example.queries[0].provenance.partition("#")[2])]
@@ -159,7 +159,7 @@ def test_shipped_signals_are_the_rows_own_without_the_queries(path: pathlib.Path
 def test_the_counts_of_the_real_file() -> None:
     if not REAL.exists():
         pytest.skip(f"the P-Soups file is not at {REAL}; set POPI_PSOUPS to its path")
-    data = psoups.read_psoups(REAL, signals="shipped", seed=1)
+    data = psoups.read_psoups(REAL, protocol="published", seed=1)
     assert (len(data["train"]), len(data["test"])) == (420, 180)
     assert sum(len(e.signals) for split in data.values() for e in split) == 600 * 4 - 3  # Three show their own query.
     assert len(query_prompts(data["train"]) | query_prompts(data["test"])) == 211
@@ -180,7 +180,7 @@ def test_shipped_drops_training_rows_that_show_a_test_prompt_if_unshown_prompts_
         for i in range(10)
     ]
     counts: collections.Counter[str] = collections.Counter()
-    data = psoups.read_psoups(write(tmp_path, rows), signals="shipped", counts=counts)
+    data = psoups.read_psoups(write(tmp_path, rows), protocol="published", counts=counts)
     assert len(data["test"]) == 3
     assert not signal_prompts(data["train"]) & query_prompts(data["test"])
     dropped = counts["training rows whose signals show a test prompt"]
@@ -240,7 +240,7 @@ def test_the_error_about_a_missing_or_broken_file_is_one_line(tmp_path: pathlib.
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"signals": "both"}, "data.signals = 'both' is unknown"),
+        ({"protocol": "both"}, "data.protocol = 'both' is unknown"),
         ({"test_fraction": 0.0}, "data.test_fraction = 0.0; use"),
         ({"test_fraction": 1.0}, "data.test_fraction = 1.0; use"),
         ({"signals_per_user": 0}, "signals_per_user = 0"),
@@ -254,3 +254,10 @@ def test_settings_that_no_data_can_satisfy_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         psoups.read_psoups(write(tmp_path, synthetic_rows()), **setting)
+
+
+def test_an_error_about_a_long_text_is_short(tmp_path: pathlib.Path) -> None:
+    rows = [row | {psoups.PERSONA: row[psoups.PERSONA] * 5000} for row in synthetic_rows()]
+    with pytest.raises(UserError, match="other prompts, too few") as caught:
+        psoups.read_psoups(write(tmp_path, rows), signals_per_user=60)
+    assert len(str(caught.value)) < 500

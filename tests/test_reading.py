@@ -13,8 +13,8 @@ import pytest
 from configs import quickstart
 from popi_jax.config import SUMMARIZED, Config, changed, parse
 from popi_jax.data.batch import Batch, GeneratorBatch, PackedBatch
+from popi_jax.data.builders.stylebook import draw_example
 from popi_jax.data.schema import Example, Query
-from popi_jax.data.stylebook import draw_example
 from popi_jax.evaluation.evaluate import Evaluator
 from popi_jax.model.attention import ROW
 from popi_jax.modes import setup

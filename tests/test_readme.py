@@ -12,7 +12,8 @@ import pytest
 
 from configs import base
 from popi_jax import main
-from popi_jax.data import stylebook, users
+from popi_jax.data import users
+from popi_jax.data.builders import stylebook
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"

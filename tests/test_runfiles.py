@@ -2,10 +2,11 @@
 
 import json
 import math
+import pathlib
 
 import pytest
 
-from configs import quickstart
+from configs import quickstart, recorded
 from popi_jax.config import changed, parse
 from popi_jax.data import files
 from popi_jax.errors import UserError
@@ -157,3 +158,12 @@ def test_config_json_has_the_whole_config(tmp_path):
         quickstart.get_config("runlocal").to_json_best_effort()
     )
     assert json.loads((tmp_path / "environment.json").read_text())["devices"]["count"] >= 1
+
+
+def test_a_run_of_an_older_version_is_still_finished(capsys):
+    """Its config.json lacks the keys that came later, and has one under its older name."""
+    folder = pathlib.Path(__file__).parents[1] / "experiments/results/psoups_smollm2/runs/base_seed0"
+    assert "signals" in files.read_json(folder / "config.json")["data"]
+    config = parse(recorded.get_config(str(folder / "config.json")))
+    assert runfiles.finished_row(folder, config, {})["method"] == "base"
+    assert "another config" not in capsys.readouterr().out

@@ -10,9 +10,10 @@ import pytest
 
 from configs import quickstart
 from experiments import pretrain_stylebook
-from popi_jax.data import stylebook, templates
-from popi_jax.data import stylebook_exact as exact
-from popi_jax.data import stylebook_text as text
+from popi_jax.data import templates
+from popi_jax.data.builders import stylebook
+from popi_jax.data.builders import stylebook_exact as exact
+from popi_jax.data.builders import stylebook_text as text
 from popi_jax.data.schema import Query, Signal
 from popi_jax.errors import UserError
 from popi_jax.model import hub

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from popi_jax.config import Limits, Prompts
 from popi_jax.data import templates
 from popi_jax.data.schema import Example, Query, Signal
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, shown
 from popi_jax.model.tokenizer import Tokenizer
 
 Ids = list[int]
@@ -154,12 +154,12 @@ class Encoder:
     def _fitting(self, example: Example, length: Callable[[Sequence[Signal]], int], limit: str) -> tuple[Signal, ...]:
         """The most recent signals that keep the prompt within the limit; UserError if even one is too long."""
         if not example.signals:
-            raise UserError(f"user {example.user!r} has no signals; give at least one")
+            raise UserError(f"user {shown(example.user)} has no signals; give at least one")
         most, tokens, n_signals = getattr(self.limits, limit), length(example.signals), len(example.signals)
         if tokens <= most:
             return example.signals
         over = (
-            f"user {example.user!r}: a prompt with {n_signals} signals takes {tokens} tokens,"
+            f"user {shown(example.user)}: a prompt with {n_signals} signals takes {tokens} tokens,"
             f" but limits.{limit} is {most}"
         )
         if self.limits.on_overflow == "error":

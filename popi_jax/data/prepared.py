@@ -19,9 +19,10 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from popi_jax.config import Data
-from popi_jax.data import locks, psoups, stylebook, users
+from popi_jax.data import locks, users
+from popi_jax.data.builders import psoups, stylebook
 from popi_jax.data.schema import Example, Query, Signal
-from popi_jax.errors import UserError, first_line
+from popi_jax.errors import UserError, first_line, shown
 
 
 @dataclasses.dataclass
@@ -71,7 +72,10 @@ class ExampleSource:
 
 def to_json(example: Example) -> str:
     """Serialises an example as one line of JSON."""
-    return json.dumps(dataclasses.asdict(example), ensure_ascii=False)
+    fields = dataclasses.asdict(example)
+    if not example.person:  # Without it, the text and its hash are those of data that were prepared before it existed.
+        del fields["person"]
+    return json.dumps(fields, ensure_ascii=False)
 
 
 def from_json(text: str | bytes) -> Example:
@@ -227,46 +231,30 @@ def load_examples(data: Data, counts: collections.Counter[str] | None = None) ->
     Raises:
         UserError: bad data, or fewer examples than config.data requests.
     """
-    if data.dataset == "stylebook":
-        return stylebook.load(data)
-    if data.dataset == "psoups":
-        examples = psoups.read_psoups(
-            _path(data),
-            signals=data.signals,
-            seed=data.seed,
-            test_fraction=data.test_fraction,
-            signals_per_user=data.signals_per_user,
-            train_draws=data.train_draws,
-            test_draws=data.test_draws,
-            queries_per_user=data.queries_per_user,
-            test_queries_per_user=data.test_queries_per_user,
-            counts=counts,
-        )
-    else:
-        examples = _load_users(data)
+    counts = collections.Counter() if counts is None else counts
+    examples = LOADERS[data.dataset](data, counts)
+    if data.dataset in DRAWN:
+        return examples
     return {
         "train": _first(examples["train"], data.train_users, "train_users"),
         "test": _first(examples["test"], data.test_users, "test_users"),
     }
 
 
-def _path(data: Data) -> str:
-    if not data.path:
-        raise UserError(f"config: data.path is empty, but data.dataset = {data.dataset!r} reads a file; set its path")
-    return data.path
-
-
-def _load_users(data: Data) -> dict[str, list[Example]]:
+def _load_users(data: Data, counts: collections.Counter[str]) -> dict[str, list[Example]]:
     """Reads users.jsonl. Test users come from data.test_path or are held out. Both splits are in random order."""
+    del counts  # Nothing is dropped.
     rng = np.random.default_rng(data.seed)
-    path = _path(data)
+    path = data.path
+    if not path:
+        raise UserError("config: data.path is empty, but data.dataset = 'users' reads a file; set its path")
     read = users.read_users(path)
     everyone = [read[i] for i in rng.permutation(len(read))]
     if data.test_path:
         test = users.read_users(data.test_path, split="test")
         both = sorted({example.user for example in test} & {example.user for example in everyone})
         if both:
-            raise UserError(f"{data.test_path}: field 'user': {both[0]!r} is also in {path}; use other test users")
+            raise UserError(f"{data.test_path}: field 'user': {shown(both[0])} is also in {path}; use other test users")
         return {"train": everyone, "test": [test[i] for i in rng.permutation(len(test))]}
     n_test = round(data.test_fraction * len(everyone))
     if not 0 < n_test < len(everyone):
@@ -283,3 +271,12 @@ def _first(examples: list[Example], count: int, name: str) -> list[Example]:
     if count < 0 or count > len(examples):
         raise UserError(f"config: data.{name} = {count}, but there are {len(examples)} examples; 0 takes all")
     return examples[:count] if count else examples
+
+
+# By data.dataset. A loader adds what it drops to the counter, by reason.
+LOADERS: dict[str, Callable[[Data, collections.Counter[str]], dict[str, list[Example]]]] = {
+    "stylebook": lambda data, counts: stylebook.load(data),
+    "users": _load_users,
+    "psoups": psoups.load,
+}
+DRAWN = ("stylebook",)  # They draw as many users as the config names. Of the others, it takes the first ones.

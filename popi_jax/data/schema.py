@@ -47,11 +47,13 @@ class Example:
     """A user's signals, and the queries that are scored for the user.
 
     Attributes:
-        user: identifies the user; never shown to a model.
+        user: identifies the example's user; never shown to a model. No two examples have the same one.
         split: "train" or "test".
         signals: read by the inference model.
         queries: the generator is trained or tested on them.
         persona: the true description of the user if the data has one, else ""; only the oracle reads it.
+        person: whose signals these are, if the data makes several examples of one person; "": the user's alone. Splits
+            and intervals by user go by it.
     """
 
     user: str
@@ -59,3 +61,4 @@ class Example:
     signals: tuple[Signal, ...]
     queries: tuple[Query, ...]
     persona: str = ""
+    person: str = ""

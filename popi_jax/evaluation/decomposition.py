@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from popi_jax.config import SUMMARIZED
-from popi_jax.data import files, stylebook, stylebook_exact, stylebook_text
+from popi_jax.data import files
+from popi_jax.data.builders import stylebook, stylebook_exact, stylebook_text
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError, first_line
 from popi_jax.evaluation import stats, stored

@@ -22,7 +22,7 @@ import safetensors.numpy
 import tokenizers
 
 from popi_jax.config import local_path
-from popi_jax.errors import UserError, first_line
+from popi_jax.errors import UserError, first_line, shown
 from popi_jax.model import folders, hub
 from popi_jax.model.config import ModelConfig, read_number, read_size
 
@@ -135,7 +135,7 @@ def hub_config(meta: dict[str, Any], tied: bool, source: str) -> dict[str, Any]:
         if meta.get(name, head_dim) != head_dim:
             raise UserError(f"{source}: {name}={meta[name]} is not supported, only embedding_length / head_count")
     if meta.get("llama.rope.scaling.type", "none") != "none":
-        raise UserError(f"{source}: llama.rope.scaling.type={meta['llama.rope.scaling.type']!r} is not supported")
+        raise UserError(f"{source}: llama.rope.scaling.type={shown(meta['llama.rope.scaling.type'])} is not supported")
     for name in meta:
         if name.startswith("llama.") and name not in {*defaults, *_REQUIRED}:
             raise UserError(f"{source}: {name}={meta[name]!r:.60} has no place in the hub's config.json")

@@ -14,6 +14,7 @@ import jax
 
 import popi_jax
 from popi_jax import checkpoint
+from popi_jax import config as config_lib
 from popi_jax.config import Config
 from popi_jax.data import files
 from popi_jax.errors import UserError
@@ -181,7 +182,7 @@ def _changed(workdir: pathlib.Path, config: Config) -> dict[str, tuple[Any, Any]
 
 
 def _differences(there: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
-    before, now = _flat(there), _flat(config.model_dump(mode="json"))
+    before, now = _flat(config_lib.upgraded(there)), _flat(config.model_dump(mode="json"))
     return {k: (before.get(k), now.get(k)) for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)}
 
 

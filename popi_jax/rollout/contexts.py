@@ -8,7 +8,7 @@ import jax
 from popi_jax.config import SUMMARIZED, Config, Method
 from popi_jax.data.encoding import Encoder
 from popi_jax.data.schema import Example
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, shown
 from popi_jax.model.weights import Tree
 from popi_jax.rollout import text
 from popi_jax.rollout.text import TextSampler
@@ -29,7 +29,7 @@ def told(method: Method, encoder: Encoder, example: Example) -> Context:
     if method == "oracle":
         if not example.persona:
             raise UserError(
-                f"user {example.user!r} has no persona, which method oracle shows; add one or leave the user out"
+                f"user {shown(example.user)} has no persona, which method oracle shows; add one or leave the user out"
             )
         return Context(example.persona)
     assert method == "raw_signals", f"{method} draws summaries"

@@ -10,9 +10,9 @@ from typing import Protocol
 
 import numpy as np
 
-from popi_jax.data import stylebook_text as text
+from popi_jax.data.builders import stylebook_text as text
+from popi_jax.data.builders.stylebook_exact import STATEMENT_ERROR, PERSONAS_Pex6, preference
 from popi_jax.data.schema import Example, Query, Signal
-from popi_jax.data.stylebook_exact import STATEMENT_ERROR, PERSONAS_Pex6, preference
 from popi_jax.errors import UserError
 
 # Before the order is shuffled, signal i of a user has kind SIGNAL_KINDS[i % 6].

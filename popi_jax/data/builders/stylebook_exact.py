@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from popi_jax.data import stylebook_text as text
+from popi_jax.data.builders import stylebook_text as text
 from popi_jax.data.schema import Example, Query, Signal
 
 PERSONAS_Pex6 = np.array(list(itertools.product((1, -1), repeat=text.N_TASTES)))

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from popi_jax.config import Data
 from popi_jax.data import checks
 from popi_jax.data.schema import Example, Query, Signal
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, shown
 
 FEEDBACK = "Pair-wise Comparative Feedback"
 PERSONA = "ground_truth_persona"
@@ -35,9 +36,9 @@ class Draws:
     """How the rows of one split become examples.
 
     Attributes:
-        protocol: "disjoint" or "shipped".
+        protocol: "disjoint" or "published".
         signals_per_user: number of signals to draw; disjoint only.
-        draws: number of passes over the rows, each with new signals and new groups of queries; "shipped" makes one.
+        draws: number of passes over the rows, each with new signals and new groups of queries; "published" makes one.
         queries_per_user: the largest number of queries in an example.
     """
 
@@ -48,17 +49,35 @@ class Draws:
 
     def __post_init__(self) -> None:
         """Raises UserError for settings that no data can satisfy."""
-        if self.protocol not in ("disjoint", "shipped"):
-            raise UserError(f"data.signals = {self.protocol!r} is unknown; use 'disjoint' or 'shipped'")
+        if self.protocol not in ("disjoint", "published"):
+            raise UserError(f"data.protocol = {self.protocol!r} is unknown; use 'disjoint' or 'published'")
         for name in ("signals_per_user", "draws", "queries_per_user"):
             if getattr(self, name) < 1:
                 raise UserError(f"data: {name} = {getattr(self, name)} is too small for psoups; use 1 or more")
 
 
+def load(data: Data, counts: collections.Counter[str]) -> dict[str, list[Example]]:
+    """Reads config.data.path, see `read_psoups`."""
+    if not data.path:
+        raise UserError("config: data.path is empty, but data.dataset = 'psoups' reads a file; set its path")
+    return read_psoups(
+        data.path,
+        protocol=data.protocol,
+        seed=data.seed,
+        test_fraction=data.test_fraction,
+        signals_per_user=data.signals_per_user,
+        train_draws=data.train_draws,
+        test_draws=data.test_draws,
+        queries_per_user=data.queries_per_user,
+        test_queries_per_user=data.test_queries_per_user,
+        counts=counts,
+    )
+
+
 def read_psoups(
     path: str | pathlib.Path,
     *,
-    signals: str = "disjoint",
+    protocol: str = "disjoint",
     seed: int = 0,
     test_fraction: float = 0.3,
     signals_per_user: int = 4,
@@ -76,12 +95,12 @@ def read_psoups(
 
     Args:
         path: the file.
-        signals: "disjoint" draws a user's signals from query rows of the same persona in the same split, with prompts
-            that differ from each other and from the example's queries. "shipped" uses the feedback pairs of the
+        protocol: "disjoint" draws a user's signals from query rows of the same persona in the same split, with prompts
+            that differ from each other and from the example's queries. "published" uses the feedback pairs of the
             example's first row, except pairs that show one of its own queries, since they would reveal the answer.
         seed: for drawing the split and the signals.
         test_fraction: the share of rows to test on, in (0, 1). Prompts that no shipped signal shows are taken first. If
-            there are too few of them, "shipped" drops the training rows whose signals show a test prompt.
+            there are too few of them, "published" drops the training rows whose signals show a test prompt.
         signals_per_user: see `Draws`.
         train_draws: see `Draws`.
         test_draws: see `Draws`.
@@ -98,15 +117,15 @@ def read_psoups(
     counts = collections.Counter() if counts is None else counts
     path = pathlib.Path(path)
     plans = {
-        "train": Draws(signals, signals_per_user, train_draws, queries_per_user),
-        "test": Draws(signals, signals_per_user, test_draws, test_queries_per_user),
+        "train": Draws(protocol, signals_per_user, train_draws, queries_per_user),
+        "test": Draws(protocol, signals_per_user, test_draws, test_queries_per_user),
     }
     rows = split_rows(read_rows(path), test_fraction, seed, path)
-    if signals == "shipped":
+    if protocol == "published":
         rows["train"] = _unseen_by_test(rows["train"], rows["test"], counts)
         if not rows["train"]:
             raise UserError(
-                f"{path}: every training row shows a test prompt in its signals; use data.signals = 'disjoint'"
+                f"{path}: every training row shows a test prompt in its signals; use data.protocol = 'disjoint'"
             )
     streams = {"train": _TRAIN_STREAM, "test": _TEST_STREAM}
     return {
@@ -128,9 +147,9 @@ def read_rows(path: pathlib.Path) -> list[Row]:
         pair = checks.pair_fields(record, where)
         query = Query(**pair, provenance=f"{path.name}#{index}", group=pair["prompt"])
         shipped = []
-        for i, shown in enumerate(checks.list_field(record, FEEDBACK, where)):
+        for i, value in enumerate(checks.list_field(record, FEEDBACK, where)):
             pair_where = f"{where}: {FEEDBACK}[{i}]"
-            fields = checks.pair_fields(checks.as_object(shown, pair_where), pair_where)
+            fields = checks.pair_fields(checks.as_object(value, pair_where), pair_where)
             shipped.append(Signal("pair", provenance=f"{query.provenance}/feedback/{i}", **fields))
         rows.append(Row(index, query, checks.text_field(record, PERSONA, where), tuple(shipped)))
     return rows
@@ -186,7 +205,7 @@ def _examples(
     for row in rows:
         by_persona.setdefault(row.persona, []).append(row)
     examples = []
-    for draw in range(1 if plan.protocol == "shipped" else plan.draws):
+    for draw in range(1 if plan.protocol == "published" else plan.draws):
         drawn = []
         for persona, persona_rows in by_persona.items():
             for group in _groups(persona_rows, plan.queries_per_user, rng):
@@ -233,7 +252,7 @@ def _drawn_signals(
             by_prompt.setdefault(row.query.prompt, []).append(row)
     if len(by_prompt) < count:
         raise UserError(
-            f"{where} of persona {rows[0].persona!r} have {len(by_prompt)} other prompts, too few for"
+            f"{where} of persona {shown(rows[0].persona)} have {len(by_prompt)} other prompts, too few for"
             f" data.signals_per_user = {count}; lower it or add rows"
         )
     prompts = list(by_prompt)

@@ -1,0 +1,1 @@
+"""One module per data set: `load(data, counts)` returns its examples by split."""
