@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.cases import Sizes
 from configs import psoups_smollm2
 from popi_jax import config
-from popi_jax.data import templates
+from popi_jax.data.layouts import PLAIN, Told
 from popi_jax.data.builders import psoups
 from popi_jax.data.encoding import Encoder
 from popi_jax.data.schema import Example, Query, Signal
@@ -94,7 +94,7 @@ def long_signals(model: str, sizes: Sizes, tokens: int) -> Example:
     text = words(rng, tokenizer, tokens).split()
     while True:
         signals = (Signal("profile", text=" ".join(text)),)
-        messages = templates.inference_messages(signals, prompts.inference_instruction, prompts.pair_fields)
+        messages = PLAIN.inference_messages(signals, prompts.inference_instruction, prompts.pair_fields)
         if len(text) == 1 or len(tokenizer.render(messages)) <= tokens:
             return Example("long", "train", signals, (query,))
         text.pop()
@@ -135,7 +135,7 @@ def build(model: str, sizes: Sizes, data: pathlib.Path | None) -> dict[str, Any]
         "sampling": nearest(examples, signal_tokens, sizes.sampling_signals, sizes.sampling_users),
         "popi": nearest(examples, signal_tokens, sizes.popi_signals, sizes.popi_users),
     }
-    summaries = [peer_pair(encoder, e, e.persona) for e in chosen["dpo"]]
+    summaries = [peer_pair(encoder, e, Told(e.persona)) for e in chosen["dpo"]]
     return {
         "model": str(folder.resolve()),
         "data": "synthetic" if data is None else "P-Soups",
@@ -173,11 +173,11 @@ def _mean(values: Any) -> float:
     return round(float(np.mean(list(values))), 1)
 
 
-def peer_pair(encoder: Encoder, example: Example, context: str) -> dict[str, Any]:
+def peer_pair(encoder: Encoder, example: Example, told: Told) -> dict[str, Any]:
     """A preference pair for a peer: texts that it renders and tokenises itself, and the ids that must result."""
     query = example.queries[0]
-    prompt, chosen, rejected = encoder.pair(query, context)
-    (message,) = templates.generator_messages(query.prompt, context, encoder.prompts.generator_instruction)
+    prompt, chosen, rejected = encoder.pair(query, told)
+    (message,) = encoder.layout.generator_messages(query.prompt, told, encoder.prompts.generator_instruction)
     return {
         "message": message["content"],
         "chosen": query.chosen,
@@ -190,10 +190,10 @@ def peer_pair(encoder: Encoder, example: Example, context: str) -> dict[str, Any
 
 def peer_user(encoder: Encoder, example: Example) -> dict[str, Any]:
     """A user for a peer: the prompt of the inference model, and the query with a place for the summary."""
-    query, prompts = example.queries[0], encoder.prompts
-    (signals,) = templates.inference_messages(example.signals, prompts.inference_instruction, prompts.pair_fields)
-    (informed,) = templates.generator_messages(query.prompt, MARK, prompts.generator_instruction)
-    (bare,) = templates.generator_messages(query.prompt, None, prompts.generator_instruction)
+    query, prompts, layout = example.queries[0], encoder.prompts, encoder.layout
+    (signals,) = layout.inference_messages(example.signals, prompts.inference_instruction, prompts.pair_fields)
+    (informed,) = layout.generator_messages(query.prompt, Told(MARK), prompts.generator_instruction)
+    (bare,) = layout.generator_messages(query.prompt, None, prompts.generator_instruction)
     return {
         "message": signals["content"],
         "prompt_ids": encoder.signals(example),

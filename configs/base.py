@@ -123,7 +123,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # (): chosen from the data.
     c.limits.buckets = ()
 
-    # The text around signals and summaries; popi_jax/data/templates.py puts it together.
+    # The text around signals and summaries; popi_jax/data/layouts.py puts it together.
     c.prompts = ml_collections.ConfigDict()
     # The request for a summary. It follows the signals in the inference model's prompt.
     c.prompts.inference_instruction = (
@@ -139,6 +139,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.prompts.pair_fields = ("prompt", "chosen", "rejected")
     # How to use what the generator is told of the user. It comes between that and the question.
     c.prompts.generator_instruction = "Answer the prompt below in the way this user prefers."
+    # The headings and sections around all of this: plain (ours); published_pairs, published_brackets or
+    # published_alignx (as in the public code for the benchmarks); or the path of a JSON file like those in
+    # popi_jax/assets/layouts.
+    c.prompts.layout = "plain"
 
     # How summaries are sampled in training: from the whole distribution, without top-p, as REINFORCE requires.
     c.sampling = ml_collections.ConfigDict()

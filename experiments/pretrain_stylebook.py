@@ -33,10 +33,10 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from configs import quickstart
-from popi_jax.data import templates
 from popi_jax.data.builders import stylebook
 from popi_jax.data.builders import stylebook_text as text
 from popi_jax.data.builders.stylebook_exact import difference
+from popi_jax.data.layouts import PLAIN, Told
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError
 from popi_jax.model import folders, hub
@@ -133,8 +133,8 @@ def corpus(prompts: ml_collections.ConfigDict, users: int) -> list[str]:
         example = stylebook.draw_example(0, "train", i, 6, 1)
         query = example.queries[0]
         texts += [
-            templates.inference_messages(example.signals, prompts.inference_instruction)[0]["content"],
-            templates.generator_messages(query.prompt, example.persona, prompts.generator_instruction)[0]["content"],
+            PLAIN.inference_messages(example.signals, prompts.inference_instruction)[0]["content"],
+            PLAIN.generator_messages(query.prompt, Told(example.persona), prompts.generator_instruction)[0]["content"],
             f"user\n{query.chosen}",
             f"assistant\n{example.persona}",
         ]
@@ -170,14 +170,14 @@ class Teacher:
     def _note(
         self, rng: np.random.Generator, signals: Sequence[Signal], known: dict[int, int], right: float
     ) -> Document:
-        messages = templates.inference_messages(signals, self.prompts.inference_instruction)
+        messages = PLAIN.inference_messages(signals, self.prompts.inference_instruction)
         return self.tokenizer.render(messages), lambda: text.summary(_blur(rng, _some(rng, known), right))
 
     def compare(self, rng: np.random.Generator, example: Example) -> Document:
         """Summary and question -> alternately a response that fits, and one with 1 to 3 of the named tastes flipped."""
         named = _some(rng, dict(enumerate(_tastes(example))))
         topic, prompt = text.question(rng)
-        messages = templates.generator_messages(prompt, text.summary(named), self.prompts.generator_instruction)
+        messages = PLAIN.generator_messages(prompt, Told(text.summary(named)), self.prompts.generator_instruction)
         waiting: list[str] = []
 
         def respond() -> str:
@@ -194,7 +194,7 @@ class Teacher:
     def follow(self, rng: np.random.Generator, example: Example) -> Document:
         """Summary and question -> a response that mostly fits."""
         named = _some(rng, dict(enumerate(_tastes(example))))
-        return self._answer(rng, text.summary(named), named, FITS)
+        return self._answer(rng, Told(text.summary(named)), named, FITS)
 
     def bare(self, rng: np.random.Generator, example: Example) -> Document:
         """Question -> any response."""
@@ -202,11 +202,16 @@ class Teacher:
 
     def raw(self, rng: np.random.Generator, example: Example) -> Document:
         """Signals and question -> a response that mostly fits the user."""
-        return self._answer(rng, templates.signals_text(example.signals), dict(enumerate(_tastes(example))), RAW_FITS)
+        return self._answer(
+            rng,
+            Told(PLAIN.signals_text(example.signals), raw_signals=True),
+            dict(enumerate(_tastes(example))),
+            RAW_FITS,
+        )
 
-    def _answer(self, rng: np.random.Generator, context: str | None, wanted: dict[int, int], fits: float) -> Document:
+    def _answer(self, rng: np.random.Generator, told: Told | None, wanted: dict[int, int], fits: float) -> Document:
         topic, prompt = text.question(rng)
-        messages = templates.generator_messages(prompt, context, self.prompts.generator_instruction)
+        messages = PLAIN.generator_messages(prompt, told, self.prompts.generator_instruction)
 
         def respond() -> str:
             return text.response(rng, topic, _style(rng, _blur(rng, wanted, fits)))

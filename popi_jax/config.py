@@ -161,6 +161,7 @@ class Prompts(Section):
     summary_stop: Text
     pair_fields: tuple[Literal["prompt", "chosen", "rejected"], ...]
     generator_instruction: Text
+    layout: Annotated[Path, Field(min_length=1)] = "plain"
 
 
 class Sampling(Section):

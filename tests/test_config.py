@@ -7,7 +7,7 @@ import pytest
 from configs import base
 from popi_jax import config as settings
 from popi_jax.config import Config, Section
-from popi_jax.data import templates
+from popi_jax.data import layouts
 from popi_jax.model import kernels, remat
 from popi_jax.model.config import LORA_TARGETS
 from popi_jax.model.lora import INPUT_DIMS
@@ -33,7 +33,7 @@ def choices(section, field):
         (settings.Model, "attention", kernels.CHOICES),
         (settings.Lora, "targets", LORA_TARGETS),
         (settings.Lora, "targets", INPUT_DIMS),
-        (settings.Prompts, "pair_fields", templates.PAIR_LABELS),
+        (settings.Prompts, "pair_fields", layouts.PAIR_FIELDS),
     ],
 )
 def test_choices_equal_their_registry(section, field, registry):

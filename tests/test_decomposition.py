@@ -10,6 +10,7 @@ import pytest
 from configs import base
 from popi_jax.config import changed, parse
 from popi_jax.data.builders import stylebook, stylebook_exact, stylebook_text
+from popi_jax.data.layouts import Told
 from popi_jax.errors import UserError
 from popi_jax.evaluation import decomposition, evaluate
 from popi_jax.evaluation.decomposition import Measured, estimate_information, one_wording
@@ -102,7 +103,7 @@ def test_oracle_labels_are_given_the_persona():
     for method in ("oracle", "raw_signals"):
         evaluator = types.SimpleNamespace(
             config=changed(parse(base.get_config()), {"method": method}),
-            contexts=lambda phi, users, key: [[Context(str(u))] for u in range(len(users))],
+            contexts=lambda phi, users, key: [[Context(Told(str(u)))] for u in range(len(users))],
             scorer=types.SimpleNamespace(logps=lambda theta, items: np.zeros((len(items), 2))),
             references=types.SimpleNamespace(
                 remember=lambda items: None, lookup=lambda items: np.zeros((len(items), 2))

@@ -7,6 +7,7 @@ import pytest
 from configs import base
 from popi_jax.config import parse
 from popi_jax.data import encoding
+from popi_jax.data.layouts import Told
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError
 
@@ -113,16 +114,17 @@ def test_the_log_counts_a_user_once_however_often_it_is_encoded() -> None:
 def test_raw_signals_leave_room_for_the_longest_query() -> None:
     # "<1> About the user: {signals} please Prompt: why now <2> <3>": 3 + 3 + 7 n + 1 + 3 tokens.
     drops = encoder(prompt=30, on_overflow="drop")
-    context = drops.raw_signals(EXAMPLE)
-    assert context == "### Example 1\nAbout the user: fact2\n\n### Example 2\nAbout the user: fact3"
+    told = drops.raw_signals(EXAMPLE)
+    text = "### Example 1\nAbout the user: fact2\n\n### Example 2\nAbout the user: fact3"
+    assert told == Told(text, raw_signals=True)
     assert drops.overflow.counts() == {"limits.prompt": (2, 1)}
-    assert len(drops.pair(EXAMPLE.queries[0], context)[0]) == 24
+    assert len(drops.pair(EXAMPLE.queries[0], told)[0]) == 24
     with pytest.raises(UserError, match=r"user 'u1': .* takes 38 tokens, .*limits.prompt is 37"):
         encoder(prompt=37).raw_signals(EXAMPLE)
 
 
 def test_a_pair_ends_each_response_with_the_end_token() -> None:
-    prefix, chosen, rejected = encoder().pair(EXAMPLE.queries[0], "likes rhymes")
+    prefix, chosen, rejected = encoder().pair(EXAMPLE.queries[0], Told("likes rhymes"))
     assert TOKENIZER.text(prefix) == "<1> About the user: likes rhymes please Prompt: why now <2> <3>"
     assert TOKENIZER.text(chosen) == "yes indeed <2>"
     assert TOKENIZER.text(rejected) == "no <2>"
@@ -155,11 +157,11 @@ def test_responses_that_are_the_same_tokens_state_no_preference() -> None:
 def test_a_prompt_leaves_room_for_the_coming_summary() -> None:
     query = EXAMPLE.queries[0]
     with pytest.raises(UserError, match=r"prompt with a summary of limits.summary = 6 takes 17 .*limits.prompt"):
-        encoder(prompt=16).check(query, "They", more=6)
+        encoder(prompt=16).check(query, Told("They"), more=6)
     exact = encoder(prompt=17)
-    exact.check(query, "They", more=6)
+    exact.check(query, Told("They"), more=6)
     # When tokenised again, a summary may be longer than it was when drawn. It is neither cut nor refused.
-    assert len(exact.pair(query, "They like rhymes and more words than there was room")[0]) == 20
+    assert len(exact.pair(query, Told("They like rhymes and more words than there was room"))[0]) == 20
 
 
 def test_the_summary_stop_is_at_most_one_token() -> None:

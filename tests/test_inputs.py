@@ -17,6 +17,7 @@ from experiments import results_table
 from popi_jax import checkpoint
 from popi_jax.config import changed, local_path, parse
 from popi_jax.data import files, prepared
+from popi_jax.data.layouts import Told
 from popi_jax.data.schema import Query
 from popi_jax.errors import UserError
 from popi_jax.evaluation import evaluate, final
@@ -91,7 +92,8 @@ def test_damaged_references_are_taken_again(tmp_path, caplog, damage):
 def test_pairs_that_differ_have_different_references(tmp_path):
     """A text may contain any character, so none separates the fields."""
     queries = [Query("a", "b\1c", "d"), Query("a\1b", "c", "d"), Query("a", "b", "c\1d"), Query("a", "b", "c")]
-    items = [Item(query, context) for query in queries for context in (None, "", "\0", "d")]
+    told = [None, *map(Told, ("", "\0", "d")), Told("d", raw_signals=True)]
+    items = [Item(query, own) for query in queries for own in told]
     scorer = Scorer()
     References(scorer, tmp_path, "x").remember(items)
     assert scorer.scored == len(items)

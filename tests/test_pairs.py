@@ -8,6 +8,7 @@ import pytest
 
 from configs import quickstart
 from popi_jax.config import parse
+from popi_jax.data.layouts import Told
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.data.shapes import Measured
 from popi_jax.errors import UserError
@@ -21,13 +22,13 @@ def test_queries_of_a_user_share_one_copy_of_the_context():
     config.limits.prompt, config.limits.bin = 256, 256
     run = setup.load(parse(config))
     packer, scorer = run.scorer.packer, run.scorer
-    told = "I like short answers about the sea and dislike long ones about the land. " * 3
+    told = Told("I like short answers about the sea and dislike long ones about the land. " * 3)
     questions = ["What is a tide?", "Who lives there?", "Why is it blue?"]
     items = [Item(Query(prompt=q, chosen="Salt water.", rejected="Sand."), told) for q in questions]
     planted = packer.plant(items)
     once = sum(tree.tokens for own in planted.trees for tree in own)
     each = sum(packer.row(item).tokens for item in items)
-    assert once < each - 1.5 * len(run.encoder.tokenizer.encode(told))
+    assert once < each - 1.5 * len(run.encoder.tokenizer.encode(told.text))
     alone = np.concatenate([scorer.logps(None, [item], 1) for item in items])
     np.testing.assert_allclose(scorer.logps(None, items, 3), alone, rtol=1e-5, atol=1e-4)
 

@@ -7,6 +7,7 @@ import pytest
 from configs import quickstart
 from popi_jax.config import changed, parse
 from popi_jax.data import packing, prepared
+from popi_jax.data.layouts import Told
 from popi_jax.errors import UserError
 from popi_jax.modes import setup
 from popi_jax.rollout.pairs import Item
@@ -36,7 +37,7 @@ def test_chosen_buckets_are_few_and_hold_all_data(fitted):
 def test_pairs_count_with_the_longest_summary(fitted):
     run, sources, _ = fitted
     example = next(iter(sources["train"]))
-    query, start = example.queries[0], run.config.prompts.summary_start
+    query, start = example.queries[0], Told(run.config.prompts.summary_start)
     row_of = run.scorer.packer.row
     row = row_of(Item(query, start))
     assert run.encoder.check(query, start, 7) == row.tokens + 7

@@ -10,10 +10,10 @@ import pytest
 
 from configs import quickstart
 from experiments import pretrain_stylebook
-from popi_jax.data import templates
 from popi_jax.data.builders import stylebook
 from popi_jax.data.builders import stylebook_exact as exact
 from popi_jax.data.builders import stylebook_text as text
+from popi_jax.data.layouts import PLAIN
 from popi_jax.data.schema import Query, Signal
 from popi_jax.errors import UserError
 from popi_jax.model import hub
@@ -299,7 +299,7 @@ def test_the_shipped_base_is_small_and_its_tokenizer_suits_the_world(base, data)
     assert sum(path.stat().st_size for path in hub.STYLEBOOK.iterdir()) < 8e6
     ratios = []
     for example in data["test"]:
-        signals = templates.signals_text(example.signals)
+        signals = PLAIN.signals_text(example.signals)
         assert tokenizer.decode(tokenizer.encode(signals)) == signals
         ratios.append(len(tokenizer.encode(example.persona)) / len(tokenizer.encode(signals)))
     assert np.mean(ratios) < 1 / 8
@@ -311,7 +311,7 @@ def test_untrained_summaries_are_well_formed_but_often_wrong(base):
     checkpoint, tokenizer = base
     examples = stylebook.load(_config(train_users=1, test_users=48))["test"]
     prompts = quickstart.get_config().prompts
-    rows = [tokenizer.render(templates.inference_messages(e.signals, prompts.inference_instruction)) for e in examples]
+    rows = [tokenizer.render(PLAIN.inference_messages(e.signals, prompts.inference_instruction)) for e in examples]
     length_B = np.array([len(row) for row in rows])
     prompt_BxT = np.zeros((len(rows), length_B.max()), np.int32)
     for b, row in enumerate(rows):

@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks import machine, profile, roofline, rows
 from benchmarks.cases import DPO, Cases, Checked, Job, Measure, Prepared, Turn, repeat
 from popi_jax import config
+from popi_jax.data.layouts import Told
 from popi_jax.data.schema import Example
 from popi_jax.model import hub
 from popi_jax.modes import compile as compile_lib
@@ -48,7 +49,7 @@ def load(job: Job, examples: list[Example], changes: dict[str, Any]) -> Run:
 
 def told_items(run: Run, examples: list[Example]) -> list[Item]:
     """Each example's query with what the config's method tells about its user."""
-    return [Item(e.queries[0], contexts.told(run.config.method, run.encoder, e).text) for e in examples]
+    return [Item(e.queries[0], contexts.told(run.config.method, run.encoder, e).told) for e in examples]
 
 
 def bare_items(examples: list[Example]) -> list[Item]:
@@ -254,7 +255,7 @@ def check_rewards(job: Job) -> Checked:
     """The reward of each user's persona as a summary."""
     examples = rows.read_examples(job.rows, "popi")
     run = load(job, examples, {})
-    told = [Item(e.queries[0], e.persona) for e in examples]
+    told = [Item(e.queries[0], Told(e.persona)) for e in examples]
     logps = (jnp.asarray(run.scorer.logps(None, items)) for items in (told, bare_items(examples)))
     settings = run.programs.settings
     loss = objective.preference_loss(settings.loss)

@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from popi_jax.config import Limits, Prompts
-from popi_jax.data import templates
+from popi_jax.data import layouts
+from popi_jax.data.layouts import Layout, Told
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError, shown
 from popi_jax.model.tokenizer import Tokenizer
@@ -60,6 +61,11 @@ class Encoder:
     limits: Limits
     overflow: OverflowLog = dataclasses.field(default_factory=OverflowLog)
 
+    @property
+    def layout(self) -> Layout:
+        """The layout that config.prompts names."""
+        return layouts.load(self.prompts.layout)
+
     def signals(self, example: Example) -> Ids:
         """The prompt of q_phi for one user. It ends with the fixed start of the summary, which the model continues.
 
@@ -69,38 +75,42 @@ class Encoder:
         start = self.tokenizer.encode_start(self.prompts.summary_start)
 
         def render(signals: Sequence[Signal]) -> Ids:
-            messages = templates.inference_messages(
+            messages = self.layout.inference_messages(
                 signals, self.prompts.inference_instruction, self.prompts.pair_fields
             )
             return [*self.tokenizer.render(messages), *start]
 
         return render(self._fitting(example, lambda signals: len(render(signals)), "signals"))
 
-    def raw_signals(self, example: Example) -> str:
-        """The context of method raw_signals: the signals that keep every query's prompt within limits.prompt.
+    def raw_signals(self, example: Example) -> Told:
+        """What method raw_signals tells the generator: the signals that keep every query's prompt within limits.prompt.
 
         Raises:
             UserError: no signals, or more than limits.prompt tokens (see on_overflow).
         """
         prompts = {query.prompt for query in example.queries}
 
+        def told(signals: Sequence[Signal]) -> Told:
+            return Told(self.layout.signals_text(signals), raw_signals=True)
+
         def length(signals: Sequence[Signal]) -> int:
-            return max(len(self.prompt(prompt, templates.signals_text(signals))) for prompt in prompts)
+            return max(len(self.prompt(prompt, told(signals))) for prompt in prompts)
 
-        return templates.signals_text(self._fitting(example, length, "prompt"))
+        return told(self._fitting(example, length, "prompt"))
 
-    def prompt(self, prompt: str, context: str | None) -> Ids:
-        """The generator's prompt x with a context about the user (see `templates.generator_messages`)."""
-        return self.tokenizer.render(templates.generator_messages(prompt, context, self.prompts.generator_instruction))
+    def prompt(self, prompt: str, told: Told | None) -> Ids:
+        """The generator's prompt x with what it is told of the user (see `Layout.generator_messages`)."""
+        messages = self.layout.generator_messages(prompt, told, self.prompts.generator_instruction)
+        return self.tokenizer.render(messages)
 
-    def pair(self, query: Query, context: str | None) -> tuple[Ids, Ids, Ids]:
+    def pair(self, query: Query, told: Told | None) -> tuple[Ids, Ids, Ids]:
         """The generator's prompt, y+ and y-. The responses have no special tokens except the end token."""
         chosen, rejected = (
             [*self.tokenizer.encode(text), self.tokenizer.end_id] for text in (query.chosen, query.rejected)
         )
-        return self.prompt(query.prompt, context), chosen, rejected
+        return self.prompt(query.prompt, told), chosen, rejected
 
-    def check(self, query: Query, context: str | None, more: int = 0) -> int:
+    def check(self, query: Query, told: Told | None, more: int = 0) -> int:
         """The tokens of a prompt with both responses and `more` tokens still to come.
 
         Raises:
@@ -111,7 +121,7 @@ class Encoder:
         """
         where = f"query {query.provenance or repr(query.prompt[:40])}"
         try:
-            prefix, chosen, rejected = self.pair(query, context)
+            prefix, chosen, rejected = self.pair(query, told)
         except UserError as error:  # The chat template rewrites a response.
             raise UserError(f"{where}: {error}") from None
         if chosen == rejected:
@@ -128,18 +138,18 @@ class Encoder:
             self._check(f"{where}: {name}", tokens, limit)
         return len(prefix) + more + len(chosen) + len(rejected)
 
-    def check_prompt(self, prompt: str, context: str | None) -> None:
+    def check_prompt(self, prompt: str, told: Told | None) -> None:
         """Raises UserError if a prompt without known responses exceeds limits.prompt."""
-        self._check(f"prompt {prompt[:40]!r}", len(self.prompt(prompt, context)), "prompt")
+        self._check(f"prompt {prompt[:40]!r}", len(self.prompt(prompt, told)), "prompt")
 
     def _check(self, what: str, tokens: int, limit: str) -> None:
         most = getattr(self.limits, limit)
         if tokens > most:
             raise UserError(f"{what} takes {tokens} tokens, but limits.{limit} is {most}; raise it or shorten the text")
 
-    def cost(self, context: str | None) -> int:
-        """The tokens that `context` adds to the generator's prompt."""
-        return len(self.tokenizer.encode_part(context)) if context else 0
+    def cost(self, text: str | None) -> int:
+        """The tokens of a text that the generator is told."""
+        return len(self.tokenizer.encode_part(text)) if text else 0
 
     def summary_stop(self) -> tuple[int, ...]:
         """The extra token that ends a summary, if any; UserError if prompts.summary_stop is more than one token."""

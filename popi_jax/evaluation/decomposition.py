@@ -62,7 +62,8 @@ def measure(
     distinct = list(dict.fromkeys(text for texts in own for text in texts))
     place = {text: i for i, text in enumerate(distinct)}
     queries = stylebook.common_queries(config.data.seed, TRIPLES)
-    items = [Item(query, text) for text in distinct for query in queries]
+    told = {context.text: context.told for some in contexts for context in some}
+    items = [Item(query, told[text]) for text in distinct for query in queries]
     logps_ZxTrx2 = evaluator.scorer.logps(theta, items).reshape(len(distinct), len(queries), 2)
     asked = [Item(query, None) for query in queries]
     references.remember(asked)

@@ -88,7 +88,7 @@ class Evaluator:
             for query in example.queries:
                 found += [(row, example, query, context) for context in own]
                 row += 1
-        items = [Item(query, context.text) for _, _, query, context in found]
+        items = [Item(query, context.told) for _, _, query, context in found]
         signals = {example.user: encoder.raw_signals(example) for example in examples}
         logps = self.scorer.logps(theta, items)
         which = config.objective.reference_context
@@ -113,7 +113,7 @@ class Evaluator:
                 context=context.text,
                 context_tokens=encoder.cost(context.text),
                 finished=context.finished,
-                signal_tokens=encoder.cost(signals[example.user]),
+                signal_tokens=encoder.cost(signals[example.user].text),
                 h=float(h[i]),
                 h_signals_ref=float(h_signals_ref[i]),
             )
@@ -137,12 +137,12 @@ class Evaluator:
         if not examples:
             return []
         context_key, response_key = jax.random.split(stream_key(config.seed, "respond", step))
-        texts = [own[0].text for own in self.contexts(phi, examples, context_key)]
+        first = [own[0] for own in self.contexts(phi, examples, context_key)]
         queries = [example.queries[0] for example in examples]
-        items = [Item(query, told) for query, told in zip(queries, texts, strict=True)]
+        items = [Item(query, context.told) for query, context in zip(queries, first, strict=True)]
         drawn = self.sampler.draw(
             theta,
-            [encoder.prompt(query.prompt, told) for query, told in zip(queries, texts, strict=True)],
+            [encoder.prompt(item.query.prompt, item.told) for item in items],
             response_key,
             dataclasses.replace(text.in_use(config), batch_size=len(queries)),
             branches=1,
@@ -153,9 +153,9 @@ class Evaluator:
             {
                 "user": example.user,
                 "persona": example.persona,
-                "signals": encoder.raw_signals(example),
-                "signal_tokens": encoder.cost(encoder.raw_signals(example)),
-                "summary": told if config.method in SUMMARIZED else "",
+                "signals": encoder.raw_signals(example).text,
+                "signal_tokens": encoder.cost(encoder.raw_signals(example).text),
+                "summary": context.text if config.method in SUMMARIZED else "",
                 "prompt": query.prompt,
                 "response": response[0],
                 "chosen": query.chosen,
@@ -163,8 +163,8 @@ class Evaluator:
                 "logp_chosen": float(logp[0]),
                 "logp_rejected": float(logp[1]),
             }
-            for example, told, query, response, logp in zip(
-                examples, texts, queries, drawn.texts_UxK, logps, strict=True
+            for example, context, query, response, logp in zip(
+                examples, first, queries, drawn.texts_UxK, logps, strict=True
             )
         ]
 

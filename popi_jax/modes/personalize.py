@@ -11,6 +11,7 @@ import rich.progress
 
 from popi_jax.config import Config
 from popi_jax.data import files, prompts, users
+from popi_jax.data.layouts import Told
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError
 from popi_jax.modes import runfiles
@@ -80,7 +81,7 @@ def generate(
     encoder, sampler, sampling = run.encoder, run.sampler, text.in_use(config)
     source = _source(config, state, record)
     for entry in entries:
-        encoder.check_prompt(entry["prompt"], entry["summary"])
+        encoder.check_prompt(entry["prompt"], Told(entry["summary"]))
 
     def identity(entry: dict[str, Any]) -> dict[str, Any]:
         return entry | source
@@ -88,7 +89,7 @@ def generate(
     def lines(part: Sequence[dict[str, Any]], batch: int) -> Iterator[dict[str, Any]]:
         drawn = sampler.draw(
             state.theta,
-            [encoder.prompt(entry["prompt"], entry["summary"]) for entry in part],
+            [encoder.prompt(entry["prompt"], Told(entry["summary"])) for entry in part],
             stream_key(config.seed, "respond", batch),
             sampling,
             branches=1,

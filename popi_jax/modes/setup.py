@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from popi_jax import checkpoint
 from popi_jax.config import Config
-from popi_jax.data import prepared
+from popi_jax.data import layouts, prepared
 from popi_jax.data.encoding import Encoder
 from popi_jax.data.schema import Example
 from popi_jax.data.shapes import Shapes
@@ -91,7 +91,7 @@ class Run:
         config = self.config
         identity = (
             f"{self.model_fingerprint}|{self.encoder.tokenizer.fingerprint}|{config.prompts.generator_instruction}"
-            f"|{config.objective.logp_reduction}|{config.model.compute_dtype}|{config.model.frozen_dtype}"
+            f"|{layouts.fingerprint(config.prompts.layout)}|{config.objective.logp_reduction}|{config.model.compute_dtype}|{config.model.frozen_dtype}"
         )
         return References(self.scorer, folder, identity)
 
@@ -116,7 +116,7 @@ class Run:
 
     def inputs(self, examples: Mapping[str, Sequence[Example]]) -> dict[str, str]:
         """Returns the fingerprint of everything that a run with these examples reads, see `read_inputs`."""
-        return _inputs(self.model_fingerprint, self.encoder.tokenizer.fingerprint, examples)
+        return _inputs(self.config, self.model_fingerprint, self.encoder.tokenizer.fingerprint, examples)
 
     def restore(self, workdir: pathlib.Path, step: int | None = None) -> tuple[steps.TrainState, dict[str, Any]] | None:
         """Restores the newest (or given) checkpoint of the workdir, with its record; None if there is none."""
@@ -129,6 +129,7 @@ class Run:
 def load(config: Config) -> Run:
     """Loads everything that the config names; UserError if the settings do not fit the devices or the model."""
     mesh = make_mesh(config)
+    layouts.load(config.prompts.layout)  # Called here to report a bad file early.
     checkpoint_read = hub.load(config.model.path, mesh=mesh, **model_options(config, mesh))
     tokenizer_path = config.model.tokenizer or str(checkpoint_read.tokenizer_path)
     tokenizer = Tokenizer.load(tokenizer_path)
@@ -159,12 +160,15 @@ def read_inputs(config: Config, examples: Mapping[str, Sequence[Example]]) -> di
     """
     folder = hub.resolve(config.model.path)
     tokenizer = Tokenizer.load(config.model.tokenizer or folder)
-    return _inputs(hub.fingerprint(folder), tokenizer.fingerprint, examples)
+    return _inputs(config, hub.fingerprint(folder), tokenizer.fingerprint, examples)
 
 
-def _inputs(model: str, tokenizer: str, examples: Mapping[str, Sequence[Example]]) -> dict[str, str]:
-    splits = {split: prepared.content_hash({split: part}) for split, part in examples.items()}
-    return {"model": model, "tokenizer": tokenizer, **splits}
+def _inputs(config: Config, model: str, tokenizer: str, examples: Mapping[str, Sequence[Example]]) -> dict[str, str]:
+    inputs = {split: prepared.content_hash({split: part}) for split, part in examples.items()}
+    layout = config.prompts.layout
+    if layout not in layouts.NAMES:  # The user's own file.
+        inputs["layout"] = layouts.fingerprint(layout)
+    return {"model": model, "tokenizer": tokenizer, **inputs}
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -7,6 +7,7 @@ import jax
 
 from popi_jax.config import SUMMARIZED, Config, Method
 from popi_jax.data.encoding import Encoder
+from popi_jax.data.layouts import Told
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError, shown
 from popi_jax.model.weights import Tree
@@ -16,10 +17,15 @@ from popi_jax.rollout.text import TextSampler
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Text about a user for the generator (None: no context). `finished` is False if limits.summary cut it short."""
+    """What the generator is told of a user (None: nothing). `finished` is False if limits.summary cut it short."""
 
-    text: str | None
+    told: Told | None
     finished: bool = True
+
+    @property
+    def text(self) -> str | None:
+        """Its text."""
+        return None if self.told is None else self.told.text
 
 
 def told(method: Method, encoder: Encoder, example: Example) -> Context:
@@ -31,7 +37,7 @@ def told(method: Method, encoder: Encoder, example: Example) -> Context:
             raise UserError(
                 f"user {shown(example.user)} has no persona, which method oracle shows; add one or leave the user out"
             )
-        return Context(example.persona)
+        return Context(Told(example.persona))
     assert method == "raw_signals", f"{method} draws summaries"
     return Context(encoder.raw_signals(example))
 
@@ -56,5 +62,5 @@ def of_users(
             k=config.eval.summaries_per_user,
         )
         for i, texts, finished in zip(part, drawn.texts_UxK, drawn.finished_UxK.tolist(), strict=True):
-            out[i] = [Context(*own) for own in zip(texts, finished, strict=True)]
+            out[i] = [Context(Told(own), ended) for own, ended in zip(texts, finished, strict=True)]
     return out

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from popi_jax.config import SUMMARIZED, Config
 from popi_jax.data import packing
 from popi_jax.data.encoding import Encoder
+from popi_jax.data.layouts import Told
 from popi_jax.data.schema import Example
 from popi_jax.rollout import contexts
 
@@ -29,7 +30,7 @@ def _lengths(config: Config, encoder: Encoder, sources: Mapping[str, Iterable[Ex
     """The tokens of each user's signals, and of each pair with a summary of the largest length."""
     signals: list[int] = []
     rows: list[int] = []
-    context: str | None
+    told: Told | None
     for split, source in sources.items():
         # Whatever the method, an evaluation shows the raw signals to a reference and counts their tokens.
         shows_signals = split == "test" or config.objective.reference_context == "signals"
@@ -38,8 +39,8 @@ def _lengths(config: Config, encoder: Encoder, sources: Mapping[str, Iterable[Ex
                 encoder.raw_signals(example)
             if config.method in SUMMARIZED:  # The text is not known yet, but its largest length is.
                 signals.append(len(encoder.signals(example)))
-                context, more = config.prompts.summary_start, config.limits.summary
+                told, more = Told(config.prompts.summary_start), config.limits.summary
             else:
-                context, more = contexts.told(config.method, encoder, example).text, 0
-            rows.extend(encoder.check(query, context, more) for query in example.queries)
+                told, more = contexts.told(config.method, encoder, example).told, 0
+            rows.extend(encoder.check(query, told, more) for query in example.queries)
     return signals, rows

@@ -9,6 +9,7 @@ import numpy as np
 from popi_jax.data import packing
 from popi_jax.data.batch import PackedBatch
 from popi_jax.data.encoding import Encoder
+from popi_jax.data.layouts import Told
 from popi_jax.data.packing import Row, Tree
 from popi_jax.data.schema import Query
 from popi_jax.data.shapes import Bins, Shapes, shardings_of
@@ -18,10 +19,10 @@ from popi_jax.model import sharding, weights
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A query to score, with the generator's context about the user (None: no context)."""
+    """A query to score, with what the generator is told of the user (None: nothing)."""
 
     query: Query
-    context: str | None
+    told: Told | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Packer:
         """The row of a prompt with y+ and y-; None gives a padding row."""
         if item is None:
             return Row([], [[], []])
-        prefix, chosen, rejected = self.encoder.pair(item.query, item.context)
+        prefix, chosen, rejected = self.encoder.pair(item.query, item.told)
         return Row(prefix, [chosen, rejected])
 
     def plant(self, items: Sequence[Item | None]) -> Planted:
@@ -66,11 +67,11 @@ class Packer:
         chosen = sorted(set(first_R))
         longest, limit = max(rows[r].tokens for r in chosen), self.encoder.limits.bin
         capacity = limit if longest <= limit else packing.bucket(longest, self.shapes.buckets)
-        sharing: dict[str | None, list[int]] = {}
+        sharing: dict[Told | None, list[int]] = {}
         for r in chosen:
             item = items[r]
             if item is not None:
-                sharing.setdefault(item.context, []).append(r)
+                sharing.setdefault(item.told, []).append(r)
         trees = packing.plant(rows, sharing.values(), capacity)
         length = self.shapes.bin_length([tree.tokens for tree in trees])
         bins = packing.fill_bins([tree.tokens for tree in trees], length)

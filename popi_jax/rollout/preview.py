@@ -5,10 +5,12 @@ from collections.abc import Iterable
 
 from popi_jax.config import SUMMARIZED, Config
 from popi_jax.data.encoding import Encoder
+from popi_jax.data.layouts import Told
 from popi_jax.data.schema import Example
 from popi_jax.rollout import contexts
 
 _EXAMPLES = 2
+_SUMMARY = "(the summary)"
 _HEAD, _TAIL = 1500, 500  # Characters of a text that are shown.
 
 
@@ -18,13 +20,13 @@ def of_examples(config: Config, encoder: Encoder, examples: Iterable[Example]) -
     blocks = []
     for example in itertools.islice(examples, _EXAMPLES):
         rows = []
-        context: str | None = "(the summary)"  # Not drawn yet.
+        told: Told | None = Told(_SUMMARY)  # Not drawn yet.
         if config.method in SUMMARIZED:
             end = tokenizer.show([tokenizer.end_id])
-            rows.append(("the inference model", encoder.signals(example), f"{context}{end}"))
+            rows.append(("the inference model", encoder.signals(example), f"{_SUMMARY}{end}"))
         else:
-            context = contexts.told(config.method, encoder, example).text
-        prompt, chosen, _ = encoder.pair(example.queries[0], context)
+            told = contexts.told(config.method, encoder, example).told
+        prompt, chosen, _ = encoder.pair(example.queries[0], told)
         rows.append(("the generator, with the preferred response", prompt, tokenizer.show(chosen)))
         blocks += [
             f"--- user {example.user!r}: {reader}\n{_shown(tokenizer.show(ids))}>>>{_shown(scored)}<<<"

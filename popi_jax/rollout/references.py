@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from popi_jax.data import files
+from popi_jax.data.layouts import Told
 from popi_jax.errors import first_line
 from popi_jax.rollout.pairs import Item, PairScorer
 
@@ -72,16 +73,17 @@ class References:
 
 def _item_key(item: Item) -> str:
     # JSON, because the texts may contain any separator.
-    fields = [item.query.prompt, item.query.chosen, item.query.rejected, item.context]
+    told = [None] if item.told is None else [item.told.text, *["raw signals"] * item.told.raw_signals]
+    fields = [item.query.prompt, item.query.chosen, item.query.rejected, *told]
     return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 
-def reference_item(which: str, item: Item, signals: str) -> Item:
+def reference_item(which: str, item: Item, signals: Told | None) -> Item:
     """The item that the reference reads for a row.
 
     Args:
         which: objective.reference_context; "prompt" shows the question alone.
         item: the item that the policy reads.
-        signals: the user's raw signals, used for "signals".
+        signals: the user's raw signals, needed for "signals" alone.
     """
-    return Item(item.query, {"prompt": None, "summary": item.context, "signals": signals}[which])
+    return Item(item.query, {"prompt": None, "summary": item.told, "signals": signals}[which])

@@ -17,6 +17,7 @@ import numpy as np
 from popi_jax.config import SUMMARIZED, Config, StepKind
 from popi_jax.data import files
 from popi_jax.data.batch import Batch, GeneratorBatch, InferenceBatch, PrefixBatch
+from popi_jax.data.layouts import Told
 from popi_jax.data.schema import Example, Query
 from popi_jax.data.shapes import Measured, Shapes, shardings_of
 from popi_jax.errors import UserError, shown
@@ -78,7 +79,7 @@ class WrittenSummaries:
         key: jax.Array,
         sampling: text.Sampling,
         step: int,
-    ) -> tuple[list[list[str | None]], dict[str, float]]:
+    ) -> tuple[list[list[Told | None]], dict[str, float]]:
         """Returns the examples' summaries and values to log. Draws the summaries that the file lacks with phi."""
         missing = [example for example in examples if example.user not in self._known]
         if missing:
@@ -96,7 +97,7 @@ class WrittenSummaries:
                 with self._path.open("ab", buffering=0) as file:
                     file.write("".join(lines).encode())
         own = [self._known[example.user] for example in examples]
-        return [[entry["summary"]] for entry in own], cut(np.array([entry["finished"] for entry in own]))
+        return [[Told(entry["summary"])] for entry in own], cut(np.array([entry["finished"] for entry in own]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,20 +154,20 @@ class BatchMaker:
 
     def _contexts(
         self, phi: Tree | None, examples: Sequence[Example], step: int, kind: StepKind
-    ) -> tuple[Drawn | None, list[list[str | None]], dict[str, Any]]:
+    ) -> tuple[Drawn | None, list[list[Told | None]], dict[str, Any]]:
         """Returns the summaries drawn in this step, if any, each user's K contexts, and values to log."""
         config = self.config
         key, sampling = stream_key(config.seed, "sample", step), text.in_training(config)
         if config.method not in SUMMARIZED:
             told = [contexts.told(config.method, self.sampler.encoder, example) for example in examples]
-            return None, [[context.text] for context in told], {}
+            return None, [[context.told] for context in told], {}
         if config.method == "popi" and kind == "generator" and config.schedule.name == "two_phase":
             return None, *self.written.contexts(self.sampler, phi, examples, key, sampling, step)
         jax.block_until_ready(phi)  # So that sample_s does not include the rest of the previous step.
         started = time.perf_counter()
         drawn = self.sampler.summaries(phi, examples, key, sampling, k=self.shapes.summaries(kind))
         counts = cut(drawn.finished_UxK) | {"sample_s": time.perf_counter() - started}
-        return drawn, [list(texts) for texts in drawn.texts_UxK], counts
+        return drawn, [[Told(text) for text in texts] for texts in drawn.texts_UxK], counts
 
     def _queries(self, example: Example, step: int, place: int) -> list[Query]:
         return chosen_queries(example, self.config.data.queries_per_user, self.config.seed, step, place)
@@ -193,7 +194,7 @@ class _Rows:
         maker: BatchMaker,
         examples: Sequence[Example],
         queries: Sequence[Sequence[Query]],
-        told: Sequence[Sequence[str | None]],
+        told: Sequence[Sequence[Told | None]],
     ) -> "_Rows":
         """Makes the rows of these users.
 
@@ -210,7 +211,7 @@ class _Rows:
         asked: dict[int, Item] = {}
         r = 0
         for example, own_queries, own_told in zip(examples, queries, told, strict=True):
-            signals = maker.sampler.encoder.raw_signals(example) if which == "signals" else ""
+            signals = maker.sampler.encoder.raw_signals(example) if which == "signals" else None
             for context in own_told:
                 for place, query in enumerate(own_queries, start=r):
                     items[place] = item = Item(query, context)
