@@ -1,0 +1,498 @@
+"""Reads published data sets row by row: parquet and JSON files of a local path or the hub, by split.
+
+Files of one data set differ in types and columns, so each is read with its own schema and checked against the declared
+columns. A file whose split is unclear is refused rather than guessed or left out.
+"""
+
+import contextlib
+import dataclasses
+import gzip
+import math
+import os
+import pathlib
+import re
+import stat
+import urllib.parse
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from popi_jax.config import HUB
+from popi_jax.data import checks
+from popi_jax.errors import UserError, first_line, shown
+
+# The declared type of a column: str, int, float, a dict of specs (a struct), a list of one spec (a list of any length)
+# or Optional.
+Spec = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Optional:
+    """The spec of a column or struct field that may be absent; it is then None."""
+
+    spec: Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a data file.
+
+    Attributes:
+        where: the file's path and the row's number in it, from 0, for messages.
+        source: the same for provenance, such as "data/train-00000-of-00003.parquet#17". The path is relative to the
+            data folder if the file comes from `splits`; else it is the file's name.
+        values: the declared columns. A null is None.
+    """
+
+    where: str
+    source: str
+    values: dict[str, Any]
+
+
+class DataFile(pathlib.PosixPath):
+    """The path of a data file. `inside` is its part below the data folder."""
+
+    inside = ""
+
+    @classmethod
+    def below(cls, root: pathlib.Path, inside: str) -> "DataFile":
+        """Returns the path of a file of a data folder."""
+        file = cls(root / inside)
+        file.inside = inside
+        return file
+
+
+_JSON = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+_READ = (".parquet", *_JSON)
+# Formats of data or archives that are not read. Every other ending is taken for something else, such as a README.
+_UNREAD = tuple(
+    ".7z .arrow .array_record .avro .bz2 .csv .db .feather .gz .h5 .hdf5 .ipc .lz4 .mdb .ndjson .npy .npz .orc .pickle"
+    " .pkl .pt .rar .sqlite .tar .tfrecord .tgz .tsv .xls .xlsx .xz .zip .zst".split()
+)
+# Written beside the data by `datasets`; their content is not data.
+_METADATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+_CARD = "README.md"
+_SPLITS = (
+    dict.fromkeys(("train", "training"), "train")
+    | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+    | dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+)
+_PARTITION = re.compile(r"([^=]+)=(.*)")  # A folder's name, such as split=test.
+_NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+_BATCH = 256  # Rows that are decoded at a time.
+_BUFFER = 2**20  # Bytes of a column that are read at a time.
+_STRINGS = {pa.string(), pa.large_string(), pa.string_view()}
+_INTEGERS = (pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
+_NUMBERS = {*_INTEGERS, pa.float16(), pa.float32(), pa.float64()}
+# Nulls often turn a column of integers into one of floats; `_value` checks each.
+_TYPES = {str: _STRINGS, int: _NUMBERS, float: _NUMBERS}
+_LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ListViewType, pa.LargeListViewType)
+_EXACT = 2**53  # Beyond it, a float does not hold every integer.
+_CHECK = "check that these are the data that data.dataset names"
+
+
+def splits(source: str, flag: str = "data.path") -> dict[str, list[pathlib.Path]]:
+    """Finds the data files of a source and their splits.
+
+    A split is named by a folder split=NAME, else by a folder called NAME, else by a word of the file's name (as in
+    train-00000-of-00003.parquet). NAME is train, validation or test, or one of their synonyms, such as dev and eval. If
+    no file names a split, all belong to train. Files and folders whose names begin with "_" or "." are skipped.
+
+    Args:
+        source: a file, a folder, or hf://datasets/OWNER/NAME, which is downloaded to the hub's cache.
+        flag: the setting that names the source, for error messages.
+
+    Returns:
+        The files by split, in natural order (part-2 before part-10). They are of type `DataFile`.
+
+    Raises:
+        UserError: nothing to read there, or files whose split, completeness or configuration is in doubt.
+    """
+    root = _local(source, flag)
+    if not root.is_dir():
+        if not root.name.lower().endswith(_READ):
+            raise UserError(f"{root}: not a format that is read; set {flag} to a file that ends in {', '.join(_READ)}")
+        return {_split(root.parent, root.name) or "train": [DataFile.below(root.parent, root.name)]}
+    names = sorted(_names(root), key=_natural)
+    read = [name for name in names if name.lower().endswith(_READ)]
+    unread = [name for name in names if name.lower().endswith(_UNREAD) and name not in read]
+    if not read:
+        reason = f"{unread[0]} has a format that is not read" if unread else "no data files in this folder"
+        raise UserError(
+            f"{root}: {reason}; set {flag} to files that end in {', '.join(_READ)}, unpacked or converted if need be"
+        )
+    split_of = {name: _split(root, name) for name in read}
+    named = {split for split in split_of.values() if split}
+    for name, split in split_of.items():
+        if named and not split:
+            raise UserError(
+                f"{root / name}: names no split, but other files do; put train, validation or test in its name, or set"
+                f" {flag} to a folder without it"
+            )
+    for name in unread:
+        if (split := _split(root, name)) and split not in named:
+            raise UserError(f"{root / name}: only file of the {split} split, in a format that is not read; convert it")
+    found: dict[str, list[str]] = {}
+    for name in read:
+        found.setdefault(split_of[name] or "train", []).append(name)
+    for split, part in found.items():
+        _check_one_set(root, split, part, flag)
+    return {split: [DataFile.below(root, name) for name in part] for split, part in found.items()}
+
+
+def rows(files: Sequence[pathlib.Path], columns: Mapping[str, Spec]) -> Iterator[Row]:
+    """Yields the rows of the files in order, with bounded memory except for a top-level JSON list.
+
+    Integral floats are accepted for int, and integers for float, below 2**53. NaN is null: it is how a null looks in a
+    column of floats. A column that a file lacks is taken from a folder such as level=expert on its path below the data
+    folder. Other columns and struct fields are left out.
+
+    Args:
+        files: the files; those of `splits` know the data folder.
+        columns: the declared columns. Any value may also be null.
+
+    Raises:
+        UserError: names the file, the column or row, what was expected and what was found. The schemas of all parquet
+            files are checked before the first row.
+    """
+    for path in files:
+        if path.name.lower().endswith(".parquet"):
+            with _parquet(path) as file:
+                _check_struct(pa.struct(list(file.schema_arrow)), columns, path, "", _given(path, columns))
+    spec = dict(columns)
+    for path in files:
+        inside, given = _inside(path), _given(path, columns)
+        for index, (place, record) in enumerate(_records(path, columns)):
+            values = _value(spec, given | record, place, ())
+            yield Row(f"{path}: row {index}", f"{inside}#{index}", values)
+
+
+def count(files: Iterable[pathlib.Path]) -> int:
+    """Returns the number of rows. Parquet files state theirs; JSON files are read. UserError as for `rows`."""
+    total = 0
+    for path in files:
+        if path.name.lower().endswith(".parquet"):
+            with _parquet(path) as file:
+                total += file.metadata.num_rows
+        else:
+            total += sum(1 for _ in _records(path, {}))
+    return total
+
+
+def licence(source: str) -> str | None:
+    """Returns the licence that the README.md beside the data states in its YAML front matter; None if there is none.
+
+    Args:
+        source: as for `splits`. UserError if it cannot be read.
+    """
+    root = _local(source, "data.path")
+    card = (root if root.is_dir() else root.parent) / _CARD
+    try:
+        stated = (huggingface_hub.metadata_load(card) or {}).get("license") if card.is_file() else None
+    except Exception:  # A README is free text, and may have bad YAML or not be UTF-8.
+        return None
+    return ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated) if stated else None
+
+
+def _local(source: str, flag: str) -> pathlib.Path:
+    """Returns the local file or folder of a source, downloaded if need be."""
+    if not source:
+        raise UserError(f"config: {flag} is empty; set it to a file or folder, or to {HUB}OWNER/NAME")
+    if source.startswith(HUB):
+        patterns = [_CARD, *(f"*{ending}" for ending in _READ)]
+        try:
+            return pathlib.Path(
+                huggingface_hub.snapshot_download(
+                    repo_id=source.removeprefix(HUB), repo_type="dataset", allow_patterns=patterns
+                )
+            )
+        except Exception as error:  # Validation, HTTP, connection and cache errors have no common base.
+            raise UserError(
+                f"{flag} = {source}: the hub did not provide it ({type(error).__name__}: {first_line(error)}); log in"
+                f" with hf auth login if it is private or gated, or set {flag} to a local path"
+            ) from error
+    path = pathlib.Path(source)
+    if not os.path.isdir(path):
+        _check_file(path, f"set {flag} to a file or folder of data, or to {HUB}OWNER/NAME")
+    return path
+
+
+def _names(root: pathlib.Path) -> list[str]:
+    """Returns the files below a folder, relative to it, without hidden files and metadata."""
+    names: list[str] = []
+    pending, seen = [""], set()
+    while pending:
+        inside = pending.pop()
+        if (real := os.path.realpath(root / inside)) in seen:
+            raise UserError(f"{root / inside}: a link to a folder that is read already; remove the link")
+        seen.add(real)
+        try:
+            with os.scandir(root / inside) as entries:
+                for entry in entries:
+                    if entry.name.startswith(("_", ".")) or entry.name in _METADATA:
+                        continue
+                    name = f"{inside}/{entry.name}" if inside else entry.name
+                    (pending if entry.is_dir() else names).append(name)
+        except OSError as error:
+            raise UserError(f"{root / inside}: cannot be read ({_reason(error)}); make it readable") from None
+    return names
+
+
+def _natural(name: str) -> tuple[Any, ...]:
+    """Sorts numbers in the names of files and folders as numbers."""
+    parts = [re.split(r"([0-9]+)", part) for part in name.split("/")]
+    return [[int(piece) if i % 2 else piece for i, piece in enumerate(part)] for part in parts], name
+
+
+def _split(root: pathlib.Path, name: str) -> str | None:
+    """Returns the split that a file's path or name states; UserError if it states several or an unknown one."""
+    *folders, own = name.split("/")
+    partition = _partitions(name).get("split")
+    if partition is not None and partition.lower() not in _SPLITS:
+        raise UserError(
+            f"{root / name}: unknown split {shown(partition)}; rename its folder to split=train, split=validation or"
+            " split=test, or move it elsewhere"
+        )
+    for words in ([partition or ""], folders, re.findall("[a-z]+", own.lower())):
+        stated = sorted({_SPLITS[word.lower()] for word in words if word.lower() in _SPLITS})
+        if len(stated) > 1:
+            raise UserError(
+                f"{root / name}: names the splits {' and '.join(stated)}; move it to a folder named after its split"
+            )
+        if stated:
+            return stated[0]
+    return None
+
+
+def _check_one_set(root: pathlib.Path, split: str, names: Sequence[str], flag: str) -> None:
+    """Raises UserError if the files of a split are several data sets, in two formats, or lack some shards."""
+    places: dict[tuple[str, ...], str] = {}
+    shards: dict[tuple[str, int], list[int]] = {}
+    for name in names:
+        folders = name.split("/")[:-1]
+        places.setdefault(tuple(f for f in folders if f.lower() not in _SPLITS and not _PARTITION.fullmatch(f)), name)
+        if found := re.fullmatch(r"(.*?)([0-9]+)-of-([0-9]+)[^/]*", name):
+            shards.setdefault((found[1], int(found[3])), []).append(int(found[2]))
+    if len(places) > 1:
+        first, second, *_ = places.values()
+        raise UserError(
+            f"{root}: the {split} split has files in several folders, {first} and {second}; set {flag} to the"
+            " sub-folder of one data set"
+        )
+    parquet = [name for name in names if name.lower().endswith(".parquet")]
+    if parquet and (others := set(names) - set(parquet)):
+        raise UserError(
+            f"{root}: the {split} split has both {parquet[0]} and {min(others)}; move one of the two formats elsewhere"
+        )
+    for (prefix, total), numbers in shards.items():
+        if not len(numbers) == len(set(numbers)) == total:
+            raise UserError(
+                f"{root / prefix}*: {len(numbers)} files with {len(set(numbers))} of {total} shards; get the missing"
+                f" ones and remove those of other versions, or set {flag} to one file"
+            )
+
+
+def _inside(path: pathlib.Path) -> str:
+    return getattr(path, "inside", "") or path.name
+
+
+def _partitions(name: str) -> dict[str, str]:
+    """Returns what folders such as level=expert on a file's path state."""
+    found = map(_PARTITION.fullmatch, name.split("/")[:-1])
+    return {match[1]: urllib.parse.unquote(match[2]) for match in found if match}
+
+
+def _given(path: pathlib.Path, columns: Mapping[str, Spec]) -> dict[str, Any]:
+    """Returns the declared columns that the folders of a file give, as text or parsed as numbers."""
+    values: dict[str, Any] = {}
+    for name, text in _partitions(_inside(path)).items():
+        if (spec := _bare(columns.get(name))) in (str, int, float):
+            try:
+                values[name] = None if text == _NULL_PARTITION else spec(text)
+            except ValueError:
+                folder = shown(f"{name}={text}")
+                raise UserError(f"{path}: folder {folder}: expected {_expected(spec)}; rename it") from None
+    return values
+
+
+def _records(path: pathlib.Path, columns: Mapping[str, Spec]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields each row of a file as a dict, with its place for messages about its values."""
+    if path.name.lower().endswith(".parquet"):
+        return _parquet_records(path, columns)
+    if path.name.lower().endswith(_JSON):
+        return _json_records(path)
+    raise UserError(f"{path}: not a format that is read; convert it to a file that ends in {', '.join(_READ)}")
+
+
+def _parquet_records(path: pathlib.Path, columns: Mapping[str, Spec]) -> Iterator[tuple[str, dict[str, Any]]]:
+    with _parquet(path) as file:
+        there = [name for name in file.schema_arrow.names if name in columns]
+        start = 0
+        for batch in file.iter_batches(_BATCH, columns=there):
+            lists = []
+            for name in there:
+                try:
+                    lists.append(batch.column(name).to_pylist())
+                except UnicodeDecodeError:
+                    raise UserError(f"{path}: column {name!r}: not UTF-8 at or after row {start}; convert it") from None
+            for i in range(batch.num_rows):
+                yield f"{path}: row {start + i}", {name: values[i] for name, values in zip(there, lists, strict=True)}
+            start += batch.num_rows
+
+
+@contextlib.contextmanager
+def _parquet(path: pathlib.Path) -> Iterator[pq.ParquetFile]:
+    """Opens a parquet file; UserError if it or what is read from it is damaged."""
+    _check_file(path)
+    try:
+        # Without these settings, pyarrow holds all row groups, or all of a row group, in memory.
+        options = {"pre_buffer": False, "buffer_size": _BUFFER}
+        with pa.OSFile(os.fsencode(path)) as source:
+            yield pq.ParquetFile(source, page_checksum_verification=True, **options)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a parquet file, or damaged ({first_line(error)}); download it again") from None
+
+
+def _check_struct(
+    type_: pa.StructType, spec: Mapping[str, Spec], path: pathlib.Path, prefix: str, given: Mapping[str, Any]
+) -> None:
+    """Raises UserError if a parquet file lacks a declared column or field, or has it in another type."""
+    names = [field.name for field in type_]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"{path}: column {prefix + twice[0]!r} occurs twice; rename one of them")
+    for name, inner in spec.items():
+        if name in names:
+            _check_type(type_.field(name).type, inner, path, prefix + name)
+        elif name not in given and not isinstance(inner, Optional):
+            raise _missing(str(path), prefix + name, names)
+
+
+def _check_type(type_: pa.DataType, spec: Spec, path: pathlib.Path, name: str) -> None:
+    spec = _bare(spec)
+    if isinstance(type_, pa.DictionaryType):
+        type_ = type_.value_type
+    if isinstance(spec, dict) and isinstance(type_, pa.StructType):
+        _check_struct(type_, spec, path, f"{name}.", {})
+    elif isinstance(spec, list) and isinstance(type_, _LISTS):
+        _check_type(type_.value_type, spec[0], path, f"{name}[]")
+    elif type_ != pa.null() and type_ not in (_TYPES[spec] if isinstance(spec, type) else ()):
+        raise UserError(f"{path}: column {name!r}: expected {_expected(spec)}, found {shown(str(type_))}; {_CHECK}")
+
+
+def _json_records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = enumerate(_lines(path), start=1)
+    begun = False
+    for number, line in lines:
+        if not begun and line.lstrip().startswith("["):
+            text = "\n" * (number - 1) + line + "".join(rest for _, rest in lines)
+            values = checks.parse_json(text, str(path), remedy="give one JSON list of objects, or one object per line")
+            for index, value in enumerate(values):
+                place = f"{path}: row {index}"
+                yield place, checks.as_object(value, place)
+            return
+        if not begun and line.strip() == "{":
+            raise UserError(
+                f"{path}:{number}: JSON over several lines; give one JSON list of objects, or one object per line, for"
+                " example with jq -c"
+            )
+        if line.strip():
+            begun = True
+            place = f"{path}:{number}"
+            yield place, checks.as_object(checks.parse_json(line, str(path), number), place)
+
+
+def _lines(path: pathlib.Path) -> Iterator[str]:
+    """Yields the lines of a UTF-8 file of JSON, without its byte order mark, decompressed if it ends in .gz."""
+    _check_file(path)
+    position, begun = 0, False
+    try:
+        with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
+            for data in file:
+                start = data.lstrip(b"\xef\xbb\xbf \t\r\n")
+                if start and not begun and not start.startswith((b"{", b"[")):
+                    raise UserError(
+                        f"{path}: starts with {shown(data[:8])}, which is not JSON; save it as UTF-8 JSON, compressed"
+                        " only if it ends in .gz"
+                    )
+                begun = begun or bool(start)
+                try:
+                    yield data.decode("utf-8" if position else "utf-8-sig")
+                except UnicodeDecodeError as error:
+                    byte = position + error.start
+                    raise UserError(f"{path}: not UTF-8 at byte {byte}; save the file as UTF-8") from None
+                position += len(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({_reason(error)}); download it again") from None
+
+
+def _check_file(path: pathlib.Path, remedy: str = "restore it") -> None:
+    """Raises UserError unless the path is a file that can be opened, and no stand-in for one."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # Reading a pipe or /dev/zero would never end.
+            raise UserError(f"{path}: is a folder or a device, not a file; {remedy}")
+        with path.open("rb") as file:
+            start = file.read(64)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {remedy}") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path.
+        raise UserError(f"{path}: cannot be read ({_reason(error)}); {remedy}") from None
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a Git LFS pointer, not the data; run git lfs pull, or download the file")
+
+
+def _value(spec: Spec, value: Any, where: str, path: tuple[str | int, ...]) -> Any:
+    """Returns a value as the spec declares it; UserError if it is of another type."""
+    spec = _bare(spec)
+    if value is None:
+        return None
+    if isinstance(spec, dict) and isinstance(value, dict):
+        for name, inner in spec.items():
+            if name not in value and not isinstance(inner, Optional):
+                raise _missing(where, _column((*path, name)), list(value))
+        return {name: _value(inner, value.get(name), where, (*path, name)) for name, inner in spec.items()}
+    if isinstance(spec, list) and isinstance(value, list):
+        return [_value(spec[0], entry, where, (*path, i)) for i, entry in enumerate(value)]
+    if spec is str and isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{where}: column {_column(path)!r} has half a surrogate pair (\\ud800-\\udfff); remove it"
+            ) from None
+        return value
+    if spec in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, float) and math.isnan(value):
+            return None
+        if isinstance(value, spec) and abs(value) != math.inf:
+            return value
+        if abs(value) < _EXACT and value == int(value):
+            return spec(value)
+    raise UserError(f"{where}: column {_column(path)!r}: expected {_expected(spec)}, found {shown(value)}; {_CHECK}")
+
+
+def _column(path: Sequence[str | int]) -> str:
+    """Returns the name of a nested value, such as pairs[2].prompt."""
+    first, *rest = path
+    return str(first) + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in rest)
+
+
+def _bare(spec: Spec) -> Spec:
+    return spec.spec if isinstance(spec, Optional) else spec
+
+
+def _expected(spec: Spec) -> str:
+    words = {str: "a string", int: "an integer", float: "a number", dict: "a struct", list: "a list"}
+    return words[spec if isinstance(spec, type) else type(spec)]
+
+
+def _missing(where: str, name: str, found: Sequence[str]) -> UserError:
+    return UserError(f"{where}: column {name!r} is missing, found {shown(', '.join(found))}; {_CHECK}")
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or first_line(error)
