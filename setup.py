@@ -47,6 +47,7 @@ setuptools.setup(
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12.8",
+        "pyarrow>=17",  # Reads published data sets.
         "rich>=13.9",
         "safetensors>=0.6",
         "tensorboardX>=2.6.4",

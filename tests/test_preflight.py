@@ -1,5 +1,6 @@
 """Before the first step, all of a run's data are checked against the limits and used to choose buckets."""
 
+import collections
 import dataclasses
 
 import pytest
@@ -8,9 +9,12 @@ from configs import quickstart
 from popi_jax.config import changed, parse
 from popi_jax.data import packing, prepared
 from popi_jax.data.layouts import Told
+from popi_jax.data.schema import Query, Signal
 from popi_jax.errors import UserError
 from popi_jax.modes import setup
+from popi_jax.rollout import limits
 from popi_jax.rollout.pairs import Item
+from tests.test_encoding import EXAMPLE, SIGNALS, encoder
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +69,45 @@ def test_a_batch_far_larger_than_the_data_is_refused(fitted, key, split):
         UserError, match=rf"config.{key} is {1000 * count + 1}, but there are only {count} {split} examples"
     ):
         larger.fitted(sources)
+
+
+LONG = "w " * 50
+FITTING = Query("what", "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("changes", "dropped", "queries"),
+    [
+        ({}, {}, 2),
+        ({"queries": (FITTING, Query("why", LONG, "b"))}, {"test queries that exceed limits.response": 1}, 1),
+        ({"queries": (FITTING, Query(LONG, "a", "b"))}, {"test queries that exceed limits.prompt": 1}, 1),
+        ({"queries": (FITTING, Query("w", "a  b", "a b"))}, {"test queries whose responses are the same tokens": 1}, 1),
+        ({"signals": (*SIGNALS, Signal("profile", text=LONG))}, {"test users that exceed limits.signals": 1}, 0),
+        ({"signals": ()}, {"test users without signals": 1}, 0),
+        (
+            {"persona": LONG},
+            {"test queries that exceed limits.prompt": 2, "test users without a query that fits": 1},
+            0,
+        ),
+    ],
+)
+def test_what_does_not_fit_is_dropped_and_counted(changes, dropped, queries):
+    """Whatever the method, so that all methods are tested on the same rows."""
+    users = [dataclasses.replace(EXAMPLE, user="a"), dataclasses.replace(EXAMPLE, user="b", **changes)]
+    counts = collections.Counter()
+    own = encoder(signals=40, prompt=30, response=5, summary=4, on_overflow="drop")
+    kept = limits.usable(own, "test", users, counts)
+    assert counts == dropped
+    assert kept[0] == users[0] and sum(len(example.queries) for example in kept[1:]) == queries
+    assert own.overflow.counts() == {}  # Nothing was read yet.
+    assert limits.usable(encoder(on_overflow="error"), "test", users, counts) == users
+
+
+def test_no_user_that_fits_is_an_error(fitted):
+    run, sources, _ = fitted
+    tight = changed(run.config, {"limits.response": 1, "limits.on_overflow": "drop"})
+    run = dataclasses.replace(run, config=tight, encoder=dataclasses.replace(run.encoder, limits=tight.limits))
+    dropped = collections.Counter()
+    with pytest.raises(UserError, match=r"^config.limits: no user of the train split fits; raise them$"):
+        run.usable(sources, dropped)
+    assert dropped["test queries that exceed limits.response"] == sum(len(e.queries) for e in sources["test"])

@@ -476,3 +476,19 @@ def test_informativeness_is_what_the_context_takes_off_the_loss():
     np.testing.assert_allclose(found.mean, sum(means[:3]) / 3 - sum(means[3:]) / 3, rtol=1e-12)
     told = informativeness(records(population), records(((9.0,), (9.0,), (9.0,))), beta, resamples=100)
     assert 0 < told.low <= told.mean  # Better told than not.
+
+
+def test_the_interval_by_user_resamples_persons():
+    """Ten prompts each of a person who is always right and of one who never is."""
+    margins = [(1.0,)] * 10 + [(-1.0,)] * 10
+    two = [
+        dataclasses.replace(record, person="right" if record.h > 0 else "wrong", group=str(record.row))
+        for record in records(margins)
+    ]
+    config = parse(base_config.get_config())
+    row = result_row(two, config, "popi")
+    assert row["accuracy_ci95_by_user"] == [0.0, 1.0]  # Both draws are of one person in half of the cases.
+    low, high = row["accuracy_ci95"]
+    assert 0.2 < low < 0.4 and 0.6 < high < 0.8  # Binomial: 0.5 +- 1.96 * sqrt(0.25 / 20).
+    alone = result_row([dataclasses.replace(record, person="") for record in two], config, "popi")
+    assert alone["accuracy_ci95_by_user"] == alone["accuracy_ci95"]

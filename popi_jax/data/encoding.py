@@ -18,6 +18,14 @@ from popi_jax.model.tokenizer import Tokenizer
 Ids = list[int]
 
 
+class Unfit(UserError):
+    """A user or query that the run cannot use. `reason` says why, without naming it."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 class OverflowLog:
     """Counts signals dropped to fit a limit, once per user and limit, however often the user is encoded."""
 
@@ -123,11 +131,12 @@ class Encoder:
         try:
             prefix, chosen, rejected = self.pair(query, told)
         except UserError as error:  # The chat template rewrites a response.
-            raise UserError(f"{where}: {error}") from None
+            raise Unfit("whose responses the chat template rewrites", f"{where}: {error}") from None
         if chosen == rejected:
-            raise UserError(
+            raise Unfit(
+                "whose responses are the same tokens",
                 f"{where}: chosen and rejected differ as text, but the tokenizer makes the same tokens of them; change"
-                " one or remove the pair"
+                " one or remove the pair",
             )
         with_summary = f" with a summary of limits.summary = {more}" if more else ""
         for name, tokens, limit in (
@@ -145,7 +154,10 @@ class Encoder:
     def _check(self, what: str, tokens: int, limit: str) -> None:
         most = getattr(self.limits, limit)
         if tokens > most:
-            raise UserError(f"{what} takes {tokens} tokens, but limits.{limit} is {most}; raise it or shorten the text")
+            raise Unfit(
+                f"that exceed limits.{limit}",
+                f"{what} takes {tokens} tokens, but limits.{limit} is {most}; raise it or shorten the text",
+            )
 
     def cost(self, text: str | None) -> int:
         """The tokens of a text that the generator is told."""
@@ -164,7 +176,7 @@ class Encoder:
     def _fitting(self, example: Example, length: Callable[[Sequence[Signal]], int], limit: str) -> tuple[Signal, ...]:
         """The most recent signals that keep the prompt within the limit; UserError if even one is too long."""
         if not example.signals:
-            raise UserError(f"user {shown(example.user)} has no signals; give at least one")
+            raise Unfit("without signals", f"user {shown(example.user)} has no signals; give at least one")
         most, tokens, n_signals = getattr(self.limits, limit), length(example.signals), len(example.signals)
         if tokens <= most:
             return example.signals
@@ -177,6 +189,9 @@ class Encoder:
         # Fewer signals take fewer tokens, so bisection finds the smallest number to drop.
         dropped = bisect.bisect_left(range(n_signals), True, lo=1, key=lambda n: length(example.signals[n:]) <= most)
         if dropped == n_signals:
-            raise UserError(f"{over}, which the last signal alone exceeds; raise it or shorten the signal")
+            raise Unfit(
+                f"that exceed limits.{limit}",
+                f"{over}, which the last signal alone exceeds; raise it or shorten the signal",
+            )
         self.overflow.record(example.user, f"limits.{limit}", dropped)
         return example.signals[dropped:]

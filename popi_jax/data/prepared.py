@@ -19,8 +19,8 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from popi_jax.config import Data
-from popi_jax.data import locks, users
-from popi_jax.data.builders import psoups, stylebook
+from popi_jax.data import locks, tables, users
+from popi_jax.data.builders import alignx, elix, prefeval, psoups, review, roleplay, stylebook, traits
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError, first_line, shown
 
@@ -203,14 +203,24 @@ def from_config(data: Data, workdir: str | pathlib.Path) -> dict[str, ExampleSou
     return from_examples(data, read(data), workdir)
 
 
-def read(data: Data) -> dict[str, list[Example]]:
-    """Returns the examples of config.data by split. Says how many there are, and warns of what was dropped."""
+def read(data: Data, dropped: collections.Counter[str] | None = None) -> dict[str, list[Example]]:
+    """Returns the examples of config.data by split. Says how many there are, and warns of what was dropped.
+
+    The number of dropped rows and signals is added to `dropped`, by reason.
+    """
     counts: collections.Counter[str] = collections.Counter()
     examples = load_examples(data, counts)
+    if dropped is not None:
+        dropped.update(counts)
     for reason, count in counts.items():
         logging.warning("data: dropped %d %s", count, reason)
     print("data:", ", ".join(f"{len(part)} {split} examples" for split, part in examples.items()))
     return examples
+
+
+def licence(data: Data) -> str | None:
+    """Returns the licence that a benchmark's own card names, if any."""
+    return tables.licence(data.path) if data.dataset in BENCHMARKS else None
 
 
 def from_examples(
@@ -278,5 +288,12 @@ LOADERS: dict[str, Callable[[Data, collections.Counter[str]], dict[str, list[Exa
     "stylebook": lambda data, counts: stylebook.load(data),
     "users": _load_users,
     "psoups": psoups.load,
+    "elix": elix.load,
+    "review": review.load,
+    "roleplay": roleplay.load,
+    "alignx": alignx.load,
+    "prefeval": prefeval.load,
+    "traits": traits.load,
 }
-DRAWN = ("stylebook",)  # They draw as many users as the config names. Of the others, it takes the first ones.
+DRAWN = ("stylebook", "traits")  # They draw as many users as the config names. Of the others, it takes the first ones.
+BENCHMARKS = ("elix", "review", "roleplay", "alignx", "prefeval", "traits")

@@ -1,11 +1,14 @@
 """--mode=evaluate: evaluates a checkpoint on all test users, of the run's data or other data."""
 
+import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from popi_jax import checkpoint
 from popi_jax.config import Config
 from popi_jax.data import files, locks, prepared
+from popi_jax.data.schema import Example
 from popi_jax.errors import UserError
 from popi_jax.evaluation import final
 from popi_jax.modes import runfiles, setup
@@ -33,6 +36,7 @@ def evaluate_checkpoint(
     output: pathlib.Path | None,
     step: int | None = None,
     shared: pathlib.Path | None = None,
+    signals: int | None = None,
 ) -> dict[str, object]:
     """Evaluates a checkpoint on all test users.
 
@@ -42,6 +46,7 @@ def evaluate_checkpoint(
         output: the folder for results, samples and report; <workdir>/evaluation_step<N> by default.
         step: the checkpoint's step; None means the newest.
         shared: as for `train.train`.
+        signals: the number of signals of each test user, see `with_signals`; None means all.
 
     Returns:
         The row of results.json.
@@ -49,9 +54,11 @@ def evaluate_checkpoint(
     if output is not None:
         _check_output(output)
     examples = prepared.read(config.data)
+    if signals is not None:
+        examples["test"] = with_signals(examples["test"], signals)
     run, state, _ = trained(config, workdir, step)
     shared = workdir if shared is None else shared
-    test = examples["test"]
+    test = run.usable({"test": examples["test"]})["test"]
     run = run.fitted({"test": test})
     evaluator = run.evaluator(run.references(shared / "cache"))
     folder = workdir / f"evaluation_step{int(state.step)}" if output is None else output
@@ -59,6 +66,11 @@ def evaluate_checkpoint(
     with locks.held(folder):
         runfiles.describe(folder, config, inputs)
         return final.finish(evaluator, folder, state, test, int(state.step))
+
+
+def with_signals(examples: Sequence[Example], count: int) -> list[Example]:
+    """Returns the examples with the last `count` signals of each user. A user with fewer keeps all."""
+    return [dataclasses.replace(example, signals=example.signals[-count:]) for example in examples]
 
 
 def checkpoint_input(workdir: pathlib.Path, step: int | None = None) -> dict[str, str]:

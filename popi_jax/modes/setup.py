@@ -1,6 +1,8 @@
 """Builds everything that a mode needs from its config: mesh, weights, tokenizer, programs; restores checkpoints."""
 
+import collections
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -54,6 +56,26 @@ class Run:
     encoder: Encoder
     tokenizer_path: str
     buckets: tuple[int, ...]
+
+    def usable(
+        self, examples: Mapping[str, Sequence[Example]], dropped: collections.Counter[str] | None = None
+    ) -> dict[str, list[Example]]:
+        """Returns the examples without users and queries that exceed config.limits, see `limits.usable`.
+
+        Args:
+            examples: the examples of each split.
+            dropped: updated with what was dropped; a warning says it, too.
+        """
+        own: collections.Counter[str] = collections.Counter()
+        kept = {split: limits.usable(self.encoder, split, part, own) for split, part in examples.items()}
+        for reason, count in own.items():
+            logging.warning("data: dropped %d %s", count, reason)
+        if dropped is not None:
+            dropped.update(own)
+        for split, part in kept.items():
+            if not part:
+                raise UserError(f"config.limits: no user of the {split} split fits; raise them")
+        return kept
 
     def fitted(self, sources: Mapping[str, Collection[Example]]) -> "Run":
         """Returns the run with buckets that fit these examples.

@@ -1,5 +1,6 @@
 """--mode=train, the training loop: data -> batch -> step -> metrics -> evaluation -> checkpoint."""
 
+import collections
 import dataclasses
 import pathlib
 import time
@@ -10,7 +11,7 @@ import jax
 
 from popi_jax import checkpoint
 from popi_jax.config import Config
-from popi_jax.data import files, locks, prepared
+from popi_jax.data import card, files, locks, prepared
 from popi_jax.data.prepared import ExampleSource
 from popi_jax.errors import UserError
 from popi_jax.evaluation import final
@@ -45,17 +46,21 @@ def train(config: Config, workdir: pathlib.Path, shared: pathlib.Path | None = N
     runfiles.check_claim(workdir, config)
     signals.say(lambda: _saved(workdir))
     # All that may be a mistake is read before the run claims the workdir.
-    examples = prepared.read(config.data)
-    run = setup.load(config).fitted(examples)
+    dropped: collections.Counter[str] = collections.Counter()
+    read = prepared.read(config.data, dropped)
+    run = setup.load(config)
+    examples = run.usable(read, dropped)
+    run = run.fitted(examples)
     shared = workdir if shared is None else shared
     print(preview.of_examples(config, run.encoder, examples["train"]))
     with locks.held(workdir):
-        inputs, total = run.inputs(examples), schedule.total_steps(config)
+        inputs, total = run.inputs(read), schedule.total_steps(config)
         begin = _start(run, workdir, inputs) if total else _Start(run.initial_state())
         runfiles.claim(workdir, config, inputs)
+        card.write(workdir, card.make(config.data, examples, dropped, prepared.licence(config.data)))
         sources = prepared.from_examples(config.data, examples, shared)
         evaluator = run.evaluator(run.references(shared / "cache"))
-        state = _loop(run, workdir, sources, evaluator, begin) if total else begin.state
+        state = _loop(run, workdir, sources, evaluator, begin, inputs) if total else begin.state
         return final.finish(evaluator, workdir, state, list(sources["test"]), total)
 
 
@@ -103,7 +108,12 @@ def _start(run: Run, workdir: pathlib.Path, inputs: Mapping[str, str]) -> _Start
 
 
 def _loop(
-    run: Run, workdir: pathlib.Path, sources: Mapping[str, ExampleSource], evaluator: Evaluator, begin: _Start
+    run: Run,
+    workdir: pathlib.Path,
+    sources: Mapping[str, ExampleSource],
+    evaluator: Evaluator,
+    begin: _Start,
+    inputs: Mapping[str, str],
 ) -> TrainState:
     config, references = run.config, evaluator.references
     total = schedule.total_steps(config)
@@ -161,8 +171,8 @@ def _loop(
                 stops = stops or evaluates
             if saves or last or stops:
                 meta = run.identity | {
-                    "data": sources["train"].fingerprint,
-                    "test": sources["test"].fingerprint,
+                    "data": inputs["train"],
+                    "test": inputs["test"],
                     "iterator": iterator.get_state(),
                     "written": written.digest(),
                     "metrics": log.written,

@@ -1,12 +1,14 @@
 """Encodes every example once before the first step, so that no run ends midway because a user exceeds a limit."""
 
-from collections.abc import Iterable, Mapping
+import collections
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from popi_jax.config import SUMMARIZED, Config
 from popi_jax.data import packing
-from popi_jax.data.encoding import Encoder
+from popi_jax.data.encoding import Encoder, OverflowLog, Unfit
 from popi_jax.data.layouts import Told
-from popi_jax.data.schema import Example
+from popi_jax.data.schema import Example, Query
 from popi_jax.rollout import contexts
 
 _BUCKETS = 8  # Per kind of text. Each bucket is a shape to compile, so a run can afford only a few.
@@ -24,6 +26,53 @@ def buckets(config: Config, encoder: Encoder, sources: Mapping[str, Iterable[Exa
     summary = config.limits.summary  # The length of summaries is not known beforehand.
     chosen = {*packing.choose_buckets(signals, _BUCKETS), *packing.choose_buckets(rows, _BUCKETS)}
     return tuple(sorted(chosen | {-(-summary // 4), -(-summary // 2), summary}))
+
+
+def usable(
+    encoder: Encoder, split: str, examples: Sequence[Example], dropped: collections.Counter[str]
+) -> list[Example]:
+    """The users and queries that fit. Which ones does not depend on the method, so that methods can be compared.
+
+    Args:
+        encoder: with limits.on_overflow = "error", everything is returned, and `buckets` reports what does not fit.
+        split: for the reasons in `dropped`.
+        examples: of the split.
+        dropped: updated with the number of dropped users and queries, by reason.
+    """
+    if encoder.limits.on_overflow == "error":
+        return list(examples)
+    encoder = dataclasses.replace(encoder, overflow=OverflowLog())  # Nothing is read yet.
+    kept = []
+    for example in examples:
+        try:
+            encoder.signals(example)
+        except Unfit as error:
+            dropped[f"{split} users {error.reason}"] += 1
+            continue
+        queries = tuple(_usable_queries(encoder, split, example, dropped))
+        if queries:
+            kept.append(dataclasses.replace(example, queries=queries))
+        else:
+            dropped[f"{split} users without a query that fits"] += 1
+    return kept
+
+
+def _usable_queries(
+    encoder: Encoder, split: str, example: Example, dropped: collections.Counter[str]
+) -> Iterator[Query]:
+    """Yields the queries that fit with a summary of the largest length, with the persona and with one signal."""
+    start, summary = Told(encoder.prompts.summary_start), encoder.limits.summary
+    for query in example.queries:
+        try:
+            encoder.check(query, None)
+            encoder.check(query, start, summary)
+            if example.persona:
+                encoder.check(query, Told(example.persona))
+            encoder.raw_signals(dataclasses.replace(example, queries=(query,)))
+        except Unfit as error:
+            dropped[f"{split} queries {error.reason}"] += 1
+        else:
+            yield query
 
 
 def _lengths(config: Config, encoder: Encoder, sources: Mapping[str, Iterable[Example]]) -> tuple[list[int], list[int]]:
