@@ -58,15 +58,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # users: the users.jsonl to train on. psoups: the JSON file. Benchmarks: the folder or file of the data as
     # published, or hf://datasets/OWNER/NAME to take it from the hub. stylebook reads no file, so leave it "".
     c.data.path = ""
-    # users: the users.jsonl to test on; benchmarks: the folder or file to test on. "": the test split in data.path, or
-    # if there is none, a share of it, see test_fraction. psoups and stylebook do not use it.
+    # users: the users.jsonl to test on. elix, review, roleplay and alignx: the folder or file to test on. "": the test
+    # split in data.path, or if there is none, a share of it, see test_fraction. The other data sets do not use it.
     c.data.test_path = ""
     c.data.prepared_dir = ""  # Folder for the prepared data; "": the folder data in the run's workdir.
     # Seed of the data: it draws the users, their signals and the train/test split. It is separate from seed, so that
     # runs with different seeds share their data.
     c.data.seed = 0
     # Share to test on, between 0 and 1, both excluded, where the data have no test split. psoups: of the rows. users
-    # and prefeval: of the users. traits: of the statements. Other benchmarks: of the rows. With unseen = "topics": of
+    # and prefeval: of the users. traits: of the statements. Other benchmarks: of the prompts. With unseen = "topics":
     # the topics.
     c.data.test_fraction = 0.3
     # How rows become users. disjoint: nothing of the test split is seen in training, as far as the data allow.

@@ -23,6 +23,12 @@ ARGUMENTS = {
     "users": ("runlocal",),
     "llama3_3b": ("full", "lora", "runlocal"),
     "llama3_8b": ("full", "lora", "runlocal"),
+    "elix": ("lora", "smoke", "runlocal"),
+    "review": ("lora", "smoke", "runlocal"),
+    "roleplay": ("lora", "smoke", "runlocal"),
+    "alignx": ("lora", "smoke", "runlocal"),
+    "prefeval": ("smoke", "runlocal"),
+    "traits": ("smoke", "runlocal"),
 }
 EACH = [(name, arg) for name, arguments in ARGUMENTS.items() for arg in ("", *arguments)]
 
