@@ -60,7 +60,7 @@ nightly: $(VENV)/.setup-torch $(SMOLLM2)/config.json $(PEERS)/.setup $(TUNIX)/.s
 
 attack: $(VENV)/.setup-test  ## Kills runs, damages their files, fills disks and fuzzes every input: hours.
 	$(BIN)/python -m pytest -m attack tests/attack
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_fuzz.py
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_fuzz.py tests/test_fuzz_builders.py
 
 lint: $(VENV)/.setup-test  ## Checks style and formatting.
 	$(BIN)/ruff check .
