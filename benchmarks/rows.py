@@ -16,9 +16,9 @@ import numpy as np
 from benchmarks.cases import Sizes
 from configs import psoups_smollm2
 from popi_jax import config
-from popi_jax.data.layouts import PLAIN, Told
 from popi_jax.data.builders import psoups
 from popi_jax.data.encoding import Encoder
+from popi_jax.data.layouts import PLAIN, Told
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError
 from popi_jax.model import hub

@@ -116,8 +116,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # typical prompt with its responses is a good value. Where a bucket pads less, or a single prompt with its responses
     # is longer, the length of a bucket is used instead.
     c.limits.bin = 512
-    # For what exceeds a limit: error, or drop. drop leaves out a user's oldest signals, and queries and users that do not
-    # fit even so; it counts both, and leaves out the same queries and users for every method.
+    # For what exceeds a limit: error, or drop. drop leaves out a user's oldest signals, and queries and users that do
+    # not fit even so; it counts both, and leaves out the same queries and users for every method.
     c.limits.on_overflow = "error"
     # Lengths, in tokens, to which prompts and bins are padded. Each one is compiled separately, so a few are enough.
     # (): chosen from the data.

@@ -1,13 +1,16 @@
 """Makes the results table of a config: every method with every seed, resumable, with paired comparisons.
 
     python experiments/results_table.py --config=configs/NAME.py --workdir=DIR [--methods=base,popi] [--seeds=0,1,2]
-        [--nodata_texts] [--trained=DIR]
+        [--nodata_texts] [--trained=DIR] [--signals=1,2,4]
 
 Each method and seed is a separate run in DIR/METHOD_seedN. A finished run is not repeated; an interrupted one resumes.
-DIR/results.json has all rows. DIR/report.html shows them with popi's curves and samples.
+DIR/results.json has all rows. DIR/report.html shows them with popi's curves and samples. results.md, results.tex and
+results.csv have the table for other documents.
 --nodata_texts is for data that may not be redistributed. It leaves the data set's texts out of the report and the
 samples, and writes DIR/without_texts, which may be redistributed: copied into another DIR, its runs count as finished.
 --trained=DIR trains nothing: it evaluates the runs of another table with this config, e.g. on other data.
+--signals=1,2,4 also evaluates the finished runs with only the last 1, 2 and 4 signals of each test user, in
+DIR/METHOD_seedN/signals_K. A user with fewer keeps all.
 """
 # ruff: noqa: E402
 
@@ -17,6 +20,7 @@ if __name__ == "__main__":  # The other imports take seconds, in which a signal 
     signals.listen()
 
 import dataclasses
+import itertools
 import pathlib
 import re
 import shutil
@@ -33,7 +37,7 @@ from popi_jax.data import files, locks, prepared
 from popi_jax.data.builders import stylebook_exact
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError, shown
-from popi_jax.evaluation import decomposition, evaluate, final, report, stats, stored
+from popi_jax.evaluation import decomposition, evaluate, final, published, report, stats, stored, tables
 from popi_jax.modes import cli, compilation_cache, runfiles, setup, signals, train
 from popi_jax.modes import evaluate as evaluate_mode
 
@@ -49,6 +53,8 @@ SCHEDULES = {
 DATA_TEXTS = ("persona", "signals", "prompt", "chosen", "rejected", "response")
 WRITTEN = ("zero_shot_summary", "popi", *SCHEDULES)  # Their contexts are texts that the model wrote.
 TRAINED = ("base", "population", "raw_signals", "zero_shot_summary", "oracle", "popi", *SCHEDULES)
+READERS = ("raw_signals", *WRITTEN)  # Their contexts depend on the user's signals.
+BY_SIGNALS = ("method", "seed", "n", "accuracy", "accuracy_ci95", "context_tokens_mean")
 BAYES = ("bayes_signals", "bayes_persona")
 
 
@@ -66,26 +72,34 @@ def method_config(config: Config, method: str, seed: int) -> Config:
 
 
 def run_method(
-    config: Config, table: pathlib.Path, method: str, seed: int, trained: pathlib.Path | None, inputs: Mapping[str, str]
+    config: Config,
+    table: pathlib.Path,
+    method: str,
+    seed: int,
+    trained: pathlib.Path | None,
+    inputs: Mapping[str, str],
+    count: int | None = None,
 ) -> dict[str, Any]:
     """Returns the row of the method's finished run, or runs it. With `trained`, evaluates that table's run instead.
 
-    `inputs` are the fingerprints of `setup.read_inputs`. A run is finished only with the same ones.
+    With `count`, evaluates the finished run with that many signals of each test user. `inputs` are the fingerprints of
+    `setup.read_inputs`. A run or an evaluation is finished only with the same ones.
     """
     name = f"{method}_seed{seed}"
-    workdir, shared = table / name, table / "shared"
+    workdir, shared = table / name / ("" if count is None else f"signals_{count}"), table / "shared"
     own = method_config(config, method, seed)
-    evaluates = trained if method != "base" else None  # base is never trained, so it has no checkpoint.
+    trains = method == "base" or (trained is None and count is None)  # base is never trained: it has no checkpoint.
+    evaluates = None if trains else (trained or table) / name
     if evaluates is not None:
-        inputs = {**inputs, **evaluate_mode.checkpoint_input(evaluates / name)}
+        inputs = {**inputs, **evaluate_mode.checkpoint_input(evaluates)}
     row = runfiles.finished_row(workdir, own, inputs)
     if row is None:
-        print(f"\n== {method}, seed {seed}", flush=True)
+        print(f"\n== {method}, seed {seed}" + ("" if count is None else f", signals {count}"), flush=True)
         if evaluates is None:
             row = train.train(own, workdir, shared)
         else:
             runfiles.claim(workdir, own, inputs)
-            row = evaluate_mode.evaluate_checkpoint(own, evaluates / name, workdir, shared=shared)
+            row = evaluate_mode.evaluate_checkpoint(own, evaluates, workdir, shared=shared, signals=count)
     elif not (workdir / "report.html").exists():  # The run was killed just before it.
         report.write(workdir)
     return row | {"method": method}
@@ -167,12 +181,14 @@ def _write_without_texts(table: pathlib.Path, name: str, row: dict[str, Any]) ->
     users = _numbered("user", [record.user for record in records])
     groups = _numbered("group", [record.group for record in records])
     personas = _numbered("persona", sorted({record.persona for record in records}))
+    persons = _numbered("person", sorted({record.person for record in records} - {""})) | {"": ""}
     numbered = [
         dataclasses.replace(
             record,
             user=users[record.user],
             group=groups[record.group],
             persona=personas[record.persona],
+            person=persons[record.person],
             context=record.context if row["method"] in WRITTEN else None,
         )
         for record in records
@@ -195,6 +211,7 @@ def make_table(
     seeds: Sequence[int],
     data_texts: bool = True,
     trained: pathlib.Path | None = None,
+    counts: Sequence[int] = (),
 ) -> None:
     """Runs the missing methods and seeds, then writes and prints the table.
 
@@ -206,16 +223,22 @@ def make_table(
         data_texts: False leaves DATA_TEXTS out of samples and results, and writes each run to without_texts/ in a form
             that this tool can use again.
         trained: the folder of another table. Its runs are evaluated, and nothing is trained.
+        counts: the numbers of signals per test user to evaluate the finished runs of READERS with.
 
     Raises:
-        UserError: an unknown method, oracle with users who have no persona, or another process writes the folder.
+        UserError: an unknown method, oracle with users who have no persona, counts without a method that reads signals,
+            or another process writes the folder.
     """
     unknown = [method for method in methods if method not in TRAINED + BAYES]
     if unknown:
         raise UserError(f"--methods: {shown(unknown[0])} is unknown; choose from {', '.join(TRAINED + BAYES)}")
+    if counts and not set(methods) & set(READERS):
+        raise UserError(f"--signals: no method of --methods reads signals; add one of {', '.join(READERS)}")
     # Read before the hours of training that the methods take.
     examples = prepared.load_examples(config.data)
     inputs = setup.read_inputs(config, examples)
+    tests = {count: {"test": evaluate_mode.with_signals(examples["test"], count)} for count in counts}
+    fewer = {count: inputs | {"test": prepared.content_hash(test)} for count, test in tests.items()}
     if "oracle" in methods:
         nameless = [e.user for part in examples.values() for e in part if not e.persona]
         if nameless:
@@ -225,24 +248,37 @@ def make_table(
     signals.say(lambda: f"{table} has the finished runs and the checkpoints of the others")
     with locks.held(table):
         rows: list[dict[str, Any]] = []
+        by_signals: list[dict[str, Any]] = []
         for seed in seeds:
             rows += [run_method(config, table, name, seed, trained, inputs) for name in methods if name in TRAINED]
             if config.data.dataset == "stylebook":
                 rows += [row for row in bayes_rows(config, seed, examples["test"]) if row["method"] in methods]
-        _write_table(config, table, rows, seeds, data_texts)
+            for name, count in itertools.product([name for name in methods if name in READERS], counts):
+                row = run_method(config, table, name, seed, trained, fewer[count], count)
+                by_signals.append({"signals": count} | {field: row[field] for field in BY_SIGNALS})
+        _write_table(config, table, rows, by_signals, seeds, data_texts)
 
 
 def _write_table(
-    config: Config, table: pathlib.Path, rows: list[dict[str, Any]], seeds: Sequence[int], data_texts: bool
+    config: Config,
+    table: pathlib.Path,
+    rows: list[dict[str, Any]],
+    by_signals: Sequence[dict[str, Any]],
+    seeds: Sequence[int],
+    data_texts: bool,
 ) -> None:
     """Compares the rows and writes the files of the table."""
+    for row in rows:  # A run's own figures may be of another name: popi_joint is a run of popi.
+        for field in published.FIELDS:
+            row.pop(field, None)
+        row |= published.figures(config, row["method"])
     compare(config, table, rows)
     if not data_texts:
         for row in rows:
             _number_personas(row)
             if row["method"] not in BAYES:
                 _write_without_texts(table, f"{row['method']}_seed{row['seed']}", row)
-    final.write_results(table, config, rows)
+    final.write_results(table, config, rows, by_signals=by_signals)
     shown = table / f"popi_seed{seeds[0]}"
     for name in ("metrics.jsonl", "environment.json", "config.json"):
         if (shown / name).exists():
@@ -251,8 +287,9 @@ def _write_table(
         left_out = () if data_texts else DATA_TEXTS
         kept = [{key: value for key, value in sample.items() if key not in left_out} for sample in samples]
         files.write_jsonl(table / "samples.jsonl", kept)
+    tables.write(table)
     report.write(table)
-    report.print_table(rows)
+    tables.show({"rows": rows, "by_signals": by_signals})
     print(f"\n{table / 'report.html'}")
 
 
@@ -263,7 +300,16 @@ def _define_flags() -> None:
     flags.DEFINE_list("methods", None, "The methods to run; config.table.methods by default.")
     flags.DEFINE_list("seeds", None, "The seeds to run; config.table.seeds by default.")
     flags.DEFINE_string("trained", None, "Another table's folder. Its runs are evaluated, and nothing is trained.")
+    flags.DEFINE_list("signals", None, "Evaluates the runs with the last 1, 2, ... signals of each test user, too.")
     flags.DEFINE_bool("data_texts", True, "Whether samples and report show the data set's texts.")
+
+
+def _integers(texts: Sequence[str], least: int, most: int, message: str) -> list[int]:
+    """Returns the integers that a flag lists; UserError with `message` for the first text that is none or too large."""
+    for text in texts:
+        if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
+            raise UserError(message.format(shown(text)))
+    return [int(text) for text in texts]
 
 
 def _main(argv: list[str]) -> None:
@@ -276,19 +322,25 @@ def _main(argv: list[str]) -> None:
             f"--methods: {', '.join(BAYES)} need true probabilities, which only stylebook has; leave them out"
         )
     methods = list(config.table.methods) if values.methods is None else values.methods
-    seeds = list(config.table.seeds)
+    seeds, counts = list(config.table.seeds), []
     if values.seeds is not None:
-        wrong = [seed for seed in values.seeds if not re.fullmatch("[0-9]{1,10}", seed) or int(seed) >= 2**32]
-        if wrong:
-            raise UserError(f"--seeds: {shown(wrong[0])} is not a seed; give integers below 2**32, such as 0,1,2")
-        seeds = [int(seed) for seed in values.seeds]
-    for flag, given in (("methods", methods), ("seeds", seeds)):
-        if not given or len(set(given)) < len(given):
+        seeds = _integers(
+            values.seeds, 0, 2**32 - 1, "--seeds: {} is not a seed; give integers below 2**32, such as 0,1,2"
+        )
+    if values.signals is not None:
+        counts = _integers(
+            values.signals,
+            1,
+            4096,
+            "--signals: {} is not a number of signals; give integers from 1 to 4096, such as 1,2,4",
+        )
+    for flag, given in (("methods", methods), ("seeds", seeds), ("signals", counts)):
+        if (not given and getattr(values, flag) is not None) or len(set(given)) < len(given):
             raise UserError(f"--{flag}: {shown(given)}; give at least one, and each only once")
     trained = None if values.trained is None else config_lib.local_path(values.trained, "--trained")
     workdir = config_lib.local_path(values.workdir, "--workdir")
     compilation_cache.enable()
-    make_table(config, workdir, methods, seeds, values.data_texts, trained)
+    make_table(config, workdir, methods, seeds, values.data_texts, trained, counts)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_repeats_and_contradictions(made: dict) -> None:
 
 
 def test_what_the_splits_share(made: dict) -> None:
-    """m is in a training comment alone; r 1 2 is a training query; x is a signal of both."""
+    """M is in a training comment alone; r 1 2 is a training query; x is a signal of both."""
     assert made["shared"] == {"persons": 1, "test_prompts": 2, "test_triples": 1, "test_signals": 1}
     assert card.shared(TRAIN, TEST[1:]) == dict.fromkeys(("persons", "test_prompts", "test_triples", "test_signals"), 0)
 

@@ -193,6 +193,12 @@ def test_main_exits_with_2_and_one_line(tmp_path, arguments, message):
         ("results_table", ["--config=configs/quickstart.py", "--seeds=²"], "error: --seeds: '²' is not a seed; give"),
         ("results_table", ["--config=configs/quickstart.py", "--methods="], "error: --methods: []; give at least one"),
         (
+            "results_table",
+            ["--config=configs/quickstart.py", "--signals=4,0"],
+            "error: --signals: '0' is not a number of",
+        ),
+        ("results_table", ["--config=configs/quickstart.py", "--signals="], "error: --signals: []; give at least one"),
+        (
             "tpu_table",
             ["--cases=quickstart:x@v5e:2x2"],
             "error: --cases: 'quickstart:x@v5e:2x2': configs/quickstart.py",

@@ -15,6 +15,7 @@ from popi_jax.config import SUMMARIZED, Config, changed, parse
 from popi_jax.data.batch import Batch, GeneratorBatch, PackedBatch
 from popi_jax.data.builders.stylebook import draw_example
 from popi_jax.data.schema import Example, Query
+from popi_jax.evaluation import faithfulness
 from popi_jax.evaluation.evaluate import Evaluator
 from popi_jax.model.attention import ROW
 from popi_jax.modes import setup
@@ -270,6 +271,17 @@ def test_each_model_reads_what_the_method_shows_it(method, name, reference, k_ge
         h = own.margin(theta, own.row(example, query, told))
         h_signals_ref = own.margin(theta, Row(query, told, signals_text(example)))
         np.testing.assert_allclose((record.h, record.h_signals_ref), (h, h_signals_ref), rtol=1e-3, atol=1e-3)
+    if method in SUMMARIZED:
+        pairs = [
+            own.row(example, Query(signal.prompt, signal.chosen, signal.rejected), told)
+            for example, told_K in zip(TEST, told_UxK, strict=True)
+            for signal in example.signals
+            if signal.kind == "pair"
+            for told in told_K
+        ]
+        found = faithfulness.measure(own.evaluator(), theta, TEST, told_UxK)
+        assert found["accuracy"] == np.mean([own.margin(theta, row) > 0 for row in pairs])
+        assert len(pairs) == K * found["signals"] > 0 == found["skipped"]
 
 
 @pytest.mark.parametrize(

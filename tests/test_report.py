@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from popi_jax.errors import UserError
-from popi_jax.evaluation import decomposition, evaluate, plots, report
+from popi_jax.evaluation import decomposition, evaluate, plots, report, tables
 
 
 def row(method: str, seed: int, accuracy: float, **more) -> dict:
@@ -210,7 +210,7 @@ def test_moving_mean_has_no_start_bias():
 
 def test_table_prints_every_method():
     out = io.StringIO()
-    report.print_table(ROWS, Console(file=out))
+    tables.show({"rows": ROWS}, Console(file=out))
     lines = out.getvalue().splitlines()
     header, base, popi, bayes = (re.split(r" {2,}", line.strip()) for line in lines if line.strip())
     assert header[:5] == ["method", "accuracy", "POPI minus this", "context tokens", "summary tokens"]

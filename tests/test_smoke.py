@@ -1,5 +1,7 @@
 """Every benchmark's `smoke`: the same command and table as at full scale, on the fixtures and the tiny model."""
 
+import collections
+import importlib
 import json
 import pathlib
 import subprocess
@@ -8,6 +10,12 @@ import sys
 import pytest
 
 from configs import elix
+from popi_jax.config import parse
+from popi_jax.data import prepared
+from popi_jax.data.encoding import Encoder
+from popi_jax.model import hub
+from popi_jax.model.tokenizer import Tokenizer
+from popi_jax.rollout import limits
 
 ROOT = pathlib.Path(__file__).parent.parent
 BENCHMARKS = ("elix", "review", "roleplay", "alignx", "prefeval", "traits")
@@ -35,8 +43,27 @@ def test_smoke(name, folder):
     assert all(row["n"] >= 8 for row in rows)
     signals = {row["raw_signal_tokens_mean"] for row in rows}
     assert len(signals) == 1 and signals.pop() > 50
+    papers = {row["method"]: row["published_accuracy"] for row in rows if "published_accuracy" in row}
+    assert papers == ({"popi": 80.14} if name == "elix" else {})
     card = json.loads((table / f"{methods[0]}_seed0" / "data_card.json").read_text())
     assert card["dataset"] == name and card["splits"]["train"]["users"] == 16
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_full_config_reads_the_same_files(name):
+    """The whole input pipeline at the published lengths, except for the model's own tokenizer."""
+    full, small = (importlib.import_module(f"configs.{name}").get_config(arg) for arg in ("", "smoke"))
+    full.data.path, full.data.test_path = small.data.path, small.data.test_path
+    full.data.train_users = 0 if name != "traits" else 20
+    full.data.test_users = 0 if name != "traits" else 10
+    settings = parse(full)
+    encoder = Encoder(Tokenizer.load(hub.resolve("stylebook")), settings.prompts, settings.limits)
+    dropped = collections.Counter()
+    examples = prepared.load_examples(settings.data, dropped)
+    for split, part in examples.items():
+        kept = limits.usable(encoder, split, part, dropped)
+        assert len(kept) >= len(part) - 1 > 7, (split, dropped)
+        assert all(encoder.raw_signals(example).raw_signals for example in kept)
 
 
 @pytest.mark.slow

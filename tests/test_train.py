@@ -20,6 +20,7 @@ from configs import users as users_config
 from experiments import results_table
 from popi_jax import checkpoint
 from popi_jax.config import changed, parse
+from popi_jax.data import prepared
 from popi_jax.errors import UserError
 from popi_jax.evaluation import evaluate
 from popi_jax.modes import setup, train
@@ -102,6 +103,26 @@ def test_finished_run_has_all_files(finished):
     timed = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert timed[0]["compile_s"] > timed[-1]["compile_s"] >= 0 and timed[4]["evaluate_s"] > 0
     assert max(line["sampler_gap_max"] for line in lines if "sampler_gap_max" in line) < 1e-4
+
+
+def test_row_describes_the_summaries(finished):
+    found = json.loads((finished / "results.json").read_text())["rows"][0]["summaries"]
+    texts, decisions = {}, {}  # Of each user, and of each test row.
+    for record in evaluate.read_records(finished / "eval_records.jsonl"):
+        texts.setdefault(record.user, []).append(record.context)
+        decisions.setdefault(record.row, set()).add(record.h > 0)
+    assert all(len(own) == 4 and own[:2] == own[2:] for own in texts.values())  # Two summaries, for two queries each.
+    two = [own[:2] for own in texts.values()]
+    words = [len(re.findall("[A-Za-z0-9]+", text)) for own in two for text in own]
+    assert found["summary_length"]["mean"] == np.mean(words)
+    different, per_user = len(set(sum(two, []))), np.mean([len(set(own)) for own in two])
+    assert found["summaries_distinct"] == {"summaries": 16, "distinct": different, "per_user": per_user}
+    assert found["stability"]["agreement"] == np.mean([len(seen) == 1 for seen in decisions.values()])
+    pairs = [[s.kind for s in example.signals].count("pair") for example in prepared.read(runlocal().data)["test"]]
+    own = found["faithfulness"]
+    assert (own["users"], own["signals"], own["skipped"]) == (np.count_nonzero(pairs), sum(pairs), 0)
+    assert 0 <= own["accuracy_ci95"][0] <= own["accuracy"] <= own["accuracy_ci95"][1] <= 1
+    assert "<h2>Summaries</h2>" in (finished / "report.html").read_text()
 
 
 def test_killed_run_resumes_bitwise(finished, tmp_path):
@@ -395,6 +416,7 @@ def test_results_table_and_its_resumption(tmp_path, capsys):
     assert shown[0]["summary"] in page and shown[0]["prompt"] not in page
     _check_without_texts(tmp_path, config)
     _check_trained(tmp_path, rows)
+    _check_signals(tmp_path, rows["popi"])
 
 
 def _check_without_texts(table, config):
@@ -435,3 +457,24 @@ def _check_trained(trained, rows):
     assert (table / "popi_seed0" / "results.json").stat().st_mtime_ns == results
     with pytest.raises(UserError, match="another config: config.lora.rank"):
         results_table.make_table(changed(config, {"lora.rank": 1}), trained / "other", ["popi"], [0], trained=trained)
+
+
+def _check_signals(table, row):
+    """Checks that counts evaluate the finished run with each user's last signal, and keep the finished evaluation."""
+    config, folder = runlocal(), table / "popi_seed0" / "signals_1"
+    results_table.make_table(config, table, ["popi"], [0], counts=[1])
+    results = json.loads((table / "results.json").read_text())
+    assert results["rows"][0]["accuracy"] == row["accuracy"]
+    (one,) = results["by_signals"]
+    assert (one["method"], one["seed"], one["signals"], one["n"]) == ("popi", 0, 1, row["n"])
+    records = evaluate.read_records(folder / "eval_records.jsonl")
+    assert one["accuracy"] == np.mean([record.h > 0 for record in records])
+    everything = {r.user: r.signal_tokens for r in evaluate.read_records(table / "popi_seed0" / "eval_records.jsonl")}
+    # A user's four signals are of about the same length.
+    assert all(0.1 < record.signal_tokens / everything[record.user] < 0.5 for record in records)
+    before = (folder / "results.json").stat().st_mtime_ns
+    results_table.make_table(config, table, ["popi"], [0], counts=[1])
+    assert (folder / "results.json").stat().st_mtime_ns == before
+    assert json.loads((table / "results.json").read_text())["by_signals"] == [one]
+    with pytest.raises(UserError, match="--signals: no method of --methods reads signals; add one of raw_signals"):
+        results_table.make_table(config, table, ["base", "oracle"], [0], counts=[1])

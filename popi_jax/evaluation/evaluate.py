@@ -37,6 +37,7 @@ class Record:
         h: h_theta(x, z), in nats. objective.reference_context says what the reference reads (POPI section 2).
         h_signals_ref: h with a reference that reads the raw signals (AlignX's convention).
         context_tokens: tokens of the context's text.
+        person: whose triple it is, if several users of the data are one person.
     """
 
     row: int
@@ -50,6 +51,7 @@ class Record:
     signal_tokens: int
     h: float
     h_signals_ref: float
+    person: str = ""  # Runs of older versions do not have it.
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
@@ -116,6 +118,7 @@ class Evaluator:
                 signal_tokens=encoder.cost(signals[example.user].text),
                 h=float(h[i]),
                 h_signals_ref=float(h_signals_ref[i]),
+                person=example.person,
             )
             for i, (row, example, query, context) in enumerate(found)
         ]
@@ -194,6 +197,9 @@ def result_row(records: Sequence[Record], config: Config, method: str) -> dict[s
     """Returns one row of results.json."""
     accuracy_R, groups_R = correct(records)
     interval = stats.bootstrap_mean_ci(accuracy_R, groups_R, config.eval.bootstrap, seed=0)
+    persons = {record.row: record.person or record.user for record in records}
+    persons_R = [persons[row] for row in sorted(persons)]
+    by_user = stats.bootstrap_mean_ci(accuracy_R, persons_R, config.eval.bootstrap, seed=0)
     signals_ref_R, _ = row_values(records, [float(record.h_signals_ref > 0) for record in records])
     beta = config.objective.beta
     nats_R, _ = nats(records, beta)
@@ -210,6 +216,7 @@ def result_row(records: Sequence[Record], config: Config, method: str) -> dict[s
         "n": len(accuracy_R),
         "accuracy": interval.mean,
         "accuracy_ci95": [interval.low, interval.high],
+        "accuracy_ci95_by_user": [by_user.low, by_user.high],
         "accuracy_signals_ref": float(signals_ref_R.mean()),
         "context_tokens_mean": context_mean,
         "summary_tokens_mean": context_mean if method in SUMMARIZED else 0.0,

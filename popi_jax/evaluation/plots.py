@@ -1,4 +1,4 @@
-"""Draws the report's figures: a comparison of methods, accuracy per persona, and training curves."""
+"""Draws the report's figures: comparisons of methods, by persona and number of signals too, and training curves."""
 
 import contextlib
 import dataclasses
@@ -31,6 +31,7 @@ METHODS = {
 }
 HERO, INK, MUTED, GRID = "#2457d6", "#1d2433", "#7b8496", "#e4e7ee"
 LINES = (HERO, "#d97706")  # Colour-blind readers can tell blue from amber.
+MARKERS = "osD^vPX*<>"
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -85,6 +86,8 @@ class Summary:
         informativeness: estimate of I(o; z) in nats.
         popi_minus_this: (difference, low, high): POPI's accuracy minus this method's, with its paired 95% interval.
         by_persona: persona -> accuracy.
+        published: the paper's accuracy in percent, see `evaluation.published`.
+        published_source: the paper.
     """
 
     method: str
@@ -100,6 +103,8 @@ class Summary:
     informativeness: float | None
     popi_minus_this: tuple[float, float, float] | None
     by_persona: Mapping[str, float]
+    published: float | None
+    published_source: str | None
 
     @property
     def label(self) -> str:
@@ -119,6 +124,14 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
         by_method.setdefault(row["method"], []).append(row)
     order = {method: place for place, method in enumerate(METHODS)}
     return [_summary(m, by_method[m]) for m in sorted(by_method, key=lambda m: order.get(m, len(order)))]
+
+
+def by_signals(results: Mapping[str, Any]) -> dict[int, list[Summary]]:
+    """Returns the Summaries of each number of signals in a results.json, fewest first; {} if it has none."""
+    rows = results.get("by_signals", [])
+    return {
+        count: summarize([r for r in rows if r["signals"] == count]) for count in sorted({r["signals"] for r in rows})
+    }
 
 
 def _summary(method: str, rows: Sequence[Mapping[str, Any]]) -> Summary:
@@ -144,6 +157,8 @@ def _summary(method: str, rows: Sequence[Mapping[str, Any]]) -> Summary:
         informativeness=_mean(rows, "informativeness_nats"),
         popi_minus_this=None if None in difference else difference,  # type: ignore[arg-type]
         by_persona={name: value for name, value in by_persona.items() if value is not None},
+        published=_mean(rows, "published_accuracy"),
+        published_source=rows[0].get("published_source"),
     )
 
 
@@ -243,6 +258,42 @@ def personas_figure(summaries: Sequence[Summary]) -> Figure | None:
         axes.xaxis.tick_top()
         for spine in axes.spines.values():
             spine.set_visible(False)
+    return figure
+
+
+def signals_figure(by_count: Mapping[int, Sequence[Summary]]) -> Figure | None:
+    """Draws accuracy with its 95% interval against the number of signals, a line per method. None without numbers."""
+    if not by_count:
+        return None
+    lines: dict[str, list[tuple[int, Summary]]] = {}
+    for count, summaries in by_count.items():
+        for s in summaries:
+            lines.setdefault(s.method, []).append((count, s))
+    with style():
+        figure = Figure(figsize=(10.5, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.set_xscale("log", base=2)
+        for place, (method, points) in enumerate(lines.items()):
+            accuracy = np.array([s.accuracy for _, s in points])
+            ends_2xP = np.array([s.interval or (np.nan, np.nan) for _, s in points]).T
+            aside = 2 ** (0.03 * (place - (len(lines) - 1) / 2))  # The methods' intervals would hide each other.
+            axes.errorbar(
+                [count * aside for count, _ in points],
+                accuracy,
+                yerr=np.abs(ends_2xP - accuracy),
+                fmt=f"{MARKERS[place % len(MARKERS)]}-",
+                color=HERO if method == "popi" else (LINES[1], INK, MUTED)[place % 3],
+                label=points[0][1].label,
+                alpha=0.8,
+            )
+        axes.set_xticks(list(by_count), [f"{count:,}" for count in by_count])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+        axes.margins(x=0.08)
+        axes.grid(axis="x", visible=False)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8.5)
+        axes.set_xlabel("signals per user (log scale)")
+        axes.set_title("Test accuracy by number of signals, 95% interval", pad=10)
     return figure
 
 

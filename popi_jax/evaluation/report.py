@@ -1,39 +1,17 @@
-"""Presents the results of a run: report.html, its plots as PNG files, and the results table in the terminal."""
+"""Presents the results of a run as report.html, with its plots also as PNG files."""
 
 import io
-import itertools
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jinja2
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from popi_jax.data import files
-from popi_jax.evaluation import plots, stored
+from popi_jax.evaluation import plots, stored, summaries_table, tables
 from popi_jax.evaluation.plots import Summary
 from popi_jax.training import metrics
-
-COLUMNS = (
-    "method",
-    "accuracy",
-    "POPI minus this",
-    "context tokens",
-    "summary tokens",
-    "loss",
-    "I(o; z), nats",
-    "n",
-    "seeds",
-)
-
-NOTE = (
-    "Brackets hold 95% bootstrap intervals over test prompts or users, averaged over seeds. POPI minus this is in"
-    " percentage points and paired by test row. I(o; z) is the population generator's loss minus the loss with this"
-    " context. It estimates how much the context tells about the preference."
-)
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("popi_jax", "assets"),
@@ -54,8 +32,10 @@ def write(workdir: pathlib.Path) -> None:
     """
     results = stored.results(workdir)
     summaries = plots.summarize(results["rows"]) if results else []
+    by_count = plots.by_signals(results or {})
     figures = {
         "results": plots.results_figure(summaries) if len(summaries) > 1 else None,
+        "signals": plots.signals_figure(by_count),
         "personas": plots.personas_figure(summaries),
         "curves": plots.curves_figure(metrics.read_metrics(workdir)),
     }
@@ -64,63 +44,20 @@ def write(workdir: pathlib.Path) -> None:
         png = io.BytesIO()
         figure.savefig(png, dpi=160)
         files.write_bytes(workdir / f"{name}.png", png.getvalue())
-    columns, rows = _table(summaries)
     page = _TEMPLATES.get_template("report.html").render(
         results=results,
         environment=stored.environment(workdir),
         tiles=_tiles(summaries),
-        columns=columns,
-        rows=list(zip(summaries, rows, strict=True)),
-        note=NOTE,
+        table=tables.cells(summaries) if summaries else None,
+        by_signals=tables.signals_cells(by_count),
+        labels=plots.METHODS,
+        note=tables.note(summaries),
+        written=summaries_table.cells(results["rows"]) if results else None,
+        written_note=summaries_table.NOTE,
         samples=stored.samples(workdir),
         svgs={name: _svg(figure) for name, figure in drawn.items()},
     )
     files.write_text(workdir / "report.html", page)
-
-
-def print_table(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
-    """Prints the rows of a results.json as a table with one line per method."""
-    columns, lines = _table(plots.summarize(rows))
-    table = Table(header_style="dim", box=None, pad_edge=False)
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left", no_wrap=place == 0)
-    for line in lines:
-        table.add_row(*line, style="bold" if line[0] == "popi" else None)
-    console = console or Console(markup=False, emoji=False)
-    if not console.is_terminal:  # A log file has no width of its own.
-        console = Console(file=console.file, width=200, markup=False, emoji=False)
-    console.print(table)
-
-
-def _table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
-    """Returns the names of the columns that any method fills, and the cells of each method in them."""
-    rows = [_cells(s) for s in summaries]
-    filled = [any(column) for column in zip(*rows, strict=True)]
-    return list(itertools.compress(COLUMNS, filled)), [list(itertools.compress(row, filled)) for row in rows]
-
-
-def _cells(s: Summary) -> tuple[str, ...]:
-    """Returns the cells of COLUMNS, "" where the method has no such figure."""
-
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    accuracy = f"{s.accuracy:.1%}" + ("" if s.interval is None else " [{:.1%}, {:.1%}]".format(*s.interval))
-    difference = ""
-    if s.popi_minus_this is not None:
-        mean, low, high = (100 * value for value in s.popi_minus_this)
-        difference = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-    return (
-        s.method,
-        accuracy,
-        difference,
-        number(s.context_tokens, ",.1f"),
-        number(s.summary_tokens or None, ",.1f"),
-        number(s.loss, ".4g"),
-        number(s.informativeness, ".3f"),
-        number(s.n, ","),
-        str(s.seeds),
-    )
 
 
 def _tiles(summaries: Sequence[Summary]) -> list[tuple[str, str]]:

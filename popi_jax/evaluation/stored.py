@@ -36,13 +36,22 @@ class _Row(_Stored):
     loss: Number = None
     informativeness_nats: Number = None
     accuracy_by_persona: dict[str, float] | None = None
+    summaries: dict[str, dict[str, Number | Pair] | None] | None = None  # Runs of older versions do not have it.
+    published_accuracy: Number = None
+    published_source: str | None = None
+
+
+class _SignalsRow(_Row):
+    signals: int
 
 
 class _Results(_Stored):
     config: str
     dataset: str
+    variant: str = ""
     split: str
     rows: Annotated[list[_Row], Field(min_length=1)]
+    by_signals: list[_SignalsRow] = []
 
 
 class _Sample(_Stored):
