@@ -21,6 +21,7 @@ from experiments import results_table
 from popi_jax import checkpoint
 from popi_jax.config import changed, parse
 from popi_jax.data import prepared
+from popi_jax.data.layouts import Told
 from popi_jax.errors import UserError
 from popi_jax.evaluation import evaluate
 from popi_jax.modes import setup, train
@@ -357,7 +358,7 @@ def test_two_phases_with_adapters(tmp_path):
     users = [types.SimpleNamespace(user=entry["user"]) for entry in written[:4]]
     found = batches.WrittenSummaries(tmp_path / "written_summaries.jsonl")
     contexts, counts = found.contexts(sampler=None, phi=None, examples=users, key=None, sampling=None, step=1)
-    assert contexts == [[entry["summary"]] for entry in written[:4]]
+    assert contexts == [[Told(entry["summary"])] for entry in written[:4]]
     assert counts == {"summaries_cut": metrics(tmp_path)[1]["summaries_cut"]}
 
 
