@@ -311,11 +311,15 @@ def test_disjoint_leaks_nothing_on_random_rows(tmp_path: pathlib.Path, source: s
     assert not kind or {s.kind for e in data["test"] for s in e.signals} == {kind}
     if source != "files":
         assert max(sum(s.kind == "pair" for s in e.signals) for e in data["test"]) <= 4
+    if source == "held out":
+        assert 10 <= len(data["test"]) <= 15  # At most 0.1 of 150, in whole prompts.
+        with pytest.raises(UserError, match="has no test files; set data.test_path or use data.protocol = 'disjoint'"):
+            load(tmp_path, **options, protocol="published")
+        return
     leaky, _ = load(tmp_path, **options, protocol="published")
     told = {e.queries[0].prompt for e in leaky["test"]}
     assert told & {s.prompt for e in leaky["train"] for s in e.signals}
-    assert bool(told & {e.queries[0].prompt for e in leaky["train"]}) == (source != "held out")
-    assert source != "held out" or 10 <= len(leaky["test"]) <= 15  # At most 0.1 of 150, in whole prompts.
+    assert told & {e.queries[0].prompt for e in leaky["train"]}
 
 
 @pytest.mark.parametrize("protocol", ["published", "disjoint"])
@@ -378,7 +382,7 @@ def test_reading_is_deterministic_and_the_format_changes_nothing(tmp_path: pathl
     for split in ("train", "test"):
         users, others = ([e.user for e in part[split]] for part in (parquet, other))
         assert users != others and sorted(users) == sorted(others) and len(set(users)) == len(users)
-    del options["test_path"]  # The test rows are then held out.
+    options = {"on_null": "drop"}  # The test rows are then held out.
     assert load(tmp_path / "a", **options) == load(tmp_path / "a", **options)
 
 
@@ -386,7 +390,7 @@ def test_errors_about_the_sources_are_one_line(tmp_path: pathlib.Path) -> None:
     paths = published(tmp_path, [row("t"), row("u")], [row("a")])
     with pytest.raises(UserError, match="data.path is empty, but data.dataset = 'alignx'"):
         load("")
-    with pytest.raises(UserError, match="no training files; set data.path"):
+    with pytest.raises(UserError, match="no data files in this folder; set data.path"):
         load(paths["test_path"])
     with pytest.raises(UserError, match="2 rows of 2 prompts cannot be split at data.test_fraction = 0.1"):
         load(paths["path"], test_fraction=0.1)

@@ -1,12 +1,13 @@
 """The data card: every figure counted by hand on a few users."""
 
+import collections
 import json
 
 import pytest
 
 from configs import quickstart
 from popi_jax.config import changed, parse
-from popi_jax.data import card
+from popi_jax.data import card, disjoint
 from popi_jax.data.schema import Example, Query, Signal
 
 DATA = changed(parse(quickstart.get_config("runlocal")), {"data.dataset": "elix", "data.path": "elix"}).data
@@ -62,6 +63,28 @@ def test_what_the_splits_share(made: dict) -> None:
     """M is in a training comment alone; r 1 2 is a training query; x is a signal of both."""
     assert made["shared"] == {"persons": 1, "test_prompts": 2, "test_triples": 1, "test_signals": 1}
     assert card.shared(TRAIN, TEST[1:]) == dict.fromkeys(("persons", "test_prompts", "test_triples", "test_signals"), 0)
+
+
+def test_training_loses_what_test_users_have():
+    counts = collections.Counter()
+    kept = disjoint.without(
+        [
+            user("a", [pair("X", "Yes"), pair("own"), Signal("profile", text="old")], [Query("q", "1", "2")]),
+            user("b", [pair("x ")], [Query("r", "1", "2")]),
+            user("c", [pair("own")], [Query("new", "YES", "no"), Query("s", "1", "2")]),
+        ],
+        [user("t", [pair("x"), pair("new"), Signal("profile", text="old")], [Query("u", "1", "2")])],
+        counts,
+    )
+    assert [(e.user, [s.prompt for s in e.signals], [q.prompt for q in e.queries]) for e in kept] == [
+        ("a", ["own", ""], ["q"]),
+        ("c", ["own"], ["s"]),
+    ]
+    assert counts == {
+        "train signals that a test user has, too": 2,
+        "train queries that a test user has, too": 1,
+        "train users of whom test users have all signals or queries, too": 1,
+    }
 
 
 def test_the_card_is_json(made: dict, tmp_path) -> None:

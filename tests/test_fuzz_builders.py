@@ -37,8 +37,8 @@ ALIGNX = PAIR | {
     alignx.PAIRS: [PAIR | {"prompt": "s"}],
 }
 OPTIONS = [f"option {i}" for i in range(4)]
-PREFEVAL = {"preference": "likes tea", "question": "what to drink?"}
-CHOICE = PREFEVAL | {"implicit_query": "q", "options": OPTIONS, "aligned_op": OPTIONS[0]}
+PREFEVAL = {"preference": "likes tea", "question": "what tea?"}
+CHOICE = PREFEVAL | {"implicit_query": "hello, q", "options": OPTIONS, "aligned_op": OPTIONS[0]}
 CHOICE |= {"conversation": {"query": "q", "assistant_options": "o", "user_selection": "that one"}}
 DIALOGUE = PREFEVAL | {"persona": "p", "conversation": {"0": {"user": "hello", "assistant": "hi"}}}
 TRAIT = {"question": "q", "label_confidence": 0.9, "answer_not_matching_behavior": " No"}
@@ -96,7 +96,9 @@ def rows(record, count, **field):
 
 
 def users(record):
-    return [record | {"preference": f"likes {i}", "question": f"what {i}?"} for i in range(4)]
+    """Four users whose texts differ."""
+    text = json.dumps(record)
+    return [json.loads(text.replace("tea", f"tea {i}").replace("hello", f"hello {i}")) for i in range(4)]
 
 
 REVIEW = ELIX | {"scorer_level": "concise"}

@@ -139,13 +139,20 @@ PLAIN_FILE = json.loads((layouts._FOLDER / "plain.json").read_text())
     [
         ({"pair": "no place"}, r"pair must have \{fields\}, each once"),
         ({"pair": "{fields} {fields}"}, "pair must have"),
-        ({"comment": "{text} {sum} {prompt}"}, r"comment must have \{prompt\} and \{text\}, each once, and no other"),
+        (
+            {"comment": "{text} {context} {prompt}"},
+            r"comment must have \{prompt\} and \{text\}, each once, and no other",
+        ),
         ({"direct": {"system": "", "user": "x"}}, "direct.user must have"),
         ({"direct": {"system": ""}}, "direct.user: Field required"),
         ({"direct": {"system": 3, "user": "{prompt}"}}, "direct.system: Input should be a valid string"),
         ({"sections": []}, "each of pair, comment and profile once"),
         ({"sections": [{"kinds": ["pair"], "heading": "", "empty": ""}]}, "each of pair, comment and profile once"),
         ({"pair_fields": {"chosen": "{chosen}"}}, "pair_fields all three"),
+        ({"separator": "{number}"}, "separator must have no placeholder"),
+        ({"direct": {"system": "{instruction}", "user": "{prompt}"}}, "direct.system must have no placeholder"),
+        ({"direct": {"system": "", "user": "{number} {prompt}"}}, "direct.user must have"),
+        ({"pair": "\ud800{fields}"}, "a text has half a surrogate pair"),
         ({"more": 1}, "more: Extra inputs are not permitted"),
     ],
 )
@@ -161,6 +168,8 @@ def test_a_layout_is_a_name_or_a_json_file(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "own.json"
     path.write_text(json.dumps(PLAIN_FILE | {"separator": "\n"}))
     own = layouts.load(str(path))
+    path.with_name("braces.json").write_text(json.dumps(PLAIN_FILE | {"profile": "{x} {{text}}"}))
+    assert layouts.load(str(path.with_name("braces.json"))).signals_text([PROFILE]) == "{x} {A nurse from Oslo.}"
     assert own.signals_text([PROFILE, PROFILE]) == PLAIN.signals_text([PROFILE, PROFILE]).replace("\n\n", "\n")
     assert layouts.fingerprint(str(path)) != layouts.fingerprint("plain")
     for name, message in (("publishd", "use plain, published_alignx"), ("none.json", "none.json: no such file")):

@@ -142,7 +142,9 @@ ALIGNX = {"UGC": 59.63, "PAIR": 58.48, "DEMO": 91.44, "arbitrary": 75.19}
 
 def config_of(name: str, **values):
     dataset, _, variant = name.partition("/")
-    data = {"data.dataset": dataset} | ({"data.variant": variant} if variant else {})
+    data = {"data.dataset": dataset, "data.protocol": "published", "model.path": "owner/name"}
+    if variant:
+        data["data.variant"] = variant
     return changed(parse(quickstart.get_config("runlocal")), data | values)
 
 
@@ -155,6 +157,9 @@ def test_popi_has_the_accuracy_of_its_paper(name):
     # Not of the paper's method, or not of its metric.
     assert published.figures(config_of(name, **{"schedule.name": "inference_only"}), "popi") == {}
     assert published.figures(config_of(name, **{"objective.reference_context": "signals"}), "popi") == {}
+    # Not of the paper's users, or of a model that is only there to try the command.
+    assert published.figures(config_of(name, **{"data.protocol": "disjoint"}), "popi") == {}
+    assert published.figures(config_of(name, **{"model.path": "stylebook"}), "popi") == {}
 
 
 @pytest.mark.parametrize(

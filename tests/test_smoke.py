@@ -43,8 +43,7 @@ def test_smoke(name, folder):
     assert all(row["n"] >= 8 for row in rows)
     signals = {row["raw_signal_tokens_mean"] for row in rows}
     assert len(signals) == 1 and signals.pop() > 50
-    papers = {row["method"]: row["published_accuracy"] for row in rows if "published_accuracy" in row}
-    assert papers == ({"popi": 80.14} if name == "elix" else {})
+    assert not any("published_accuracy" in row for row in rows)  # Other data and another model than the paper's.
     card = json.loads((table / f"{methods[0]}_seed0" / "data_card.json").read_text())
     assert card["dataset"] == name and card["splits"]["train"]["users"] == 16
 

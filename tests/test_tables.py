@@ -16,7 +16,7 @@ import pytest
 from hypothesis import strategies as st
 
 from popi_jax.data import tables
-from popi_jax.data.tables import Optional
+from popi_jax.data.specs import Optional
 from popi_jax.errors import UserError
 
 PERSONA = {"text": str}

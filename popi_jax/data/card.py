@@ -7,6 +7,7 @@ from typing import Any
 
 from popi_jax.config import Data
 from popi_jax.data import files
+from popi_jax.data.disjoint import Shown, folded
 from popi_jax.data.schema import Example, Query, Signal
 
 _MOST_PERSONS = 32  # Persons whose users are counted one by one.
@@ -51,20 +52,22 @@ def shared(train: Sequence[Example], test: Sequence[Example]) -> dict[str, int]:
     """Returns how many things of the test split occur in training; see POPI section 5a on what leaks.
 
     `test_prompts` and `test_triples` are those of test queries that occur in a training query or signal.
-    `test_signals` are signals of test users that a training user shows.
+    `test_signals` are pairs and comments that test users show and a training user shows or answers. Case and blanks
+    make no difference.
     """
     seen_prompts, seen_triples = set(), set()
     for triple in _all_triples(train):
         seen_triples.add(triple)
         seen_prompts.add(triple[0])
     for signal in _signals(train):
-        seen_prompts.add(signal.prompt)
-    test_triples = {_triple(query) for query in _queries(test)}
+        seen_prompts.add(folded(signal.prompt))
+    test_triples = {_folded_triple(query) for query in _queries(test)}
+    shown = Shown(train)
     return {
         "persons": len({_person(e) for e in test} & {_person(e) for e in train}),
         "test_prompts": len({prompt for prompt, _, _ in test_triples} & seen_prompts),
         "test_triples": len(test_triples & seen_triples),
-        "test_signals": len(set(map(_content, _signals(test))) & set(map(_content, _signals(train)))),
+        "test_signals": len({_content(signal) for signal in _signals(test) if signal in shown}),
     }
 
 
@@ -135,9 +138,13 @@ def _triple(pair: Query | Signal) -> Triple:
     return pair.prompt, pair.chosen, pair.rejected
 
 
+def _folded_triple(pair: Query | Signal) -> Triple:
+    return folded(pair.prompt), folded(pair.chosen), folded(pair.rejected)
+
+
 def _all_triples(examples: Sequence[Example]) -> Iterator[Triple]:
-    yield from map(_triple, _queries(examples))
-    yield from (_triple(signal) for signal in _signals(examples) if signal.kind == "pair")
+    yield from map(_folded_triple, _queries(examples))
+    yield from (_folded_triple(signal) for signal in _signals(examples) if signal.kind == "pair")
 
 
 def _content(signal: Signal) -> Hashable:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
+import pydantic_core
 from pydantic import Field
 
 from popi_jax.config import Section, local_path
@@ -28,7 +29,11 @@ PAIR_FIELDS = ("prompt", "chosen", "rejected")
 
 _FOLDER = pathlib.Path(__file__).parents[1] / "assets/layouts"
 NAMES = tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
-_PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
+_KNOWN = ("number", "fields", "prompt", "chosen", "rejected", "text", "signals", "context", "instruction")
+_PLACEHOLDER = re.compile(rf"\{{({'|'.join(_KNOWN)})\}}")
+
+
+_REQUESTS = ("inference", "summary", "raw_signals", "direct")
 
 
 def _filled(template: str, /, **values: str) -> str:
@@ -101,11 +106,16 @@ class Layout(Section):
             "raw_signals.user": (self.raw_signals.user, "context instruction prompt"),
             "direct.user": (self.direct.user, "prompt"),
             **{f"pair_fields.{name}": (text, name) for name, text in self.pair_fields.items()},
+            "separator": (self.separator, ""),
+            **{f"{name}.system": (getattr(self, name).system, "") for name in _REQUESTS},
+            **{f"sections.{i}.heading": (section.heading, "") for i, section in enumerate(self.sections)},
+            **{f"sections.{i}.empty": (section.empty, "") for i, section in enumerate(self.sections)},
         }
         for key, (text, names) in texts.items():
-            found = [name for name in _PLACEHOLDER.findall(text) if name != "number"]
+            items = key in ("pair", "comment", "profile") or key.startswith("pair_fields.")
+            found = [name for name in _PLACEHOLDER.findall(text) if name != "number" or not items]
             if sorted(found) != sorted(names.split()):
-                wanted = " and ".join(f"{{{name}}}" for name in names.split())
+                wanted = " and ".join(f"{{{name}}}" for name in names.split()) or "no placeholder"
                 raise ValueError(f"{key} must have {wanted}, each once, and no other placeholder")
         kinds = [kind for section in self.sections for kind in section.kinds]
         if sorted(kinds) != ["comment", "pair", "profile"] or set(self.pair_fields) != {"prompt", "chosen", "rejected"}:
@@ -185,7 +195,11 @@ def load(name: str) -> Layout:
     remedy = f"see {_FOLDER.name}/plain.json in the package for an example"
     value = checks.as_object(checks.parse_json(checks.read_text(path, remedy), str(path), remedy=remedy), str(path))
     try:
-        return Layout.model_validate(_tuples(value))
+        layout = Layout.model_validate(_tuples(value))
+        layout.model_dump_json()
+        return layout
+    except pydantic_core.PydanticSerializationError:
+        raise UserError(f"{path}: a text has half a surrogate pair (\\ud800-\\udfff); remove it") from None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the layout"

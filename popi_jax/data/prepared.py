@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from popi_jax.config import Data
-from popi_jax.data import locks, tables, users
+from popi_jax.data import card, locks, tables, users
 from popi_jax.data.builders import alignx, elix, prefeval, psoups, review, roleplay, stylebook, traits
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError, first_line, shown
@@ -215,6 +215,11 @@ def read(data: Data, dropped: collections.Counter[str] | None = None) -> dict[st
     for reason, count in counts.items():
         logging.warning("data: dropped %d %s", count, reason)
     print("data:", ", ".join(f"{len(part)} {split} examples" for split, part in examples.items()))
+    if data.protocol == "disjoint" and data.dataset != "stylebook":  # Its few prompts are all users'.
+        shared = card.shared(examples["train"], examples["test"])
+        names = {"test_prompts": "prompts", "test_triples": "triples", "test_signals": "signals"}
+        if found := ", ".join(f"{shared[key]} {name}" for key, name in names.items() if shared[key]):
+            print(f"data: training shows some of the test split, too: {found}")
     return examples
 
 

@@ -7,14 +7,13 @@ columns. A file whose split is unclear is refused rather than guessed or left ou
 import contextlib
 import dataclasses
 import gzip
-import math
 import os
 import pathlib
 import re
 import stat
 import urllib.parse
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import huggingface_hub
@@ -22,19 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from popi_jax.config import HUB
-from popi_jax.data import checks
+from popi_jax.data import checks, specs
+from popi_jax.data.specs import Spec
 from popi_jax.errors import UserError, first_line, shown
-
-# The declared type of a column: str, int, float, a dict of specs (a struct), a list of one spec (a list of any length)
-# or Optional.
-Spec = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Optional:
-    """The spec of a column or struct field that may be absent; it is then None."""
-
-    spec: Spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,17 +74,9 @@ _PARTITION = re.compile(r"([^=]+)=(.*)")  # A folder's name, such as split=test.
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _BATCH = 256  # Rows that are decoded at a time.
 _BUFFER = 2**20  # Bytes of a column that are read at a time.
-_STRINGS = {pa.string(), pa.large_string(), pa.string_view()}
-_INTEGERS = (pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
-_NUMBERS = {*_INTEGERS, pa.float16(), pa.float32(), pa.float64()}
-# Nulls often turn a column of integers into one of floats; `_value` checks each.
-_TYPES = {str: _STRINGS, int: _NUMBERS, float: _NUMBERS}
-_LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ListViewType, pa.LargeListViewType)
-_EXACT = 2**53  # Beyond it, a float does not hold every integer.
-_CHECK = "check that these are the data that data.dataset names"
 
 
-def splits(source: str, flag: str = "data.path") -> dict[str, list[pathlib.Path]]:
+def splits(source: str, flag: str = "data.path", without: Collection[str] = ()) -> dict[str, list[pathlib.Path]]:
     """Finds the data files of a source and their splits.
 
     A split is named by a folder split=NAME, else by a folder called NAME, else by a word of the file's name (as in
@@ -105,6 +86,7 @@ def splits(source: str, flag: str = "data.path") -> dict[str, list[pathlib.Path]
     Args:
         source: a file, a folder, or hf://datasets/OWNER/NAME, which is downloaded to the hub's cache.
         flag: the setting that names the source, for error messages.
+        without: names of files at the top of the folder that are left out.
 
     Returns:
         The files by split, in natural order (part-2 before part-10). They are of type `DataFile`.
@@ -117,7 +99,7 @@ def splits(source: str, flag: str = "data.path") -> dict[str, list[pathlib.Path]
         if not root.name.lower().endswith(_READ):
             raise UserError(f"{root}: not a format that is read; set {flag} to a file that ends in {', '.join(_READ)}")
         return {_split(root.parent, root.name) or "train": [DataFile.below(root.parent, root.name)]}
-    names = sorted(_names(root), key=_natural)
+    names = sorted(set(_names(root)) - set(without), key=_natural)
     read = [name for name in names if name.lower().endswith(_READ)]
     unread = [name for name in names if name.lower().endswith(_UNREAD) and name not in read]
     if not read:
@@ -144,6 +126,14 @@ def splits(source: str, flag: str = "data.path") -> dict[str, list[pathlib.Path]
     return {split: [DataFile.below(root, name) for name in part] for split, part in found.items()}
 
 
+def named(source: str, names: Collection[str], flag: str = "data.path") -> dict[str, pathlib.Path]:
+    """Returns the files of these names at the top of a folder, or the source itself if it is one. See `splits`."""
+    root = _local(source, flag)
+    folder = root if root.is_dir() else root.parent
+    there = [name for name in names if (folder / name).is_file() and (root.is_dir() or root.name == name)]
+    return {name: DataFile.below(folder, name) for name in there}
+
+
 def rows(files: Sequence[pathlib.Path], columns: Mapping[str, Spec]) -> Iterator[Row]:
     """Yields the rows of the files in order, with bounded memory except for a top-level JSON list.
 
@@ -162,12 +152,12 @@ def rows(files: Sequence[pathlib.Path], columns: Mapping[str, Spec]) -> Iterator
     for path in files:
         if path.name.lower().endswith(".parquet"):
             with _parquet(path) as file:
-                _check_struct(pa.struct(list(file.schema_arrow)), columns, path, "", _given(path, columns))
+                specs.check_struct(pa.struct(list(file.schema_arrow)), columns, path, "", _given(path, columns))
     spec = dict(columns)
     for path in files:
         inside, given = _inside(path), _given(path, columns)
         for index, (place, record) in enumerate(_records(path, columns)):
-            values = _value(spec, given | record, place, ())
+            values = specs.checked(spec, given | record, place, ())
             yield Row(f"{path}: row {index}", f"{inside}#{index}", values)
 
 
@@ -310,12 +300,12 @@ def _given(path: pathlib.Path, columns: Mapping[str, Spec]) -> dict[str, Any]:
     """Returns the declared columns that the folders of a file give, as text or parsed as numbers."""
     values: dict[str, Any] = {}
     for name, text in _partitions(_inside(path)).items():
-        if (spec := _bare(columns.get(name))) in (str, int, float):
+        if (spec := specs.bare(columns.get(name))) in (str, int, float):
             try:
                 values[name] = None if text == _NULL_PARTITION else spec(text)
             except ValueError:
                 folder = shown(f"{name}={text}")
-                raise UserError(f"{path}: folder {folder}: expected {_expected(spec)}; rename it") from None
+                raise UserError(f"{path}: folder {folder}: expected {specs.expected(spec)}; rename it") from None
     return values
 
 
@@ -355,33 +345,6 @@ def _parquet(path: pathlib.Path) -> Iterator[pq.ParquetFile]:
             yield pq.ParquetFile(source, page_checksum_verification=True, **options)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: not a parquet file, or damaged ({first_line(error)}); download it again") from None
-
-
-def _check_struct(
-    type_: pa.StructType, spec: Mapping[str, Spec], path: pathlib.Path, prefix: str, given: Mapping[str, Any]
-) -> None:
-    """Raises UserError if a parquet file lacks a declared column or field, or has it in another type."""
-    names = [field.name for field in type_]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise UserError(f"{path}: column {prefix + twice[0]!r} occurs twice; rename one of them")
-    for name, inner in spec.items():
-        if name in names:
-            _check_type(type_.field(name).type, inner, path, prefix + name)
-        elif name not in given and not isinstance(inner, Optional):
-            raise _missing(str(path), prefix + name, names)
-
-
-def _check_type(type_: pa.DataType, spec: Spec, path: pathlib.Path, name: str) -> None:
-    spec = _bare(spec)
-    if isinstance(type_, pa.DictionaryType):
-        type_ = type_.value_type
-    if isinstance(spec, dict) and isinstance(type_, pa.StructType):
-        _check_struct(type_, spec, path, f"{name}.", {})
-    elif isinstance(spec, list) and isinstance(type_, _LISTS):
-        _check_type(type_.value_type, spec[0], path, f"{name}[]")
-    elif type_ != pa.null() and type_ not in (_TYPES[spec] if isinstance(spec, type) else ()):
-        raise UserError(f"{path}: column {name!r}: expected {_expected(spec)}, found {shown(str(type_))}; {_CHECK}")
 
 
 def _json_records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -443,55 +406,6 @@ def _check_file(path: pathlib.Path, remedy: str = "restore it") -> None:
         raise UserError(f"{path}: cannot be read ({_reason(error)}); {remedy}") from None
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a Git LFS pointer, not the data; run git lfs pull, or download the file")
-
-
-def _value(spec: Spec, value: Any, where: str, path: tuple[str | int, ...]) -> Any:
-    """Returns a value as the spec declares it; UserError if it is of another type."""
-    spec = _bare(spec)
-    if value is None:
-        return None
-    if isinstance(spec, dict) and isinstance(value, dict):
-        for name, inner in spec.items():
-            if name not in value and not isinstance(inner, Optional):
-                raise _missing(where, _column((*path, name)), list(value))
-        return {name: _value(inner, value.get(name), where, (*path, name)) for name, inner in spec.items()}
-    if isinstance(spec, list) and isinstance(value, list):
-        return [_value(spec[0], entry, where, (*path, i)) for i, entry in enumerate(value)]
-    if spec is str and isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{where}: column {_column(path)!r} has half a surrogate pair (\\ud800-\\udfff); remove it"
-            ) from None
-        return value
-    if spec in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
-        if isinstance(value, float) and math.isnan(value):
-            return None
-        if isinstance(value, spec) and abs(value) != math.inf:
-            return value
-        if abs(value) < _EXACT and value == int(value):
-            return spec(value)
-    raise UserError(f"{where}: column {_column(path)!r}: expected {_expected(spec)}, found {shown(value)}; {_CHECK}")
-
-
-def _column(path: Sequence[str | int]) -> str:
-    """Returns the name of a nested value, such as pairs[2].prompt."""
-    first, *rest = path
-    return str(first) + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in rest)
-
-
-def _bare(spec: Spec) -> Spec:
-    return spec.spec if isinstance(spec, Optional) else spec
-
-
-def _expected(spec: Spec) -> str:
-    words = {str: "a string", int: "an integer", float: "a number", dict: "a struct", list: "a list"}
-    return words[spec if isinstance(spec, type) else type(spec)]
-
-
-def _missing(where: str, name: str, found: Sequence[str]) -> UserError:
-    return UserError(f"{where}: column {name!r} is missing, found {shown(', '.join(found))}; {_CHECK}")
 
 
 def _reason(error: BaseException) -> str:

@@ -26,4 +26,6 @@ def figures(config: Config, method: str) -> dict[str, float | str]:
         return {}
     if method == "popi" and config.schedule.name in _ABLATIONS:
         return {}
+    if data.protocol != "published" or config.model.path == "stylebook":
+        return {}  # Other users, or a model that knows no other words than its own.
     return dict(zip(FIELDS, (found["accuracy"], found["source"]), strict=True))

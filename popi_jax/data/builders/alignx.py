@@ -13,7 +13,6 @@ means the same distribution, drawn with NumPy.
 import collections
 import dataclasses
 import hashlib
-import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from popi_jax.config import Data
-from popi_jax.data import tables
+from popi_jax.data import specs, tables
+from popi_jax.data.disjoint import Shown, folded
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError
 
@@ -42,10 +42,9 @@ SHOWN = 4  # The recipe shows at most 4 comments and 4 pairs.
 
 _HISTORIES = {COMMENTS: ("comments", ("prompt", "comment")), PAIRS: ("pairs", ("prompt", "chosen", "rejected"))}
 _QUERY: dict[str, Any] = {"prompt": str, "chosen": str, "rejected": str}
-_COLUMNS: dict[str, Any] = {DEMOGRAPHICS: tables.Optional(str)} | {
-    field: tables.Optional([dict.fromkeys(names, str)]) for field, (_, names) in _HISTORIES.items()
+_COLUMNS: dict[str, Any] = {DEMOGRAPHICS: specs.Optional(str)} | {
+    field: specs.Optional([dict.fromkeys(names, str)]) for field, (_, names) in _HISTORIES.items()
 }
-_ENDINGS = (".parquet", ".json", ".jsonl", ".gz")
 _HOLD_OUT_STREAM, _TRAIN_STREAM, _TEST_STREAM = range(3)
 
 Signals = Mapping[str, tuple[Signal, ...]]  # By field.
@@ -150,7 +149,8 @@ def load(data: Data, counts: collections.Counter[str]) -> dict[str, list[Example
     data.variant.
 
     "disjoint" leaves out rows that repeat another row, entries that repeat another one of the same history, signals
-    that show their own query's prompt, and training rows and training signals with the prompt of a test query. It
+    that show their own query's prompt, and training rows and training signals with the prompt of a test query or that a
+    test user shows. It
     draws first and then leaves out, so some users show fewer signals. "published" leaves out none of these.
 
     Rows are drawn without replacement until the split has data.train_users or data.test_users examples, or until none
@@ -172,11 +172,12 @@ def load(data: Data, counts: collections.Counter[str]) -> dict[str, list[Example
     if not data.path:
         raise UserError("config: data.path is empty, but data.dataset = 'alignx' reads files; set its path")
     pools = _pools(data)
-    test_prompts = _prompts(pools["test"]) if data.protocol == "disjoint" else frozenset()
-    return {
-        "train": _Builder("train", data, pools["train"], test_prompts, counts).examples(data.train_users),
-        "test": _Builder("test", data, pools["test"], frozenset(), counts).examples(data.test_users),
-    }
+    test = _Builder("test", data, pools["test"], frozenset(), Shown(()), counts).examples(data.test_users)
+    prompts, shown = frozenset[bytes](), Shown(())
+    if data.protocol == "disjoint":
+        prompts, shown = _prompts(pools["test"]), Shown(test)
+    train = _Builder("train", data, pools["train"], prompts, shown, counts).examples(data.train_users)
+    return {"train": train, "test": test}
 
 
 class _Builder:
@@ -188,9 +189,11 @@ class _Builder:
         data: Data,
         pool: Pool,
         test_prompts: frozenset[bytes],
+        shown: Shown,
         counts: collections.Counter[str],
     ):
-        self._split, self._pool, self._test_prompts, self._counts = split, pool, test_prompts, counts
+        self._split, self._pool, self._counts = split, pool, counts
+        self._test_prompts, self._shown = test_prompts, shown  # What training users must not show.
         self._disjoint, self._on_null = data.protocol == "disjoint", data.on_null
         self._rng = np.random.default_rng((data.seed, {"train": _TRAIN_STREAM, "test": _TEST_STREAM}[split]))
         self._draws = Draws(self._rng, pool.mode)
@@ -256,6 +259,9 @@ class _Builder:
         if _key(user.row.values["prompt"]) in self._test_prompts:
             self._drop("rows whose prompt is a test prompt")
             return True
+        if Query(*(user.row.values[field] for field in _QUERY)) in self._shown:
+            self._drop("rows that a test user shows")
+            return True
         if _identity(user) in self._seen:
             self._drop("rows that repeat another row")
             return True
@@ -288,10 +294,12 @@ class _Builder:
         """Returns the signals that show neither the query's prompt nor a test prompt."""
         kept = []
         for signal in signals:
-            if signal.kind != "profile" and signal.prompt == prompt:
+            if signal.kind != "profile" and _key(signal.prompt) == _key(prompt):
                 self._drop("signals that show their own query's prompt")
             elif signal.kind != "profile" and _key(signal.prompt) in self._test_prompts:
                 self._drop("signals that show a test prompt")
+            elif signal in self._shown:
+                self._drop("signals that a test user shows, too")
             else:
                 kept.append(signal)
         return tuple(kept)
@@ -325,38 +333,22 @@ class _Builder:
 
 def _pools(data: Data) -> dict[str, Pool]:
     """Returns the rows to train and to test on."""
-    splits, named = _files(data.path, "data.path")
+    names = tuple(TEST_FILES.values())
+    # The test files' names state no split, which would be refused if those of the files beside them do.
+    splits = tables.splits(data.path, without=names)
     files = splits.get("train", [])
     if not files:
         raise UserError(f"{data.path}: no training files; set data.path to a folder with those of AlignX")
-    source = data.path
-    if data.test_path:
-        source, named = data.test_path, _files(data.test_path, "data.test_path")[1]
+    source, flag = (data.test_path, "data.test_path") if data.test_path else (data.path, "data.path")
+    named = tables.named(source, names, flag)
     if named or data.test_path:
         return {"train": _all(files), "test": _variant(named, source, data.variant)}
     if splits.get("test"):
         return {"train": _all(files), "test": _all(splits["test"], data.variant)}
+    if data.protocol == "published":
+        raise UserError(f"{data.path}: has no test files; set data.test_path or use data.protocol = 'disjoint'")
     held = _held_out(files, data)
     return {"train": Pool(files, np.flatnonzero(~held)), "test": Pool(files, np.flatnonzero(held), data.variant)}
-
-
-def _files(source: str, flag: str) -> tuple[dict[str, list[pathlib.Path]], dict[str, pathlib.Path]]:
-    """Returns a source's files by split, and apart from them its test files by name."""
-    names = tuple(TEST_FILES.values())
-    parts = [source]
-    if any(os.path.isfile(os.path.join(source, name)) for name in names):
-        # The test files' names state no split, which is refused if those of the files beside them do.
-        parts = [str(path) for path in sorted(pathlib.Path(source).glob("[!._]*")) if path.suffix.lower() in _ENDINGS]
-    splits: dict[str, list[pathlib.Path]] = {}
-    named: dict[str, pathlib.Path] = {}
-    for part in parts:
-        for split, files in tables.splits(part, flag).items():
-            for file in files:
-                if file.name in names:
-                    named[file.name] = file
-                else:
-                    splits.setdefault(split, []).append(file)
-    return splits, named
 
 
 def _all(files: Sequence[pathlib.Path], mode: str = "") -> Pool:
@@ -411,8 +403,9 @@ def _identity(user: User) -> bytes:
 
 
 def _key(*texts: str | None) -> bytes:
-    """Returns 16 bytes that stand for the texts, which are too long to keep for every row."""
-    return hashlib.blake2b(repr(texts).encode(), digest_size=16).digest()
+    """Returns 16 bytes that stand for the folded texts, which are too long to keep for every row."""
+    plain = [text and folded(text) for text in texts]
+    return hashlib.blake2b(repr(plain).encode(), digest_size=16).digest()
 
 
 def _text(value: str | None) -> str:

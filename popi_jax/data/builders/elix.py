@@ -7,12 +7,12 @@ import collections
 import functools
 
 from popi_jax.config import Data
-from popi_jax.data import tables
+from popi_jax.data import specs, tables
 from popi_jax.data.builders import windows
 from popi_jax.data.schema import Example
 
 LEVELS = ("child", "preteen", "teenager", "young adult", "expert")
-COLUMNS: dict[str, tables.Spec] = {
+COLUMNS: dict[str, specs.Spec] = {
     "prompt": str,
     "response_x": str,
     "response_y": str,

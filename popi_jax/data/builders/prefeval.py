@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 
 from popi_jax.config import HUB, Data
-from popi_jax.data import checks
+from popi_jax.data import checks, disjoint
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError, shown
 
@@ -50,7 +50,7 @@ def load(data: Data, counts: collections.Counter[str]) -> dict[str, list[Example
     dialogue as comments. The queries are three pairs: the question, and the option that fits preferred to each other
     one. With data.unseen = "users", about data.test_fraction of the users are tested on; those who share a preference
     or a question stay together. With "topics", whole topics are, and training users who share a preference or a
-    question with a test user are dropped.
+    question with a test user are dropped. So are training signals that a test user has, too.
 
     Args:
         data: config.data. It uses path, seed, test_fraction, on_null, unseen, queries_per_user and
@@ -77,6 +77,7 @@ def load(data: Data, counts: collections.Counter[str]) -> dict[str, list[Example
             continue
         queries = tuple(user.queries[i] for i in order)
         split_users[split].append(dataclasses.replace(user, split=split, queries=queries))
+    split_users["train"] = disjoint.without(split_users["train"], split_users["test"], counts)
     rng = np.random.default_rng((data.seed, _ORDER_STREAM))
     for split, part in split_users.items():
         if not part:

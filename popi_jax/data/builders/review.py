@@ -8,13 +8,13 @@ import functools
 import itertools
 
 from popi_jax.config import Data
-from popi_jax.data import tables
+from popi_jax.data import specs, tables
 from popi_jax.data.builders import windows
 from popi_jax.data.schema import Example
 
 LEVELS = ("positive", "negative", "concise", "verbose")
 COMPOUND_LEVELS = tuple(map("+".join, itertools.product(("positive", "negative"), ("concise", "verbose"))))
-COLUMNS: dict[str, tables.Spec] = {
+COLUMNS: dict[str, specs.Spec] = {
     "prompt": str,
     "response_x": str,
     "response_y": str,

@@ -13,12 +13,12 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from popi_jax.config import Data
-from popi_jax.data import tables
+from popi_jax.data import specs, tables
 from popi_jax.data.builders import windows
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError
 
-COLUMNS: dict[str, tables.Spec] = {
+COLUMNS: dict[str, specs.Spec] = {
     "x": str,
     "yw": str,
     "yl": str,
@@ -58,7 +58,6 @@ def load(data: Data, counts: collections.Counter[str]) -> dict[str, list[Example
 
 def triple(row: tables.Row, published: bool) -> windows.Triple:
     """Makes a triple of a row; LeftOut if it makes none."""
-    windows.text(row, "level")
     struct = row.values["score_persona"]
     if struct is None:
         raise windows.Blank("score_persona")
@@ -66,7 +65,7 @@ def triple(row: tables.Row, published: bool) -> windows.Triple:
     if not description:
         raise windows.Blank("score_persona.persona_description")
     return windows.Triple(
-        person=row.values["level"],
+        person=windows.text(row, "level"),
         prompt=windows.text(row, "x"),
         chosen=windows.text(row, "yw"),
         rejected=windows.text(row, "yl"),

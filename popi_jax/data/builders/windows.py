@@ -13,6 +13,7 @@ from absl import logging
 
 from popi_jax.config import Data
 from popi_jax.data import tables
+from popi_jax.data.disjoint import folded
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError, shown
 
@@ -157,6 +158,8 @@ def _files(data: Data) -> dict[str, list[Path]]:
     if "train" not in splits:
         raise UserError(f"{data.path}: has no train split, only {', '.join(splits)}; set data.path to one that has")
     files = {"train": splits["train"]}
+    if data.test_path and data.test_path == data.path:
+        raise UserError("config: data.test_path is data.path; leave it empty, or set it to other data")
     if data.test_path:
         found = tables.splits(data.test_path, flag="data.test_path")
         if "test" not in found and len(found) != 1:
@@ -189,7 +192,7 @@ def _read(benchmark: Benchmark, files: Sequence[Path], split: str, on_null: str,
 
 def _hold_out(triples: Sequence[Triple], data: Data) -> dict[str, list[Triple]]:
     """Splits by prompt: data.test_fraction of the prompts, drawn by data.seed, are tested on."""
-    prompts = list(dict.fromkeys(triple.prompt for triple in triples))
+    prompts = list(dict.fromkeys(folded(triple.prompt) for triple in triples))
     n_test = round(data.test_fraction * len(prompts))
     if not 0 < n_test < len(prompts):
         raise UserError(
@@ -199,8 +202,8 @@ def _hold_out(triples: Sequence[Triple], data: Data) -> dict[str, list[Triple]]:
     order = np.random.default_rng((data.seed, _HELD_OUT_STREAM)).permutation(len(prompts))
     taken = {prompts[i] for i in order[:n_test]}
     return {
-        "train": [triple for triple in triples if triple.prompt not in taken],
-        "test": [triple for triple in triples if triple.prompt in taken],
+        "train": [triple for triple in triples if folded(triple.prompt) not in taken],
+        "test": [triple for triple in triples if folded(triple.prompt) in taken],
     }
 
 
@@ -221,8 +224,8 @@ def _unseen_by_test(
     benchmark: Benchmark, train: Sequence[Triple], test: Sequence[Triple], counts: Counts
 ) -> list[Triple]:
     """Drops the training rows of test prompts, and those of test persons if at least half of the rows remain."""
-    prompts = {triple.prompt for triple in test}
-    rows = [triple for triple in train if triple.prompt not in prompts]
+    prompts = {folded(triple.prompt) for triple in test}
+    rows = [triple for triple in train if folded(triple.prompt) not in prompts]
     _add(counts, "train rows whose prompt is in the test split", len(train) - len(rows))
     tested = {triple.person for triple in test}
     others = [triple for triple in rows if triple.person not in tested]
