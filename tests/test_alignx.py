@@ -394,6 +394,9 @@ def test_errors_about_the_sources_are_one_line(tmp_path: pathlib.Path) -> None:
         load(paths["test_path"])
     with pytest.raises(UserError, match="2 rows of 2 prompts cannot be split at data.test_fraction = 0.1"):
         load(paths["path"], test_fraction=0.1)
+    renamed = {key.replace("Pair-wise", "Pairwise"): value for key, value in row("t").items()}
+    with pytest.raises(UserError, match="'Pair-wise Comparative Feedback' is missing"):
+        load(**published(tmp_path, [renamed], [row("a")]))
     good, bad = row("t"), row("t", chosen="")
     for train, test, message in (
         ([bad, bad], [good], r"no train row can be used \(2 train rows whose chosen is null or blank\)"),

@@ -44,6 +44,7 @@ def test_counts_of_a_split(made: dict) -> None:
     assert train["signals_by_kind"] == {"pair": 4, "comment": 1}
     assert train["signals_per_user"] == {"least": 1, "mean": 5 / 3, "most": 2}
     assert (train["queries"], train["distinct_prompts"]) == (5, 2)
+    assert train["users_by_file"] == {"f": 3}
     assert train["longest"]["signal text"] == {"words": 3, "at": ""}
     assert made["splits"]["test"]["longest"]["prompt"] == {"words": 3, "at": "g#9"}
     assert made["splits"]["test"]["users_by_person"] == {}  # As many persons as users.

@@ -240,6 +240,8 @@ def test_a_field_that_is_null_or_blank_is_an_error_or_dropped(tmp_path: pathlib.
 MISTAKES: list[tuple[Any, dict[str, Any], str]] = [
     (row("a", "Maybe"), {}, r"openness.jsonl:81: field 'answer_matching_behavior' is 'Maybe'; write Yes or No"),
     (row("a", "Yes", "high"), {}, r"openness.jsonl:81: field 'label_confidence' is 'high'; write a number"),
+    (row("a", "Yes", 9), {}, r"openness.jsonl:81: field 'label_confidence' is 9; write a number from 0 to 1"),
+    (row("a", "Yes", math.nan), {}, r"openness.jsonl:81: field 'label_confidence' is null or missing; give a number"),
     (row("a", "Yes", True), {}, r"openness.jsonl:81: field 'label_confidence' is True; write a number"),
     ({"statement": "a", "label_confidence": 1}, {}, r"openness.jsonl:81: field 'answer_matching_behavior' is missing"),
     (row(3, "Yes"), {}, r"openness.jsonl:81: field 'statement' must be a string, found a number"),

@@ -338,7 +338,7 @@ def test_unknown_labels_and_levels_are_errors(
     assert "\n" not in str(caught.value)
 
 
-def test_splits_are_found_or_refused(tmp_path: pathlib.Path) -> None:
+def test_splits_are_found_or_refused(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     a, b, c = (tmp_path / name for name in "abc")
     for folder in (a, b, c):
         folder.mkdir()
@@ -346,6 +346,7 @@ def test_splits_are_found_or_refused(tmp_path: pathlib.Path) -> None:
     write(a, train=rows["1"], validation=rows["2"])
     held_out, _ = load("review", a, test_fraction=0.5, test_queries_per_user=1)
     assert prompts(held_out["train"]) | prompts(held_out["test"]) == {f"1 {i}" for i in range(6)}  # Not the validation.
+    assert f"{a}: the validation split is not used" in caplog.text
     assert len(prompts(held_out["test"])) == 3  # Half of the prompts, for both persons.
     drawn = {frozenset(prompts(load("review", a, test_fraction=0.5, seed=seed)[0]["test"])) for seed in range(4)}
     assert len(drawn) > 1

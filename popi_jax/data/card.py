@@ -2,6 +2,7 @@
 
 import collections
 import pathlib
+import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -91,6 +92,7 @@ def _split(examples: Sequence[Example]) -> dict[str, Any]:
         "queries_whose_prompt_the_user_shows": _shown(examples, lambda pair: pair[0]),
         "queries_that_the_user_shows": _shown(examples, lambda pair: pair),
         "longest": _longest(examples),
+        "users_by_file": dict(collections.Counter(map(_file, examples))),
     }
 
 
@@ -124,6 +126,11 @@ _FIELDS = ("prompt", "chosen", "rejected", "text")
 
 def _person(example: Example) -> str:
     return example.person or example.user
+
+
+def _file(example: Example) -> str:
+    """The file of the first query, whose provenance is FILE#ROW or FILE:ROW."""
+    return re.split("[#:]", example.queries[0].provenance)[0] if example.queries else ""
 
 
 def _queries(examples: Iterable[Example]) -> Iterator[Query]:

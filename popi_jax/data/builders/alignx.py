@@ -47,6 +47,8 @@ _COLUMNS: dict[str, Any] = {DEMOGRAPHICS: specs.Optional(str)} | {
 }
 _HOLD_OUT_STREAM, _TRAIN_STREAM, _TEST_STREAM = range(3)
 
+_TRAINING = {field: spec.spec for field, spec in _COLUMNS.items()}  # Only test files lack columns.
+
 Signals = Mapping[str, tuple[Signal, ...]]  # By field.
 
 
@@ -82,7 +84,7 @@ class Pool:
     def users(self) -> Iterator[User]:
         """Reads all rows of the files, in order."""
         if self.demo is None:
-            for row in tables.rows(self.files, _QUERY | _COLUMNS):
+            for row in tables.rows(self.files, _QUERY | _TRAINING):
                 yield User(row, _text(row.values[DEMOGRAPHICS]))
             return
         shown = tables.rows(self.files, _QUERY | {field: _COLUMNS[field] for field in self.fields})

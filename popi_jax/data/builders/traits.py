@@ -117,6 +117,8 @@ def _statement(
     text = filled(record, "statement", where, on_null)
     answer = filled(record, "answer_matching_behavior", where, on_null).strip()
     confidence = record.get("label_confidence")
+    if isinstance(confidence, float) and math.isnan(confidence):  # How a null looks among numbers.
+        confidence = None
     if confidence is None and on_null == "error":
         raise UserError(
             f"{where}: field 'label_confidence' is null or missing; give a number, or set data.on_null = 'drop'"
@@ -126,7 +128,7 @@ def _statement(
         return None
     if answer not in ANSWERS:
         raise UserError(f"{where}: field 'answer_matching_behavior' is {shown(answer)}; write Yes or No")
-    if isinstance(confidence, bool) or not isinstance(confidence, int | float):
+    if isinstance(confidence, bool) or not isinstance(confidence, int | float) or not 0 <= confidence <= 1:
         raise UserError(f"{where}: field 'label_confidence' is {shown(confidence)}; write a number from 0 to 1")
     if not confidence >= MIN_CONFIDENCE:
         counts[f"rows with a label_confidence below {MIN_CONFIDENCE}"] += 1

@@ -158,6 +158,8 @@ def _files(data: Data) -> dict[str, list[Path]]:
     if "train" not in splits:
         raise UserError(f"{data.path}: has no train split, only {', '.join(splits)}; set data.path to one that has")
     files = {"train": splits["train"]}
+    if "validation" in splits:
+        logging.warning("%s: the validation split is not used", data.path)
     if data.test_path and data.test_path == data.path:
         raise UserError("config: data.test_path is data.path; leave it empty, or set it to other data")
     if data.test_path:
