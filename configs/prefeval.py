@@ -27,8 +27,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c = small_model("prefeval", arg)
     c.data.queries_per_user = 3
     c.data.test_queries_per_user = 3
-    c.data.train_users = 0
-    c.data.test_users = 0
     if arg not in SMALL:
+        c.data.train_users, c.data.test_users = 0, 0
         c.limits.signals, c.limits.prompt, c.limits.response, c.limits.bin = 1024, 1152, 64, 512
     return c
