@@ -1,6 +1,7 @@
 """Starts the commands of a small run as a user would, and says what a finished folder holds."""
 
 import dataclasses
+import csv
 import json
 import os
 import pathlib
@@ -106,6 +107,9 @@ def _value(path: pathlib.Path) -> Any:
             return {key: arrays[key].tobytes() for key in arrays.files}
     if path.suffix == ".jsonl":
         return [_untimed(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as rows:
+            return [_untimed(row) for row in csv.DictReader(rows)]
     if path.suffix == ".json":
         return _untimed(json.loads(path.read_text(encoding="utf-8")))
     return path.read_bytes()
