@@ -1,7 +1,7 @@
 """Starts the commands of a small run as a user would, and says what a finished folder holds."""
 
-import dataclasses
 import csv
+import dataclasses
 import json
 import os
 import pathlib
