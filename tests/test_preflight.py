@@ -7,8 +7,8 @@ import pytest
 
 from configs import quickstart
 from popi_jax.config import changed, parse
-from popi_jax.data import packing, prepared
-from popi_jax.data.layouts import Told
+from popi_jax.data import layouts, packing, prepared
+from popi_jax.data.layouts import PLAIN, Told
 from popi_jax.data.schema import Query, Signal
 from popi_jax.errors import UserError
 from popi_jax.modes import setup
@@ -101,6 +101,21 @@ def test_what_does_not_fit_is_dropped_and_counted(changes, dropped, queries):
     assert kept[0] == users[0] and sum(len(example.queries) for example in kept[1:]) == queries
     assert own.overflow.counts() == {}  # Nothing was read yet.
     assert limits.usable(encoder(on_overflow="error"), "test", users, counts) == users
+
+
+def test_a_layout_in_a_file_of_ones_own_belongs_to_the_run(fitted, tmp_path):
+    """Its content, since the config has only its path. Otherwise, a run would go on with other prompts."""
+    run, sources, _ = fitted
+    assert "layout" not in run.identity and "layout" not in run.inputs(sources)
+    path = tmp_path / "own.json"
+    seen = set()
+    for separator in ("\n", "\n\n\n"):
+        path.write_text(PLAIN.model_copy(update={"separator": separator}).model_dump_json())
+        layouts.load.cache_clear()  # Another start of the command.
+        own = dataclasses.replace(run, config=changed(run.config, {"prompts.layout": str(path)}))
+        assert own.identity["layout"] == own.inputs(sources)["layout"]
+        seen.add(own.identity["layout"])
+    assert len(seen) == 2
 
 
 def test_no_user_that_fits_is_an_error(fitted):

@@ -14,7 +14,7 @@ def folded(text: str) -> str:
 
 
 class Shown:
-    """The pairs and comments of some users, queries among them. Profiles are not: many people fit the same one."""
+    """The pairs and comments of some users, including queries. Profiles are left out: one can fit many people."""
 
     def __init__(self, examples: Iterable[Example]):
         self._keys = {_key(part) for example in examples for part in (*example.signals, *example.queries)}

@@ -215,7 +215,7 @@ def read(data: Data, dropped: collections.Counter[str] | None = None) -> dict[st
     for reason, count in counts.items():
         logging.warning("data: dropped %d %s", count, reason)
     print("data:", ", ".join(f"{len(part)} {split} examples" for split, part in examples.items()))
-    if data.protocol == "disjoint" and data.dataset != "stylebook":  # Its few prompts are all users'.
+    if data.protocol == "disjoint" and data.dataset != "stylebook":  # All its users share a few prompts.
         shared = card.shared(examples["train"], examples["test"])
         names = {"test_prompts": "prompts", "test_triples": "triples", "test_signals": "signals"}
         if found := ", ".join(f"{shared[key]} {name}" for key, name in names.items() if shared[key]):
@@ -249,7 +249,7 @@ def load_examples(data: Data, counts: collections.Counter[str] | None = None) ->
     counts = collections.Counter() if counts is None else counts
     examples = LOADERS[data.dataset](data, counts)
     if data.dataset in DRAWN:
-        return examples
+        return examples  # Of the others, the first ones are taken.
     return {
         "train": _first(examples["train"], data.train_users, "train_users"),
         "test": _first(examples["test"], data.test_users, "test_users"),
@@ -300,5 +300,5 @@ LOADERS: dict[str, Callable[[Data, collections.Counter[str]], dict[str, list[Exa
     "prefeval": prefeval.load,
     "traits": traits.load,
 }
-DRAWN = ("stylebook", "traits")  # They draw as many users as the config names. Of the others, it takes the first ones.
+DRAWN = ("stylebook", "traits")  # They draw as many users as the config names.
 BENCHMARKS = ("elix", "review", "roleplay", "alignx", "prefeval", "traits")

@@ -134,6 +134,7 @@ class Run:
             "model": self.model_fingerprint,
             "tokenizer": self.encoder.tokenizer.fingerprint,
             "config": {"lora": lora},
+            **_own_layout(self.config),
         }
 
     def inputs(self, examples: Mapping[str, Sequence[Example]]) -> dict[str, str]:
@@ -186,11 +187,14 @@ def read_inputs(config: Config, examples: Mapping[str, Sequence[Example]]) -> di
 
 
 def _inputs(config: Config, model: str, tokenizer: str, examples: Mapping[str, Sequence[Example]]) -> dict[str, str]:
-    inputs = {split: prepared.content_hash({split: part}) for split, part in examples.items()}
-    layout = config.prompts.layout
-    if layout not in layouts.NAMES:  # The user's own file.
-        inputs["layout"] = layouts.fingerprint(layout)
-    return {"model": model, "tokenizer": tokenizer, **inputs}
+    splits = {split: prepared.content_hash({split: part}) for split, part in examples.items()}
+    return {"model": model, "tokenizer": tokenizer, **splits, **_own_layout(config)}
+
+
+def _own_layout(config: Config) -> dict[str, str]:
+    """Returns the fingerprint of a layout in the user's own file. For those of the package, the config has the name."""
+    name = config.prompts.layout
+    return {} if name in layouts.NAMES else {"layout": layouts.fingerprint(name)}
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -31,7 +31,7 @@ def buckets(config: Config, encoder: Encoder, sources: Mapping[str, Iterable[Exa
 def usable(
     encoder: Encoder, split: str, examples: Sequence[Example], dropped: collections.Counter[str]
 ) -> list[Example]:
-    """The users and queries that fit. Which ones does not depend on the method, so that methods can be compared.
+    """The users and queries that fit. The choice does not depend on the method, so that methods can be compared.
 
     Args:
         encoder: with limits.on_overflow = "error", everything is returned, and `buckets` reports what does not fit.
