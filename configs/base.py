@@ -151,6 +151,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # How many of a user's K summaries the generator learns from; 0: all. Fewer make its update cheaper, and it stays
     # unbiased. The inference model is rewarded for all K in any case. The second phase of two_phase always takes one.
     c.sampling.k_generator = 0
+    c.sampling.k_warm_start = 0  # K in the steps of schedule.warm_start = "best_of_k"; 0: sampling.k.
     c.sampling.temperature = 1.0  # Temperature of the sampled summaries, above 0.
 
     # The losses of the two models.
@@ -174,13 +175,34 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.objective.kl = "exact"
     # Lambda: weight of that KL divergence, in nats, against the preference loss, in nats / beta. 0: it has no effect.
     c.objective.kl_coef = 2e-3
+    # Share of kl_coef that is gone at the end of the run, 0 to 1. It goes linearly, step by step.
+    c.objective.kl_decay = 0.0
+    # That many of the user's own pairs, drawn anew in each step, are left out of the inference model's prompt and asked
+    # like queries, as a further test of the summary. One signal always stays.
+    c.objective.reward_signals = 0
+    # Whether the reward is relative to a generator that is told nothing: by how much the summary lowers the loss. It
+    # changes nothing among a user's summaries, but it is the level that warm_start = "best_of_k" asks for, and a better
+    # baseline of advantage = "reinforce".
+    c.objective.relative_reward = False
+    c.objective.length_penalty = 0.0  # What each token of a summary takes from its reward, in nats / beta.
+    # What a summary loses that is copied from the user's signals, in nats / beta. It is multiplied by the share of the
+    # summary's words that are in copied runs of three or more.
+    c.objective.copy_penalty = 0.0
 
     # Which of the two models each step trains.
     c.schedule = ml_collections.ConfigDict()
     # joint (both in every step), alternate (in turns), two_phase (first the inference model, then the generator),
     # inference_only or generator_only.
     c.schedule.name = "joint"
-    # Training steps of the run. popi with two_phase takes n_phi + n_theta steps instead.
+    # Before anything else, the generator of popi learns to use what it is told, from a context that is known to inform:
+    # persona or raw_signals. The other methods train their generators for that many more steps of their own.
+    c.schedule.n_generator_warmup = 0  # Steps of it.
+    c.schedule.generator_warmup = "persona"
+    # Then the inference model learns by imitation of best_of_k (each user's best summary of K, by the reward) or of
+    # persona (the training users' personas, which the data has to contain).
+    c.schedule.n_warm_start = 0  # Steps of it.
+    c.schedule.warm_start = "best_of_k"
+    # Training steps of the schedule `name`. popi with two_phase takes n_phi + n_theta steps instead.
     c.schedule.steps = 100
     # Inference steps: in each turn of alternate, or in the first phase of two_phase. Not used otherwise.
     c.schedule.n_phi = 1

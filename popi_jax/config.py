@@ -18,7 +18,7 @@ from popi_jax.errors import UserError, first_line, shown
 
 Dtype = Literal["float32", "bfloat16"]
 Method = Literal["popi", "base", "population", "raw_signals", "zero_shot_summary", "oracle"]
-StepKind = Literal["joint", "inference", "generator"]
+StepKind = Literal["joint", "inference", "generator", "generator_warmup", "best_of_k", "imitation"]
 
 # The bounds catch typos. They are far above what any machine can run, and numbers within them are finite in float32.
 Count = Annotated[int, Field(ge=0, le=10**8)]
@@ -169,6 +169,7 @@ class Sampling(Section):
 
     k: Annotated[int, Field(ge=1, le=1023)]  # A line has at most attention.ROW - 1 branches.
     k_generator: Annotated[int, Field(ge=0, le=1023)]
+    k_warm_start: Annotated[int, Field(ge=0, le=1023)] = 0
     temperature: Scale  # Not 0: REINFORCE needs samples.
 
 
@@ -183,6 +184,11 @@ class Objective(Section):
     baseline_decay: Decay
     kl: Literal["exact", "k1_reward", "k3_loss"]
     kl_coef: Rate
+    kl_decay: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    reward_signals: Annotated[int, Field(ge=0, le=4096)] = 0
+    relative_reward: bool = False
+    length_penalty: Rate = 0.0
+    copy_penalty: Rate = 0.0
 
 
 class Schedule(Section):
@@ -192,6 +198,10 @@ class Schedule(Section):
     steps: Count
     n_phi: Count
     n_theta: Count
+    n_generator_warmup: Count = 0
+    generator_warmup: Literal["persona", "raw_signals"] = "persona"
+    n_warm_start: Count = 0
+    warm_start: Literal["best_of_k", "persona"] = "best_of_k"
 
 
 class Optim(Section):
@@ -276,7 +286,12 @@ class Config(Section):
     @property
     def trains_inference(self) -> bool:
         """Whether the run updates q_phi."""
-        return self.method == "popi" and self.schedule.name != "generator_only"
+        return self.method == "popi" and (self.schedule.name != "generator_only" or self.schedule.n_warm_start > 0)
+
+    @property
+    def k_of_warm_start(self) -> int:
+        """The summaries that a user has in a step of the warm start best_of_k."""
+        return self.sampling.k_warm_start or self.sampling.k
 
     @pydantic.model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -307,6 +322,16 @@ class Config(Section):
             raise ValueError(
                 f"config.sampling.k_generator is {sampling.k_generator}; it must be between 0 (all) and"
                 f" config.sampling.k = {sampling.k}"
+            )
+        if (
+            self.method == "popi"
+            and schedule.n_warm_start
+            and schedule.warm_start == "best_of_k"
+            and self.k_of_warm_start < 2
+        ):
+            raise ValueError(
+                f"config.sampling.k_warm_start is {sampling.k_warm_start} and .k is {sampling.k}; the warm start"
+                " best_of_k chooses among a user's summaries and needs at least 2"
             )
         if self.trains_inference and self.objective.advantage != "reinforce" and sampling.k < 2:
             raise ValueError(

@@ -49,12 +49,11 @@ def test_compile_lowers_the_program_that_a_run_calls(tmp_path, monkeypatch):
     state = run.initial_state()
     examples = [sources["train"][i] for i in range(config.train.users_per_step)]
     written = batches.WrittenSummaries(tmp_path / "written.jsonl")
-    packer = run.scorer.packer
-    maker = batches.BatchMaker(config, run.sampler, packer, run.references(tmp_path / "cache"), written)
+    maker = batches.BatchMaker(config, run.sampler, run.scorer, run.references(tmp_path / "cache"), written)
     asked = []
     step = Shapes.step
     monkeypatch.setattr(Shapes, "step", lambda *args: asked.append(args) or step(*args))
-    real, _ = maker.make(state.phi, examples, 0, "joint")
+    real, _ = maker.make(state.phi, state.theta, examples, 0, "joint")
     ((shapes, kind, measured),) = asked
     calls = {call.name: call for call in compile_lib.calls(config, run.programs)}
     joint = calls["joint_step"]

@@ -157,7 +157,8 @@ def make_batch(run, kind):
     # Shards for 8 devices, which divide over every mesh.
     bins = tiny.packed(responses, 24, micros=1, n_bins=16, shards=8)
     generator = GeneratorBatch(bins, ref_logp_Rx2[None], weight_R[None])
-    inference = InferenceBatch(*jax.tree.map(lambda x: x[None], (signals, sampler_logp_UxKxS)))
+    more_UxK = rng.normal(size=(USERS, K)).astype(np.float32)
+    inference = InferenceBatch(*jax.tree.map(lambda x: x[None], (signals, sampler_logp_UxKxS, more_UxK)))
     batch = Batch(generator, None if kind == "generator" else inference)
     return jax.device_put(batch, batch_shardings(batch, run.programs.mesh))
 

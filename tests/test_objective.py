@@ -257,3 +257,34 @@ def test_missing_inputs_are_refused():
         with pytest.raises(ValueError, match="K >= 2, got K = 1"):
             objective.advantages(name, inputs["reward_UxK"][:, :1], 0.0)
     assert objective.advantages("reinforce", inputs["reward_UxK"][:, :1], 0.0).shape == (1, 1)
+
+
+# The warm start, and the variance of rewards.
+
+
+def test_best_of_k_by_hand():
+    reward = jnp.array([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0], [-4.0, -1.0, -2.0], [0.0, 9.0, 0.0]])
+    valid = jnp.array([True, True, True, False])
+    chosen = objective.best_of_k(reward, valid, -np.inf)
+    np.testing.assert_array_equal(chosen, [[0, 1, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(objective.best_of_k(reward, valid, 0.0)[2], [0, 0, 0])
+    np.testing.assert_array_equal(objective.best_of_k(reward, valid, 3.0), np.zeros((4, 3)))  # Above, not at, it.
+
+
+def test_the_parts_of_the_rewards_variance_are_unbiased():
+    """Over many users whose summaries differ by a known variance and whose queries have a known noise."""
+    rng = np.random.default_rng(0)
+    U, K, M, a, e = 20_000, 4, 3, 0.5, 2.0
+    loss = a * rng.normal(size=(U, K, 1)) + 3.0 * rng.normal(size=(U, 1, M)) + e * rng.normal(size=(U, K, M))
+    (variance, users), (noise, _) = objective.reward_variance(jnp.asarray(loss, jnp.float32), jnp.ones((U, M), bool))
+    assert users == U
+    np.testing.assert_allclose(noise / users, e**2 / M, rtol=0.02)
+    np.testing.assert_allclose((variance - noise) / users, a**2, rtol=0.1)
+
+
+def test_users_with_one_query_have_no_part_in_the_variance():
+    loss = jnp.array([[[1.0, 2.0], [3.0, 5.0]], [[7.0, 100.0], [9.0, -100.0]]])
+    (variance, users), (noise, _) = objective.reward_variance(loss, jnp.array([[True, True], [True, False]]))
+    # The rewards of the first user are -1.5 and -4. Its residuals are 1/4, with alternating signs.
+    np.testing.assert_allclose((variance, users), (3.125, 1))
+    np.testing.assert_allclose(noise, 4 / 16 / (1 * 1) / 2)

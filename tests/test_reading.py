@@ -106,8 +106,8 @@ class Watched:
 
     def batch(self, kind: str) -> Batch:
         written = WrittenSummaries(self.folder / "written_summaries.jsonl")
-        maker = BatchMaker(self.config, self.sampler, self.run.scorer.packer, self.references, written)
-        return maker.make(self.state.phi, TRAIN, STEP, kind)[0]
+        maker = BatchMaker(self.config, self.sampler, self.run.scorer, self.references, written)
+        return maker.make(self.state.phi, self.state.theta, TRAIN, STEP, kind)[0]
 
     def evaluator(self) -> Evaluator:
         scorer = dataclasses.replace(self.run.scorer, score=self.scores)

@@ -201,6 +201,19 @@ def test_personas_are_drawn_where_rows_have_them():
     assert max(len(label.get_text()) for label in figure.axes[0].get_yticklabels()) <= 120
 
 
+def test_ratios_are_of_moving_means():
+    """The mean of single ratios would be 0.5 here, or undefined where a step's estimate is 0."""
+    lines = [{"step": i, "reward_noise": 1.0, "reward_variance": v} for i, v in enumerate([4.0, 4.0])]
+    lines += [{"step": 2, "loss": 1.0}]
+    lines += [{"step": 3, "grad_signal_inference": -1.0, "grad_noise_inference": 2.0}]
+    found = plots.with_ratios(lines)
+    assert [line.get("reward_share") for line in found] == [0.75, 0.75, None, None]
+    assert [line.get("grad_snr") for line in found] == [None, None, None, -0.5]
+    noisy = [{"step": i, "grad_signal_inference": v, "grad_noise_inference": 1.0} for i, v in enumerate([3, -1] * 50)]
+    ratios = [line["grad_snr"] for line in plots.with_ratios(noisy)][20:]
+    assert 0 < min(ratios) and max(ratios) < 2
+
+
 def test_moving_mean_has_no_start_bias():
     np.testing.assert_allclose(plots.moving_mean(np.full(100, 3.0)), 3.0)
     values = np.arange(50.0)  # The decay is 1/2: the weights are 1/2, 1/4, ...

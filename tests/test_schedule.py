@@ -10,11 +10,11 @@ from popi_jax.config import changed, parse
 from popi_jax.training import schedule
 
 CONFIG = parse(base.get_config())
-J, P, G = "joint", "inference", "generator"
+J, P, G, W, B, T = "joint", "inference", "generator", "generator_warmup", "best_of_k", "imitation"
 
 
-def config(name="joint", steps=0, n_phi=0, n_theta=0, method="popi"):
-    keys = {"name": name, "steps": steps, "n_phi": n_phi, "n_theta": n_theta}
+def config(name="joint", steps=0, n_phi=0, n_theta=0, method="popi", **more):
+    keys = {"name": name, "steps": steps, "n_phi": n_phi, "n_theta": n_theta} | more
     return changed(CONFIG, {"method": method} | {f"schedule.{key}": value for key, value in keys.items()})
 
 
@@ -37,6 +37,11 @@ def kinds(own):
         (config("two_phase", 9, 2, 3), [P, P, G, G, G]),  # It takes n_phi + n_theta steps, whatever `steps` is.
         (config("two_phase", 9, 0, 2), [G, G]),
         (config("two_phase", 9, 2, 0), [P, P]),
+        (config("joint", 2, n_generator_warmup=1, n_warm_start=2), [W, B, B, J, J]),
+        (config("alternate", 3, 1, 1, n_warm_start=2, warm_start="persona"), [T, T, P, G, P]),
+        (config("two_phase", 9, 1, 2, n_generator_warmup=2), [W, W, P, G, G]),
+        (config("generator_only", 1, n_warm_start=1), [B, G]),
+        (config("joint", 2, method="oracle", n_generator_warmup=3, n_warm_start=2), [G] * 5),
     ],
 )
 def test_order_of_the_steps_by_hand(own, expected):
@@ -57,10 +62,11 @@ def test_base_trains_nothing():
 @pytest.mark.parametrize("method", ["popi", "population"])
 @pytest.mark.parametrize("name", ["joint", "alternate", "two_phase", "inference_only", "generator_only"])
 def test_counts_are_those_of_the_steps(name, method):
-    for n_phi, n_theta, steps in itertools.product(range(4), range(4), range(10)):
+    for n_phi, n_theta, steps, before in itertools.product(range(4), range(4), range(0, 10, 3), range(3)):
         if n_phi + n_theta == 0:
             continue  # Refused for the schedules that read them.
-        own = config(name, steps, n_phi, n_theta, method)
+        own = config(name, steps, n_phi, n_theta, method, n_generator_warmup=before, n_warm_start=2 * before)
         count = collections.Counter(kinds(own))
-        assert schedule.update_counts(own) == (count[J] + count[P], count[J] + count[G]), own.schedule
+        phi, theta = count[J] + count[P] + count[B], count[J] + count[G] + count[W]
+        assert schedule.update_counts(own) == (phi, theta), own.schedule
         assert schedule.step_kinds(own) == set(count), own.schedule

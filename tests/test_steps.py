@@ -37,6 +37,9 @@ def settings(lora=None, **changes) -> Settings:
         "baseline_decay": 0.9,
         "kl": "exact",
         "kl_coef": 0.1,
+        "kl_decay": 0.0,
+        "total_steps": 10,
+        "least_reward": -np.inf,
         "temperature": 1.0,
         "seed": 0,
     }
@@ -69,7 +72,8 @@ def world(config: Settings, seed=0, users=U, empty=False, n_bins=0, shards=1, mi
     rows = tiny.rows(rng, users, K, 6, 4)
     if empty:
         rows.prefix_length_B[3] = 0
-    inference = stack(InferenceBatch(rows, rng.normal(-2, 1, (users, K, 4)).astype(np.float32)), micros[0])
+    more_UxK = np.zeros((users, K), np.float32)
+    inference = stack(InferenceBatch(rows, rng.normal(-2, 1, (users, K, 4)).astype(np.float32), more_UxK), micros[0])
     ref = rng.normal(-9, 1, (users * K * M, 2)).astype(np.float32)
     lines = tiny.rows(rng, users * K * M, 2, 5, 4)
     if empty:
@@ -128,8 +132,30 @@ def test_micro_batches_equal_one_batch(fn, part, micros):
     _, _, batch_4 = world(config, empty=True, micros=micros)
     state_1, metrics_1 = jitted(fn, config)(state, base, part(batch_1))
     state_4, metrics_4 = jitted(fn, config)(state, base, part(batch_4))
-    assert_close(metrics_1, metrics_4, rtol=1e-4)
+    assert_close(metrics_1, {name: metrics_4[name] for name in metrics_1}, rtol=1e-4)
+    assert set(metrics_4) - set(metrics_1) <= {"grad_signal_inference", "grad_noise_inference"}  # One batch gives none.
     assert_close((state_1.phi, state_1.theta), (state_4.phi, state_4.theta))
+
+
+def test_signal_and_noise_of_the_gradient_come_from_its_micro_batches():
+    """From the gradients of each user alone: their mean, and how far it would be from that of other such users."""
+    config = dataclasses.replace(settings(tiny.LORA), kl_coef=0.0)
+    base, state, batch = world(config, micros=(U, 1))
+    _, metrics = jitted(steps.inference_step, config)(state, base, from_all(batch))
+    loss_R = steps.generator_loss(state.theta, base, jax.tree.map(lambda x: x[0], batch.generator), config)[1][0]
+    reward_UxK = steps.summary_rewards(loss_R, batch.generator.weight_R[0], U, K)
+
+    def gradient(u):
+        one = jax.tree.map(lambda x: x[u], batch.inference)
+        grads = jax.grad(lambda phi: steps.inference_loss(phi, base, one, reward_UxK[u : u + 1], 0.0, 0.0, config)[0])
+        leaves = jax.tree.leaves(grads(state.phi))
+        return np.concatenate([np.ravel(leaf) for leaf in leaves]) / K
+
+    gradient_UxP = np.stack([gradient(u) for u in range(U)])
+    noise = gradient_UxP.var(axis=0, ddof=1).sum() / U
+    np.testing.assert_allclose(metrics["grad_noise_inference"], noise, rtol=1e-3)
+    signal = (gradient_UxP.mean(axis=0) ** 2).sum() - noise
+    np.testing.assert_allclose(metrics["grad_signal_inference"], signal, rtol=1e-3)
 
 
 def test_each_step_updates_only_its_models():
@@ -229,7 +255,7 @@ def test_generator_loss_falls_and_inference_follows_its_reward():
     loss_R = np.zeros((U, K, M), np.float32)
     loss_R[:, 1:] = 5.0  # The first summary of every user has the highest reward.
     reward = steps.summary_rewards(jnp.asarray(loss_R.ravel()), jnp.ones(loss_R.size), U, K)
-    grad = jax.jit(jax.grad(lambda phi: steps.inference_loss(phi, base, own, reward, jnp.float32(0), config)[0]))
+    grad = jax.jit(jax.grad(lambda phi: steps.inference_loss(phi, base, own, reward, jnp.float32(0), 0.0, config)[0]))
     phi = jax.tree.map(lambda p, g: p - 0.02 * g, state.phi, grad(state.phi))
     before, after = (scoring.score(config.policy.bind(base, p), own.lines).logp_BxNxS.sum(-1) for p in (state.phi, phi))
     gain = np.asarray(after - before)

@@ -100,7 +100,7 @@ def test_finished_run_has_all_files(finished):
     assert low <= row["accuracy"] <= high
     lines = metrics(finished)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 4, 5, 6]
-    assert "eval_accuracy" in lines[4]
+    assert {"eval_accuracy", "eval_accuracy_persona", "eval_accuracy_nothing"} <= set(lines[4])
     timed = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert timed[0]["compile_s"] > timed[-1]["compile_s"] >= 0 and timed[4]["evaluate_s"] > 0
     assert max(line["sampler_gap_max"] for line in lines if "sampler_gap_max" in line) < 1e-4

@@ -44,6 +44,13 @@ SCHEDULES = {
     "alternate_theta": {"schedule.name": "alternate", "schedule.n_phi": 1, "schedule.n_theta": 4},
     "two_phase_phi": {"schedule.name": "two_phase", "schedule.n_phi": 9, "schedule.n_theta": 8},
     "two_phase_theta": {"schedule.name": "two_phase", "schedule.n_phi": 3, "schedule.n_theta": 17},
+    # Step 4 comes before the schedule.
+    "generator_warmup": {"schedule.n_generator_warmup": 5},
+    "best_of_k": {"schedule.n_generator_warmup": 2, "schedule.n_warm_start": 3},
+    "best_of_k_relative": {"schedule.n_warm_start": 5, "objective.relative_reward": True},
+    "imitation": {"schedule.n_warm_start": 5, "schedule.warm_start": "persona"},
+    # Step 4 is the first one after it, and of 25 steps.
+    "decayed": {"schedule.n_generator_warmup": 3, "schedule.n_warm_start": 1, "objective.kl_decay": 0.6},
 }
 TABLE = [
     # loss, logp_reduction, advantage, kl, schedule, method
@@ -70,7 +77,14 @@ TABLE = [
     ("ipo", "mean", "rloo", "exact", "joint", "oracle"),
     ("dpo", "mean", "rloo", "exact", "joint", "zero_shot_summary"),
     ("ipo", "sum", "rloo", "exact", "joint", "zero_shot_summary"),
+    ("ipo", "mean", "rloo", "exact", "generator_warmup", "popi"),
+    ("dpo", "sum", "rloo", "exact", "best_of_k", "popi"),
+    ("ipo", "mean", "grpo", "k1_reward", "best_of_k_relative", "popi"),
+    ("dpo", "mean", "rloo", "exact", "imitation", "popi"),
+    ("dpo", "sum", "rloo", "exact", "decayed", "popi"),
 ]
+# The kinds of steps that update each role.
+UPDATES = {"phi": ("joint", "inference", "best_of_k", "imitation"), "theta": ("joint", "generator", "generator_warmup")}
 
 
 class Bigram:
@@ -104,6 +118,7 @@ class World(NamedTuple):
     ref_logp_UxKxMx2: np.ndarray
     summaries: PrefixBatch  # Line u: signals with K summaries.
     sampler_logp_UxKxS: np.ndarray
+    more_reward_UxK: np.ndarray
 
 
 def world(settings: Settings) -> World:
@@ -133,7 +148,7 @@ def world(settings: Settings) -> World:
     pairs, summaries = tiny.rows(rng, U * K * M, 2, 5, S), tiny.rows(rng, U, K, 6, S)
     for lines, real in ((pairs, np.repeat(real_UxM()[:, None], K, axis=1).ravel()), (summaries, QUERIES_U > 0)):
         lines.prefix_length_B[~real] = lines.branch_length_BxN[~real] = 0
-    return World(weights(), state, pairs, noise(U, K, M, 2) * 2 - 9, summaries, noise(U, K, S) - 3)
+    return World(weights(), state, pairs, noise(U, K, M, 2) * 2 - 9, summaries, noise(U, K, S) - 3, noise(U, K))
 
 
 def real_UxM():
@@ -152,10 +167,15 @@ def rows(own: World, first: int) -> GeneratorBatch:
 
 def batch(own: World, kind: str, shown: int, learned: int) -> Batch:
     """What a step reads that shows the generator `shown` summaries of each user."""
-    inference = InferenceBatch(own.summaries, own.sampler_logp_UxKxS)
+    inference = InferenceBatch(own.summaries, own.sampler_logp_UxKxS, own.more_reward_UxK)
+    if kind == "imitation":  # One text for each user.
+        lines = dataclasses.replace(own.summaries, **{
+            name: getattr(own.summaries, name)[:, :1] for name in ("branches_BxNxS", "branch_length_BxN")
+        })  # fmt: skip
+        inference = InferenceBatch(lines, own.sampler_logp_UxKxS[:, :1], own.more_reward_UxK[:, :1])
     return Batch(
         generator=rows(own, shown),
-        inference=None if kind == "generator" else jax.tree.map(lambda x: x[None], inference),
+        inference=jax.tree.map(lambda x: x[None], inference) if kind in UPDATES["phi"] else None,
         learned=rows(own, learned) if kind == "joint" and learned < shown else None,
     )
 
@@ -189,12 +209,12 @@ def of_queries(values_UxKxM):
 
 
 def generator_reference(config: Config, own: World, shown: int, learned: int):
-    """The metrics of the rows shown, every summary's reward, and theta's gradient of the loss of those learned from."""
+    """The metrics of the rows shown, every row's reward, and theta's gradient of the loss of those learned from."""
     beta = config.objective.beta
     length_UxKxMx2 = np.maximum(own.pairs.branch_length_BxN, 1).reshape(U, K, M, 2)
 
     def terms(theta):
-        """Of each summary, the mean over queries: [U, K]."""
+        """Of each row: [U, K, M]."""
         logp_BxNxS = chosen(log_softmax(own.base, theta, own.pairs, 1.0), own.pairs)
         logp_UxKxMx2 = jnp.sum(logp_BxNxS, axis=-1).reshape(U, K, M, 2)
         if config.objective.logp_reduction == "mean":
@@ -204,11 +224,50 @@ def generator_reference(config: Config, own: World, shown: int, learned: int):
         nats_UxKxM = jnp.log1p(jnp.exp(-beta * h_UxKxM))
         loss_UxKxM = {"dpo": nats_UxKxM / beta, "ipo": (h_UxKxM - 1 / (2 * beta)) ** 2 * beta / 2}
         found = {"loss": loss_UxKxM[config.objective.loss], "accuracy": h_UxKxM > 0, "nats": nats_UxKxM}
-        return {name: of_queries(values) for name, values in (found | {"margin": h_UxKxM}).items()}
+        return found | {"margin": h_UxKxM}
 
     found = terms(own.state.theta)
-    grads = jax.grad(lambda theta: of_users(terms(theta)["loss"][:, :learned]))(own.state.theta)
-    return {name: of_users(values[:, :shown]) for name, values in found.items()}, -found["loss"], grads
+    grads = jax.grad(lambda theta: of_users(of_queries(terms(theta)["loss"])[:, :learned]))(own.state.theta)
+    metrics = {name: of_users(of_queries(values)[:, :shown]) for name, values in found.items()}
+    return metrics, -np.asarray(found["loss"])[:, :shown], grads
+
+
+def reward_metrics(reward_UxKxM, reward_UxK):
+    """What a step logs of the rewards: of those of single queries, and of their means with what is added to them."""
+    several = [reward_KxM for reward_KxM, count in zip(reward_UxKxM, QUERIES_U, strict=True) if count > 1]
+    noise = []
+    for reward_KxM in several:  # Analysis of variance with summaries and queries as factors, M = 2 in full.
+        by_summary_Kx1, by_query_1xM = reward_KxM.mean(1, keepdims=True), reward_KxM.mean(0, keepdims=True)
+        rest_KxM = reward_KxM - by_summary_Kx1 - by_query_1xM + reward_KxM.mean()
+        noise.append((rest_KxM**2).sum() / max(len(reward_KxM) - 1, 1) / (M - 1) / M)
+    one = reward_UxK.shape[1] == 1
+    return {
+        "reward_variance": 0.0 if one else np.mean([reward_KxM.mean(1).var(ddof=1) for reward_KxM in several]),
+        "reward_noise": np.mean(noise),
+        "reward": of_users(reward_UxK),
+        "reward_std": of_users(np.std(reward_UxK, axis=1, keepdims=True)),
+    }
+
+
+def imitation_reference(config: Config, own: World, kind: str, reward_UxK):
+    """The metrics, and phi's gradient of the negative log-likelihood of the texts to imitate."""
+    lines, shown = own.summaries, reward_UxK.shape[1]
+    weight_UxK = np.zeros((U, shown))
+    for u, reward_K in enumerate(reward_UxK):
+        helps = reward_K.max() > 0 or not config.objective.relative_reward
+        weight_UxK[u, reward_K.argmax()] = QUERIES_U[u] > 0 and (kind == "imitation" or helps)
+
+    def loss(phi):
+        q_UxKxSxV = log_softmax(own.base, phi, lines, config.sampling.temperature)
+        return -jnp.sum(weight_UxK * jnp.sum(chosen(q_UxKxSxV, lines), axis=-1)[:, :shown]) / weight_UxK.sum()
+
+    metrics = {
+        "surrogate": loss(own.state.phi),
+        "imitated": weight_UxK.sum() / (QUERIES_U > 0).sum(),
+        "reward_imitated": (reward_UxK * weight_UxK).sum() / weight_UxK.sum(),
+        "summary_tokens": of_users(lines.branch_length_BxN[:, :shown]),
+    }
+    return metrics, jax.grad(loss)(own.state.phi)
 
 
 def advantages(config: Config, reward_UxK):
@@ -235,6 +294,8 @@ def inference_reference(config: Config, own: World, reward_UxK):
     """The metrics, and phi's gradient of the surrogate of equation (3)."""
     lines, temperature = own.summaries, config.sampling.temperature
     kl, kl_coef = config.objective.kl, config.objective.kl_coef
+    if config.objective.kl_decay:
+        kl_coef *= 1 - 0.6 * STEP / 24  # 3 + 1 + 20 steps.
     untrained_UxKxSxV = log_softmax(own.base, None, lines, temperature)
     ref_logp_UxKxS = chosen(untrained_UxKxSxV, lines)
 
@@ -262,9 +323,7 @@ def inference_reference(config: Config, own: World, reward_UxK):
 
     gaps = np.abs(logp_UxKxS - own.sampler_logp_UxKxS)[np.asarray(lines.mask_BxNxS)]
     metrics = {
-        "reward": of_users(reward_UxK),
         "reward_less_kl": of_users(penalised_UxK),
-        "reward_std": of_users(np.std(reward_UxK, axis=1, keepdims=True)),
         "kl": of_users(estimate_UxK),
         "surrogate": surrogate(own.state.phi),
         "summary_tokens": of_users(lines.branch_length_BxN),
@@ -292,7 +351,7 @@ def assert_updated(config: Config, role: str, old: TrainState, new: TrainState, 
         return jax.tree.leaves(getattr(state, role)), list(zip(*moments, strict=True)), opt
 
     (params, moments, _), (new_params, new_moments, new_opt) = parts(old), parts(new)
-    updates = sum(kind in ("joint", name) for kind in kinds)
+    updates = sum(kind in UPDATES[role] for kind in kinds)
     added, expected = test_optim.adamw(config.optim, peak, clip, updates, UPDATES_BEFORE, params, grads, moments)
     for param, before, update in zip(new_params, params, added, strict=True):
         np.testing.assert_allclose(param - before, update, rtol=1e-3, atol=1e-4 * peak)
@@ -338,21 +397,32 @@ def test_a_step_is_that_of_the_equations(loss, reduction, advantage, kl, name, m
     kind = schedule.step_kind(config, STEP)
     settings = programs.make_settings(config, Bigram())
     own = world(settings)
-    shown = 1 if method in ("population", "raw_signals", "oracle") or name == "two_phase_theta" else K
+    one = method in ("population", "raw_signals", "oracle") or name in (
+        "two_phase_theta",
+        "generator_warmup",
+        "imitation",
+    )
+    shown = 1 if one else K
     learned = min(shown, config.sampling.k_generator or K)
     new, metrics = jitted(kind, settings)(own.state, own.base, batch(own, kind, shown, learned))
 
-    expected, reward_UxK, theta_grads = generator_reference(config, own, shown, learned)
-    if kind == "inference":
-        assert_equal((new.theta, new.opt_theta), (own.state.theta, own.state.opt_theta))
-    else:
+    expected, reward_UxKxM, theta_grads = generator_reference(config, own, shown, learned)
+    if kind in UPDATES["theta"]:
         expected |= assert_updated(config, "theta", own.state, new, theta_grads)
-    if kind == "generator":
-        assert_equal((new.phi, new.opt_phi, new.baseline), (own.state.phi, own.state.opt_phi, own.state.baseline))
     else:
-        more, phi_grads = inference_reference(config, own, reward_UxK)
+        assert_equal((new.theta, new.opt_theta), (own.state.theta, own.state.opt_theta))
+    if kind in UPDATES["phi"]:
+        reward_UxK = of_queries(reward_UxKxM) + own.more_reward_UxK[:, :shown]
+        expected |= reward_metrics(reward_UxKxM, reward_UxK)
+        if kind in ("best_of_k", "imitation"):
+            more, phi_grads = imitation_reference(config, own, kind, reward_UxK)
+        else:
+            more, phi_grads = inference_reference(config, own, reward_UxK)
         expected |= more | assert_updated(config, "phi", own.state, new, phi_grads)
-        np.testing.assert_allclose(new.baseline, 0.8 * BASELINE + 0.2 * more["reward_less_kl"], rtol=1e-5)
+        rewards = expected.get("reward_less_kl", expected["reward"])
+        np.testing.assert_allclose(new.baseline, 0.8 * BASELINE + 0.2 * rewards, rtol=1e-5)
+    else:
+        assert_equal((new.phi, new.opt_phi, new.baseline), (own.state.phi, own.state.opt_phi, own.state.baseline))
     assert int(new.step) == STEP + 1
     assert set(metrics) == set(expected)
     for key, value in metrics.items():

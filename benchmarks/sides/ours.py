@@ -66,11 +66,11 @@ class Steps:
         self.state, self.fn = run.initial_state(), run.programs.train_steps[kind]
         self.references = run.references(folder)
         written = WrittenSummaries(folder / "written.jsonl")
-        self.maker = BatchMaker(run.config, run.sampler, run.scorer.packer, self.references, written)
+        self.maker = BatchMaker(run.config, run.sampler, run.scorer, self.references, written)
 
     def batch(self) -> Any:
         """This step's batch and counts."""
-        return self.maker.make(self.state.phi, self.examples, self.number, self.kind)
+        return self.maker.make(self.state.phi, self.state.theta, self.examples, self.number, self.kind)
 
     def flops(self) -> float:
         """FLOPs of this step."""

@@ -83,10 +83,12 @@ class InferenceBatch:
     Attributes:
         lines: one line per user. A padding user has prefix length 0.
         sampler_logp_UxKxS: log-probability of each summary token when it was drawn, in nats.
+        more_reward_UxK: added to the reward that the queries give, in nats / beta; see `rewards.more`.
     """
 
     lines: PrefixBatch
     sampler_logp_UxKxS: Array
+    more_reward_UxK: Array
 
 
 @jax.tree_util.register_dataclass
@@ -114,7 +116,7 @@ class Batch:
 
     Attributes:
         generator: rows that give the losses, and so the rewards.
-        inference: the sampled summaries; None in a generator step.
+        inference: the summaries of a step that updates phi: sampled ones, or texts to imitate; else None.
         learned: in a joint step, the rows that theta learns from, if they are not all rows of `generator`; else None.
     """
 

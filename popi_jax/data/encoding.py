@@ -163,6 +163,13 @@ class Encoder:
         """The tokens of a text that the generator is told."""
         return len(self.tokenizer.encode_part(text)) if text else 0
 
+    def summary(self, example: Example) -> Ids:
+        """The persona as a summary to imitate, without summary_start; UserError if it exceeds limits.summary."""
+        text = example.persona.removeprefix(self.prompts.summary_start).lstrip()
+        ids = [*self.tokenizer.encode(text), self.tokenizer.end_id]
+        self._check(f"user {shown(example.user)}: the persona as a summary", len(ids), "summary")
+        return ids
+
     def summary_stop(self) -> tuple[int, ...]:
         """The extra token that ends a summary, if any; UserError if prompts.summary_stop is more than one token."""
         ids = self.tokenizer.encode_part(self.prompts.summary_stop)

@@ -51,18 +51,26 @@ class Shapes:
         return self._per_device(self.config.train.users_per_step)
 
     def summaries(self, kind: StepKind) -> int:
-        """The number of summaries per user that a step of this kind draws or reads, and shows the generator.
-
-        In a joint step, the generator learns from the same number of them as in a generator step.
-        """
+        """The number of contexts per user that a step of this kind draws or reads, and shows the generator."""
         config = self.config
-        if config.method not in SUMMARIZED:
+        if config.method not in SUMMARIZED or kind in ("generator_warmup", "imitation"):
             return 1
+        if kind == "best_of_k":
+            return config.k_of_warm_start
         if kind != "generator":
             return config.sampling.k
         if config.method == "popi" and config.schedule.name == "two_phase":
             return 1  # Written once; see batches.WrittenSummaries.
         return config.sampling.k_generator or config.sampling.k
+
+    def learned(self, kind: StepKind) -> int:
+        """The number of them that the generator learns from, if it learns: in a joint step as in a generator step."""
+        return min(self.summaries(kind), self.summaries("generator")) if kind == "joint" else self.summaries(kind)
+
+    def queries(self, kind: StepKind) -> int:
+        """M, the most queries of a user in a step of this kind; a step of the inference model asks own signals, too."""
+        more = self.config.objective.reward_signals if kind in ("joint", "inference", "best_of_k") else 0
+        return self.config.data.queries_per_user + more
 
     def lines(self, count: int, longest: int) -> tuple[int, int]:
         """B and T for sampling from `count` prompts, the longest of which has `longest` tokens."""
@@ -76,24 +84,25 @@ class Shapes:
             measured: the size of its texts; None: every text is as long as its limit.
         """
         config, train = self.config, self.config.train
-        k, learned = self.summaries(kind), self.summaries("generator")
+        k, learned = self.summaries(kind), self.learned(kind)
+        rows, learned_rows = (self.users * count * self.queries(kind) for count in (k, learned))
         if measured is None:
-            parts = self._full(self._rows(k)), self._full(self._rows(learned))
+            parts = self._full(rows), self._full(learned_rows)
             measured = Measured(parts[0], config.limits.signals, config.limits.summary, parts[1])
-        generator = self._train_pairs(k, measured.generator)
+        generator = self._train_pairs(rows, measured.generator)
         inference = fewer = None
-        if kind != "generator":
+        if kind not in ("generator", "generator_warmup"):
             A, T = train.accumulation_inference, packing.bucket(measured.signals, self.buckets)
             # A user has K summaries. Padded to a bucket that was chosen for prompts, they could outweigh the signals.
             S = min(packing.bucket(measured.summary, self.buckets), config.limits.summary)
             U = self.users // A
             lines = PrefixBatch(_int32(A, U, T), _int32(A, U), _int32(A, U, k, S), _int32(A, U, k))
-            inference = InferenceBatch(lines, _float32(A, U, k, S))
-        if kind == "joint" and learned < k:
+            inference = InferenceBatch(lines, _float32(A, U, k, S), _float32(A, U, k))
+        if learned < k:
             assert measured.learned is not None
             # Their share of all bins varies less than their own count, which keeps shapes few.
             A, n_bins = generator.bins.tokens_CxL.shape[:2]
-            fewer = self._train_pairs(learned, measured.learned, least=A * n_bins * learned // k)
+            fewer = self._train_pairs(learned_rows, measured.learned, least=A * n_bins * learned // k)
         batch = Batch(generator, inference, fewer)
         return placed(batch, batch_shardings(batch, self.mesh))
 
@@ -134,9 +143,6 @@ class Shapes:
     def _per_device(self, count: int) -> int:
         return packing.round_up(count, sharding.row_shards(self.mesh))
 
-    def _rows(self, summaries: int) -> int:
-        return self.users * summaries * self.config.data.queries_per_user
-
     def _full(self, rows: int) -> Bins:
         """Bins for this many rows, each with the longest prompt and two responses of the longest length."""
         limits = self.config.limits
@@ -145,8 +151,8 @@ class Shapes:
         per_bin = length // longest
         return Bins(length, [per_bin * 2 * limits.response] * -(-rows // per_bin))
 
-    def _train_pairs(self, summaries: int, bins: Bins, least: int = 0) -> GeneratorBatch:
-        A, R = self.config.train.accumulation_generator, self._rows(summaries)
+    def _train_pairs(self, R: int, bins: Bins, least: int = 0) -> GeneratorBatch:
+        A = self.config.train.accumulation_generator
         # Rounded up to keep shapes few.
         n_bins = packing.coarse(-(-max(least, len(bins.scored)) // A))
         packed = self._bins((A,), R, n_bins, bins.length, [bins.scored[a::A] for a in range(A)])

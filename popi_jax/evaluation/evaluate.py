@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pydantic
 
-from popi_jax.config import SUMMARIZED, Config
+from popi_jax.config import SUMMARIZED, Config, Method
 from popi_jax.data import files
 from popi_jax.data.prepared import ExampleSource
 from popi_jax.data.schema import Example, Query
@@ -124,12 +124,35 @@ class Evaluator:
         ]
 
     def periodic(self, phi: Tree | None, theta: Tree | None, test: ExampleSource, step: int) -> dict[str, float]:
-        """Returns the metrics of a periodic evaluation on the first eval.users test users (0: all)."""
+        """Returns the metrics of a periodic evaluation on the first eval.users test users (0: all).
+
+        With method popi, they include the generator's accuracy if it is told the persona, where all have one, and if it
+        is told nothing: how much it could gain now from what it is told.
+        """
         users = self.config.eval.users
         examples = [test[i] for i in range(min(users, len(test)) if users else len(test))]
         row = result_row(self.records(phi, theta, examples, step), self.config, self.config.method)
         names = ("accuracy", "accuracy_signals_ref", "loss", "nats", "summary_tokens_mean")
-        return {f"eval_{name}": float(row[name]) for name in names}  # type: ignore[arg-type]
+        found = {f"eval_{name}": float(row[name]) for name in names}  # type: ignore[arg-type]
+        if self.config.method == "popi":
+            if all(example.persona for example in examples):
+                found["eval_accuracy_persona"] = self._accuracy(theta, examples, "oracle")
+            found["eval_accuracy_nothing"] = self._accuracy(theta, examples, "population")
+        return found
+
+    def _accuracy(self, theta: Tree | None, examples: Sequence[Example], method: Method) -> float:
+        """Returns the share of queries with h > 0 if the generator is told what it is with another method."""
+        encoder, which = self.sampler.encoder, self.config.objective.reference_context
+        items, asked = [], []
+        for example in examples:
+            context = contexts.told(method, encoder, example).told
+            own = [Item(query, context) for query in example.queries]
+            items += own
+            asked += [reference_item(which, item, encoder.raw_signals(example)) for item in own]
+        if which != "summary":
+            self.references.remember(asked)
+        h = (self.scorer.logps(theta, items) - self.references.lookup(asked)) @ (1, -1)
+        return float(np.mean(h > 0))
 
     def respond(
         self, phi: Tree | None, theta: Tree | None, examples: Sequence[Example], step: int

@@ -13,7 +13,7 @@ import numpy as np
 from popi_jax.config import SUMMARIZED, Config
 from popi_jax.data import files
 from popi_jax.data.schema import Example
-from popi_jax.evaluation import decomposition, evaluate, faithfulness, published, report, summaries
+from popi_jax.evaluation import decomposition, evaluate, faithfulness, naming, published, report, summaries
 from popi_jax.evaluation.evaluate import Evaluator, Record
 from popi_jax.model.weights import Tree
 from popi_jax.training.steps import TrainState
@@ -63,7 +63,7 @@ def finish(
 def describe_summaries(
     evaluator: Evaluator, theta: Tree | None, test: Sequence[Example], records: Sequence[Record]
 ) -> dict[str, object]:
-    """Returns the field `summaries` of a row: `summaries.describe` and `faithfulness.measure` of the test's summaries.
+    """Returns the field `summaries` of a row: what `summaries`, `faithfulness` and `naming` say of the test summaries.
 
     Args:
         evaluator: the one that made the records.
@@ -79,7 +79,11 @@ def describe_summaries(
     prompts = evaluator.config.prompts
     told = f"{prompts.inference_instruction}\n{prompts.summary_start}"
     described = summaries.describe(texts_UxK, h_RxK, [example.signals for example in test], told)
-    return {**described, "faithfulness": faithfulness.measure(evaluator, theta, test, texts_UxK)}
+    return {
+        **described,
+        "faithfulness": faithfulness.measure(evaluator, theta, test, texts_UxK),
+        "naming": naming.measure(evaluator, test, texts_UxK),
+    }
 
 
 def checksum(folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> int:

@@ -63,6 +63,14 @@ PANELS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("KL of q to its reference (nats per summary)", (("kl", "training"),)),
     ("Summary length (tokens)", (("summary_tokens", "training"), ("eval_summary_tokens_mean", "test"))),
     ("Spread of the K rewards per user", (("reward_std", "standard deviation"),)),
+    ("Share of their variance that is due to the summary", (("reward_share", "share"),)),
+    ("Signal to noise of the inference model's gradient", (("grad_snr", "ratio"),)),
+    ("Different summaries among a user's K", (("summaries_distinct", "share"),)),
+    ("Users with a summary to imitate", (("imitated", "share"),)),
+    (
+        "Test accuracy told something else",
+        (("eval_accuracy_persona", "the persona"), ("eval_accuracy_nothing", "nothing")),
+    ),
     ("Gradient norm", (("grad_norm_inference", "inference"), ("grad_norm_generator", "generator"))),
     ("Largest gap between sampler and trainer log-probs", (("sampler_gap_max", "gap"),)),
 )
@@ -302,6 +310,7 @@ def curves_figure(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
 
     Training steps are a faint line under their moving mean. Evaluations are dots.
     """
+    lines = with_ratios(lines)
     panels = [
         (title, present)
         for title, names in PANELS
@@ -333,6 +342,24 @@ def curves_figure(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
             axes.set_xlabel("step")
             axes.set_title(title)
     return figure
+
+
+def with_ratios(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Adds reward_share and grad_snr to the lines that have their parts.
+
+    They are ratios of moving means. The ratio of a single step's noisy estimates would be biased.
+    """
+    out = [dict(line) for line in lines]
+    for name, over, under, less in (
+        ("reward_share", "reward_noise", "reward_variance", True),
+        ("grad_snr", "grad_signal_inference", "grad_noise_inference", False),
+    ):
+        own = [line for line in out if line.get(over) is not None and line.get(under) is not None]
+        parts = [moving_mean(np.array([line[key] for line in own])) for key in (over, under)]
+        for line, a, b in zip(own, *parts, strict=True):
+            if b > 0:
+                line[name] = 1 - a / b if less else a / b
+    return out  # type: ignore[return-value]
 
 
 def moving_mean(values: np.ndarray) -> np.ndarray:

@@ -4,17 +4,19 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from popi_jax.evaluation import faithfulness, plots, summaries
+from popi_jax.evaluation import faithfulness, naming, plots, summaries
 
 NOTE = (
     "Of the test users' summaries, averaged over seeds. Words per summary: the mean, and the 5% and 95% quantiles in"
     " parentheses. Own pairs predicted: the share of the preference pairs among a user's signals that the generator"
     f" gets right from the summary alone, for the first {faithfulness.USERS} users who have pairs, with its 95%"
-    " interval over users. Copied run: the longest run of words that also stands in the user's signals; the mean, and"
-    " the most in any summary. Copied number: any number of the user's signals. Copied name: a capitalised word within"
-    " a sentence that stands in the user's signals and not in the instruction. Words in common: of the words in either"
-    " of two summaries of a user, the share that is in both. Equal decisions: the share of test triples on which all"
-    " summaries of the user decide alike."
+    " interval over users. Names the user's persona: how often the summary makes the user's own persona likelier, to"
+    " the untrained model, by a larger factor than the persona of another test user, for the first"
+    f" {naming.USERS} users; 50% for summaries that say nothing of the user. Copied run: the longest run of words that"
+    " also stands in the user's signals; the mean, and the most in any summary. Copied number: any number of the"
+    " user's signals. Copied name: a capitalised word within a sentence that stands in the user's signals and not in"
+    " the instruction. Words in common: of the words in either of two summaries of a user, the share that is in both."
+    " Equal decisions: the share of test triples on which all summaries of the user decide alike."
 )
 
 
@@ -44,6 +46,7 @@ def _column(seeds: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
     faithful = cell("{:.1%}", "faithfulness.accuracy")
     faithful += cell(" [{:.1%}, {:.1%}]", "faithfulness.accuracy_ci95.0", "faithfulness.accuracy_ci95.1")
+    named = cell("{:.1%}", "naming.share") + cell(" [{:.1%}, {:.1%}]", "naming.share_ci95.0", "naming.share_ci95.1")
     lengths = [f"summary_length.{name}" for name in ("mean", "q05", "q95")]
     return {
         "Words per summary": cell("{:,.1f} ({:,.0f} to {:,.0f})", *lengths),
@@ -52,6 +55,7 @@ def _column(seeds: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         ),
         "Different summaries per user": cell("{:.2f}", "summaries_distinct.per_user"),
         "Own pairs predicted": faithful,
+        "Names the user's persona": named,
         "Copied run, words": cell("{:,.1f}, at most {:,.0f}", "leakage.run_mean", "leakage.run_max"),
         f"With a copied run of {summaries.LONG_RUN} words": cell("{:.1%}", "leakage.long_run_share"),
         "With a copied number": cell("{:.1%}", "leakage.number_share"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,10 @@ def make_settings(config: Config, policy: Policy) -> steps.Settings:
         baseline_decay=config.objective.baseline_decay,
         kl=config.objective.kl,
         kl_coef=config.objective.kl_coef,
+        kl_decay=config.objective.kl_decay,
+        total_steps=schedule.total_steps(config),
+        # Relative to a generator that is told nothing, a summary to imitate must help.
+        least_reward=0.0 if config.objective.relative_reward else -math.inf,
         temperature=config.sampling.temperature,
         seed=config.seed,
     )

@@ -125,7 +125,7 @@ def _loop(
     if config.objective.reference_context == "prompt":
         references.remember([Item(query, None) for example in sources["train"] for query in example.queries])
     written = WrittenSummaries(workdir / "written_summaries.jsonl", start, begin.written)
-    maker = BatchMaker(config, run.sampler, run.scorer.packer, references, written)
+    maker = BatchMaker(config, run.sampler, run.scorer, references, written)
     # All inputs of a step are on the mesh already. Without jit, its constants count as transfers too.
     guard = "allow" if jax.config.values["jax_disable_jit"] else "disallow"
     with (
@@ -153,7 +153,7 @@ def _loop(
             kind = schedule.step_kind(config, step)
             compiling = metrics.CompileClock()
             with jax.profiler.StepTraceAnnotation(kind, step_num=step):
-                batch, counts = maker.make(state.phi, next(iterator), step, kind)
+                batch, counts = maker.make(state.phi, state.theta, next(iterator), step, kind)
                 with jax.transfer_guard(guard):
                     state, scalars = run.programs.train_steps[kind](state, run.base, batch)
             # Logs the previous step's metrics while this step runs.

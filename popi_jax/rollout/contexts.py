@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 
-from popi_jax.config import SUMMARIZED, Config, Method
+from popi_jax.config import SUMMARIZED, Config, Method, StepKind
 from popi_jax.data.encoding import Encoder
 from popi_jax.data.layouts import Told
 from popi_jax.data.schema import Example
@@ -40,6 +40,13 @@ def told(method: Method, encoder: Encoder, example: Example) -> Context:
         return Context(Told(example.persona))
     assert method == "raw_signals", f"{method} draws summaries"
     return Context(encoder.raw_signals(example))
+
+
+def in_training(config: Config, kind: StepKind) -> Method:
+    """The method whose contexts the generator is told in a step that draws no summary."""
+    if kind != "generator_warmup":
+        return config.method
+    return "oracle" if config.schedule.generator_warmup == "persona" else "raw_signals"
 
 
 def of_users(

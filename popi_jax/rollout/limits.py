@@ -92,4 +92,17 @@ def _lengths(config: Config, encoder: Encoder, sources: Mapping[str, Iterable[Ex
             else:
                 told, more = contexts.told(config.method, encoder, example).told, 0
             rows.extend(encoder.check(query, told, more) for query in example.queries)
+            if split == "train" and config.method == "popi":
+                rows.extend(_before_training(config, encoder, example))
     return signals, rows
+
+
+def _before_training(config: Config, encoder: Encoder, example: Example) -> Iterator[int]:
+    """Yields the tokens of each pair in the generator's warm-up; UserError if it or the warm start lacks something."""
+    schedule = config.schedule
+    if schedule.n_generator_warmup:
+        told = contexts.told(contexts.in_training(config, "generator_warmup"), encoder, example).told
+        yield from (encoder.check(query, told) for query in example.queries)
+    if schedule.n_warm_start and schedule.warm_start == "persona":
+        contexts.told("oracle", encoder, example)
+        encoder.summary(example)

@@ -6,6 +6,7 @@ as in use of the trained pair. Shape letters: docs/architecture.md.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -117,6 +118,20 @@ class TextSampler:
             for b in range(len(prefixes))
         ]
         return Drawn(texts, *lines, samples)
+
+    def personas(self, examples: Sequence[Example], sampling: Sampling) -> Drawn:
+        """Returns the users' personas in the form of drawn summaries, for the inference model to imitate."""
+        prefixes = [self.encoder.signals(example) for example in examples]
+        shape = self.shapes.lines(sampling.batch_size, max(map(len, prefixes)))
+        lines = packing.pad_rows(prefixes, shape, self.encoder.tokenizer.pad_id)
+        B, S = len(lines[0]), self.encoder.limits.summary
+        tokens_BxNxS = np.full((B, 1, S), self.encoder.tokenizer.pad_id, np.int32)
+        length_BxN = np.zeros((B, 1), np.int32)
+        for b, example in enumerate(examples):
+            ids = self.encoder.summary(example)
+            tokens_BxNxS[b, 0, : len(ids)], length_BxN[b] = ids, len(ids)
+        of_numpy: Any = (tokens_BxNxS, length_BxN, np.zeros((B, 1, S), np.float32), length_BxN > 0)
+        return Drawn([[example.persona] for example in examples], *lines, sampler.Samples(*of_numpy))
 
     def summaries(
         self, phi: Tree | None, examples: Sequence[Example], key: jax.Array, sampling: Sampling, *, k: int

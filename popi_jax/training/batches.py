@@ -23,9 +23,10 @@ from popi_jax.data.shapes import Measured, Shapes, shardings_of
 from popi_jax.errors import UserError, shown
 from popi_jax.model.weights import Tree
 from popi_jax.rollout import contexts, text
-from popi_jax.rollout.pairs import Item, Packer, Planted
+from popi_jax.rollout.pairs import Item, Packer, PairScorer, Planted
 from popi_jax.rollout.references import References, reference_item
 from popi_jax.rollout.text import Drawn, TextSampler
+from popi_jax.training import rewards
 from popi_jax.training.rng import STREAMS, stream_key
 
 # The fields of each line of written_summaries.jsonl.
@@ -102,13 +103,18 @@ class WrittenSummaries:
 
 @dataclasses.dataclass(frozen=True)
 class BatchMaker:
-    """Makes batches: `sampler` draws summaries, `packer` packs rows, `references` holds log pi_ref."""
+    """Makes batches: `sampler` draws summaries, `scorer` packs and scores rows, `references` holds log pi_ref."""
 
     config: Config
     sampler: TextSampler
-    packer: Packer
+    scorer: PairScorer
     references: References
     written: WrittenSummaries
+
+    @property
+    def packer(self) -> Packer:
+        """Packs rows."""
+        return self.scorer.packer
 
     @property
     def shapes(self) -> Shapes:
@@ -116,12 +122,13 @@ class BatchMaker:
         return self.packer.shapes
 
     def make(
-        self, phi: Tree | None, examples: Sequence[Example], step: int, kind: StepKind
+        self, phi: Tree | None, theta: Tree, examples: Sequence[Example], step: int, kind: StepKind
     ) -> tuple[Batch, dict[str, Any]]:
         """Draws the summaries that this step needs and lays out its rows on the mesh.
 
         Args:
             phi: the inference model's adapter or weights; None for a method without one.
+            theta: the generator's; objective.relative_reward alone needs it.
             examples: the step's users.
             step: the number of steps taken so far; it selects the random draws.
             kind: the kind of step.
@@ -129,13 +136,13 @@ class BatchMaker:
         Returns:
             The batch, and values to log: the tokens scored (each once), the share of summaries cut by the limit.
         """
+        examples = [self._asked(example, step, place, kind) for place, example in enumerate(examples)]
         drawn, told_UxK, counts = self._contexts(phi, examples, step, kind)
-        queries = [self._queries(example, step, place) for place, example in enumerate(examples)]
-        rows = _Rows.of(self, examples, queries, told_UxK)
-        learned = self.shapes.summaries("generator")
-        fewer = None
-        if kind == "joint" and learned < self.shapes.summaries(kind):
-            fewer = _Rows.of(self, examples, queries, [told[:learned] for told in told_UxK])
+        M = self.shapes.queries(kind)
+        rows = _Rows.of(self, examples, told_UxK, M)
+        learned, fewer = self.shapes.learned(kind), None
+        if learned < self.shapes.summaries(kind):
+            fewer = _Rows.of(self, examples, [told[:learned] for told in told_UxK], M)
         measured = Measured(
             generator=rows.planted.bins,
             signals=0 if drawn is None else drawn.prefix_BxT.shape[1],
@@ -145,7 +152,9 @@ class BatchMaker:
         like = self.shapes.step(kind, measured)
         batch = Batch(
             generator=self._generator(rows, like.generator),
-            inference=None if drawn is None or like.inference is None else _inference(drawn, like.inference),
+            inference=None
+            if drawn is None or like.inference is None
+            else self._inference(drawn, like.inference, examples, theta),
             learned=None if fewer is None or like.learned is None else self._generator(fewer, like.learned),
         )
         batch = jax.device_put(batch, shardings_of(like))
@@ -156,21 +165,30 @@ class BatchMaker:
         self, phi: Tree | None, examples: Sequence[Example], step: int, kind: StepKind
     ) -> tuple[Drawn | None, list[list[Told | None]], dict[str, Any]]:
         """Returns the summaries drawn in this step, if any, each user's K contexts, and values to log."""
-        config = self.config
+        config, encoder = self.config, self.sampler.encoder
         key, sampling = stream_key(config.seed, "sample", step), text.in_training(config)
-        if config.method not in SUMMARIZED:
-            told = [contexts.told(config.method, self.sampler.encoder, example) for example in examples]
-            return None, [[context.told] for context in told], {}
+        if config.method not in SUMMARIZED or kind == "generator_warmup":
+            method = contexts.in_training(config, kind)
+            return None, [[contexts.told(method, encoder, example).told] for example in examples], {}
+        if kind == "imitation":
+            told = [[contexts.told("oracle", encoder, example).told] for example in examples]
+            return self.sampler.personas(examples, sampling), told, {}
         if config.method == "popi" and kind == "generator" and config.schedule.name == "two_phase":
             return None, *self.written.contexts(self.sampler, phi, examples, key, sampling, step)
         jax.block_until_ready(phi)  # So that sample_s does not include the rest of the previous step.
         started = time.perf_counter()
         drawn = self.sampler.summaries(phi, examples, key, sampling, k=self.shapes.summaries(kind))
         counts = cut(drawn.finished_UxK) | {"sample_s": time.perf_counter() - started}
+        counts["summaries_distinct"] = float(np.mean([len(set(texts)) / len(texts) for texts in drawn.texts_UxK]))
         return drawn, [[Told(text) for text in texts] for texts in drawn.texts_UxK], counts
 
-    def _queries(self, example: Example, step: int, place: int) -> list[Query]:
-        return chosen_queries(example, self.config.data.queries_per_user, self.config.seed, step, place)
+    def _asked(self, example: Example, step: int, place: int, kind: StepKind) -> Example:
+        """Returns the example with the queries of this step, and without the signals that are asked in their place."""
+        config = self.config
+        queries = chosen_queries(example, config.data.queries_per_user, config.seed, step, place)
+        asked = dataclasses.replace(example, queries=tuple(queries))
+        withheld = self.shapes.queries(kind) - config.data.queries_per_user
+        return rewards.withhold(asked, withheld, config.seed, step, place) if withheld else asked
 
     def _generator(self, rows: "_Rows", like: GeneratorBatch) -> GeneratorBatch:
         bins = self.packer.pack(rows.planted, like.bins)
@@ -178,6 +196,18 @@ class BatchMaker:
         weight_AxR = rows.weight_R * np.any(bins.length_RxN > 0, axis=-1)
         ref_logp_AxRx2 = np.broadcast_to(rows.ref_logp_Rx2, (*weight_AxR.shape, 2))
         return GeneratorBatch(bins, ref_logp_AxRx2, weight_AxR)
+
+    def _inference(
+        self, drawn: Drawn, like: InferenceBatch, examples: Sequence[Example], theta: Tree
+    ) -> InferenceBatch:
+        """Stacks micro-batches of the users' signals. The branches are the sampled summaries, token for token."""
+        samples = drawn.samples
+        A, _, _, S = like.sampler_logp_UxKxS.shape
+        tokens_BxNxS, logp_BxNxS = samples.tokens_BxNxS[:, :, :S], samples.logp_BxNxS[:, :, :S]
+        lines = PrefixBatch(drawn.prefix_BxT, drawn.prefix_length_B, tokens_BxNxS, samples.length_BxN)
+        more_UxK = np.zeros(samples.length_BxN.shape, np.float32)
+        more_UxK[: len(examples)] = rewards.more(self.config, self.scorer, self.references, theta, examples, drawn)
+        return jax.tree.map(lambda x: x.reshape(A, -1, *x.shape[1:]), InferenceBatch(lines, logp_BxNxS, more_UxK))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,43 +223,34 @@ class _Rows:
         cls,
         maker: BatchMaker,
         examples: Sequence[Example],
-        queries: Sequence[Sequence[Query]],
         told: Sequence[Sequence[Told | None]],
+        M: int,
     ) -> "_Rows":
         """Makes the rows of these users.
 
         Args:
             maker: its packer and references are used.
             examples: the users.
-            queries: at most M per user; missing ones become rows of padding.
             told: each user's contexts; every user has the same number.
+            M: the most queries of a user; missing ones become rows of padding.
         """
-        which, M = maker.config.objective.reference_context, maker.config.data.queries_per_user
+        which = maker.config.objective.reference_context
         R = maker.shapes.users * len(told[0]) * M  # The inference batch has the same number of users.
         items: list[Item | None] = [None] * R
         weight_R, ref_logp_Rx2 = np.zeros(R, np.float32), np.zeros((R, 2), np.float32)
         asked: dict[int, Item] = {}
         r = 0
-        for example, own_queries, own_told in zip(examples, queries, told, strict=True):
+        for example, own_told in zip(examples, told, strict=True):
             signals = maker.sampler.encoder.raw_signals(example) if which == "signals" else None
             for context in own_told:
-                for place, query in enumerate(own_queries, start=r):
+                for place, query in enumerate(example.queries, start=r):
                     items[place] = item = Item(query, context)
                     asked[place] = reference_item(which, item, signals)
-                    weight_R[place] = M / len(own_queries)
+                    weight_R[place] = M / len(example.queries)
                 r += M
         if asked:
             ref_logp_Rx2[list(asked)] = maker.references.lookup(list(asked.values()))
         return cls(maker.packer.plant(items), ref_logp_Rx2, weight_R)
-
-
-def _inference(drawn: Drawn, like: InferenceBatch) -> InferenceBatch:
-    """Stacks micro-batches of the users' signals. The branches are the sampled summaries, token for token."""
-    samples = drawn.samples
-    A, _, _, S = like.sampler_logp_UxKxS.shape
-    tokens_BxNxS, logp_BxNxS = samples.tokens_BxNxS[:, :, :S], samples.logp_BxNxS[:, :, :S]
-    lines = PrefixBatch(drawn.prefix_BxT, drawn.prefix_length_B, tokens_BxNxS, samples.length_BxN)
-    return jax.tree.map(lambda x: x.reshape(A, -1, *x.shape[1:]), InferenceBatch(lines, logp_BxNxS))
 
 
 def cut(finished_x: np.ndarray) -> dict[str, float]:

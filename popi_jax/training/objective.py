@@ -180,6 +180,59 @@ def score_function_loss(
     return weighted_total(-jax.lax.stop_gradient(advantage_UxK) * sum_logp_UxK, _valid_UxK(sum_logp_UxK, valid_U))
 
 
+# The warm start of the inference model.
+
+
+def best_of_k(reward_UxK: jax.Array, valid_U: jax.Array, least: float) -> jax.Array:
+    """Returns 1 for the best of each user's K summaries and 0 for the others, [U, K].
+
+    A user whose summaries are all equally good has none to imitate, nor has one whose best is not above `least`.
+    """
+    best_U = jnp.max(reward_UxK, axis=1)
+    chosen_UxK = jax.nn.one_hot(jnp.argmax(reward_UxK, axis=1), reward_UxK.shape[1])
+    tells_U = valid_U & (best_U > jnp.min(reward_UxK, axis=1)) & (best_U > least)
+    return jnp.where(tells_U[:, None], chosen_UxK, 0.0)
+
+
+def imitation_loss(sum_logp_UxK: jax.Array, weight_UxK: jax.Array) -> SumCount:
+    """Returns the negative log-likelihood of the texts to imitate, in nats, as (weighted sum, sum of the weights).
+
+    With the weights of `best_of_k` it is a step of expert iteration (Anthony et al. 2017). That is not the gradient of
+    (2): the chosen summary counts alike however much better it is. So it serves as a start.
+    """
+    return weighted_total(-sum_logp_UxK, weight_UxK)
+
+
+# How far the rewards tell one summary from another.
+
+
+def reward_variance(loss_UxKxM: jax.Array, real_UxM: jax.Array) -> tuple[SumCount, SumCount]:
+    """Returns the variance of the rewards r_k of a user's K summaries, and the part of it that is noise of M queries.
+
+    Query m may favour summary k for reasons of its own: l_km = a_k + b_m + e_km. The rewards' variance estimates that
+    of a_k plus var(e) / M. The residuals of the two-way table estimate the latter (analysis of variance), so that
+    1 - noise / variance is the share that is due to the summaries. Both have K - 1 in the denominator. They are over
+    the users with two or more queries, without which there are no residuals.
+
+    Args:
+        loss_UxKxM: l(h(x_m, z_k)).
+        real_UxM: False for padding.
+    """
+    K = loss_UxKxM.shape[1]
+    real_UxKxM = jnp.broadcast_to(real_UxM[:, None], loss_UxKxM.shape)
+    queries_U = jnp.sum(real_UxM, axis=-1)
+    loss_UxKxM = jnp.where(real_UxKxM, loss_UxKxM, 0.0)
+    reward_UxK = -jnp.sum(loss_UxKxM, axis=-1) / jnp.maximum(queries_U, 1)[:, None]
+    counts_U = queries_U > 1
+    mean_U = jnp.mean(reward_UxK, axis=1)
+    variance_U = jnp.sum((reward_UxK - mean_U[:, None]) ** 2, axis=1) / max(K - 1, 1)
+    of_query_UxM = jnp.mean(loss_UxKxM, axis=1)
+    rest_UxKxM = loss_UxKxM + reward_UxK[:, :, None] - of_query_UxM[:, None] - mean_U[:, None, None]
+    freedom_U = max(K - 1, 1) * jnp.maximum(queries_U - 1, 1)
+    noise_U = jnp.sum(jnp.where(real_UxKxM, rest_UxKxM, 0.0) ** 2, axis=(1, 2)) / freedom_U / jnp.maximum(queries_U, 1)
+    return weighted_total(variance_U, counts_U), weighted_total(noise_U, counts_U)
+
+
 # KL(q_phi || q_0) by name.
 
 
@@ -278,7 +331,7 @@ def inference_loss(
     *,
     advantage: str,
     kl: str,
-    kl_coef: float,
+    kl_coef: float | jax.Array,
     reward_UxK: jax.Array,
     baseline: jax.Array | float,
     logp_UxKxS: jax.Array,

@@ -3,7 +3,7 @@
 import jax
 
 # Do not reorder: the index of a name is part of each of its keys.
-STREAMS = ("init", "sample", "queries", "evaluate", "respond", "personalize", "round_phi", "round_theta")
+STREAMS = ("init", "sample", "queries", "evaluate", "respond", "personalize", "round_phi", "round_theta", "withhold")
 
 
 def stream_key(seed: int, stream: str, step: int | jax.Array) -> jax.Array:

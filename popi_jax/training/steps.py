@@ -43,6 +43,9 @@ class Settings:
     baseline_decay: float
     kl: str
     kl_coef: float
+    kl_decay: float
+    total_steps: int  # Of the run; kl_decay refers to it.
+    least_reward: float  # Of a summary that is imitated, see `objective.best_of_k`.
     temperature: float
     seed: int  # For stochastic rounding, see model.trained_dtype.
 
@@ -107,7 +110,13 @@ def summary_rewards(loss_R: jax.Array, weight_R: jax.Array, users: int, summarie
 
 
 def inference_loss(
-    phi: Params, base: Params, batch: InferenceBatch, reward_UxK: jax.Array, baseline: jax.Array, settings: Settings
+    phi: Params,
+    base: Params,
+    batch: InferenceBatch,
+    reward_UxK: jax.Array,
+    baseline: jax.Array,
+    kl_coef: jax.Array | float,
+    settings: Settings,
 ) -> tuple[jax.Array, tuple[Terms, dict[str, jax.Array]]]:
     """Computes the score-function surrogate plus lambda KL, summed over summaries (POPI section 3).
 
@@ -124,7 +133,7 @@ def inference_loss(
     out = objective.inference_loss(
         advantage=settings.advantage,
         kl=settings.kl,
-        kl_coef=settings.kl_coef,
+        kl_coef=kl_coef,
         reward_UxK=reward_UxK,
         baseline=baseline,
         logp_UxKxS=scores.logp_BxNxS,
@@ -135,11 +144,8 @@ def inference_loss(
     )
     gap_UxKxS = jnp.where(mask_UxKxS, jnp.abs(scores.logp_BxNxS - batch.sampler_logp_UxKxS), 0.0)
     valid_UxK = jnp.broadcast_to(valid_U[:, None], reward_UxK.shape)
-    spread_UxK = jnp.broadcast_to(jnp.std(reward_UxK, axis=1, keepdims=True), reward_UxK.shape)
-    terms = {
-        "reward": objective.weighted_total(reward_UxK, valid_UxK),
+    terms = _reward_terms(reward_UxK, valid_UxK) | {
         "reward_less_kl": objective.weighted_total(out.penalised_UxK, valid_UxK),
-        "reward_std": objective.weighted_total(spread_UxK, valid_UxK),
         "kl": out.kl,
         "surrogate": out.loss,
         "summary_tokens": objective.weighted_total(jnp.asarray(lines.branch_length_BxN, jnp.float32), valid_UxK),
@@ -147,6 +153,39 @@ def inference_loss(
         "sampler_gap": objective.weighted_total(gap_UxKxS, mask_UxKxS),
     }
     return out.loss[0], (terms, {"sampler_gap_max": gap_UxKxS.max()})
+
+
+def _reward_terms(reward_UxK: jax.Array, valid_UxK: jax.Array) -> Terms:
+    spread_UxK = jnp.broadcast_to(jnp.std(reward_UxK, axis=1, keepdims=True), reward_UxK.shape)
+    return {
+        "reward": objective.weighted_total(reward_UxK, valid_UxK),
+        "reward_std": objective.weighted_total(spread_UxK, valid_UxK),
+    }
+
+
+def imitation_loss(
+    phi: Params, base: Params, batch: InferenceBatch, reward_UxK: jax.Array, settings: Settings
+) -> tuple[jax.Array, tuple[Terms, dict[str, jax.Array]]]:
+    """Computes the negative log-likelihood of each user's text, or of the best of K, summed over users.
+
+    Returns:
+        As `inference_loss`. "surrogate" is the loss in nats per text; "imitated" is the share of users who have one.
+    """
+    lines = batch.lines
+    valid_U, K = lines.valid_B, reward_UxK.shape[1]
+    weight_UxK = valid_U[:, None].astype(jnp.float32)
+    if K > 1:
+        weight_UxK = objective.best_of_k(reward_UxK, valid_U, settings.least_reward)
+    scores = scoring.score(settings.policy.bind(base, phi), lines, temperature=settings.temperature)
+    loss = objective.imitation_loss(objective.total_logp(scores.logp_BxNxS, lines.mask_BxNxS), weight_UxK)
+    valid_UxK = jnp.broadcast_to(valid_U[:, None], reward_UxK.shape)
+    terms = _reward_terms(reward_UxK, valid_UxK) | {
+        "surrogate": loss,
+        "imitated": objective.weighted_total(jnp.sum(weight_UxK, axis=1), valid_U),
+        "reward_imitated": objective.weighted_total(reward_UxK, weight_UxK),
+        "summary_tokens": objective.weighted_total(jnp.asarray(lines.branch_length_BxN, jnp.float32), valid_UxK),
+    }
+    return loss[0], (terms, {})
 
 
 def generator_step(state: TrainState, base: Params, batch: Batch, *, settings: Settings) -> tuple[TrainState, Metrics]:
@@ -160,6 +199,14 @@ def inference_step(state: TrainState, base: Params, batch: Batch, *, settings: S
     """Updates phi once, by REINFORCE. The generator only provides the rewards. Pure."""
     terms, loss_R = _generator_losses(state, base, batch.generator, settings)
     grads, phi_terms, maxima = _inference_sums(state, base, batch, loss_R, settings)
+    state, norms = _update_phi(state, grads, phi_terms, settings)
+    return dataclasses.replace(state, step=state.step + 1), _means(terms | phi_terms) | maxima | norms
+
+
+def imitation_step(state: TrainState, base: Params, batch: Batch, *, settings: Settings) -> tuple[TrainState, Metrics]:
+    """Updates phi once, by imitation: of each user's text, or of the best of K by the generator's losses. Pure."""
+    terms, loss_R = _generator_losses(state, base, batch.generator, settings)
+    grads, phi_terms, maxima = _inference_sums(state, base, batch, loss_R, settings, imitates=True)
     state, norms = _update_phi(state, grads, phi_terms, settings)
     return dataclasses.replace(state, step=state.step + 1), _means(terms | phi_terms) | maxima | norms
 
@@ -183,7 +230,14 @@ def joint_step(state: TrainState, base: Params, batch: Batch, *, settings: Setti
 
 
 Step = Callable[..., tuple[TrainState, Metrics]]
-STEPS: dict[StepKind, Step] = {"joint": joint_step, "inference": inference_step, "generator": generator_step}
+STEPS: dict[StepKind, Step] = {
+    "joint": joint_step,
+    "inference": inference_step,
+    "generator": generator_step,
+    "generator_warmup": generator_step,
+    "best_of_k": imitation_step,
+    "imitation": imitation_step,
+}
 
 
 def _generator_losses(
@@ -220,21 +274,34 @@ def _of_each_row(loss_AxR: jax.Array, batch: GeneratorBatch) -> jax.Array:
 
 
 def _inference_sums(
-    state: TrainState, base: Params, batch: Batch, loss_R: jax.Array, settings: Settings
+    state: TrainState, base: Params, batch: Batch, loss_R: jax.Array, settings: Settings, imitates: bool = False
 ) -> tuple[Params, Terms, dict[str, jax.Array]]:
     """Returns the gradient of the summaries' summed loss, the (sum, count) terms to log and the maxima to log."""
     inference = batch.inference
     assert inference is not None  # Only a generator step has none.
     A, U, K = inference.lines.branch_length_BxN.shape
-    reward_UxK = summary_rewards(loss_R, jnp.sum(batch.generator.weight_R, axis=0), A * U, K)
+    weight_R = jnp.sum(batch.generator.weight_R, axis=0)
+    reward_AxUxK = summary_rewards(loss_R, weight_R, A * U, K).reshape(A, U, K) + inference.more_reward_UxK
+    kl_coef = settings.kl_coef
+    if settings.kl_decay:
+        kl_coef *= 1.0 - settings.kl_decay * state.step / settings.total_steps
 
     def one(micro: tuple[InferenceBatch, jax.Array]):
-        (_, (terms, maxima)), grads = jax.value_and_grad(inference_loss, has_aux=True)(
-            _differentiated(state.phi), base, *micro, state.baseline, settings
-        )
+        def loss(phi: Params):
+            if imitates:
+                return imitation_loss(phi, base, *micro, settings)
+            return inference_loss(phi, base, *micro, state.baseline, kl_coef, settings)
+
+        (_, (terms, maxima)), grads = jax.value_and_grad(loss, has_aux=True)(_differentiated(state.phi))
+        if A > 1:
+            terms |= {"squares": (optax.tree.norm(grads, squared=True), jnp.float32(1.0))}
         return ((grads, terms), maxima), ()
 
-    ((grads, terms), maxima), _ = _accumulate(one, (inference, reward_UxK.reshape(A, U, K)))
+    ((grads, terms), maxima), _ = _accumulate(one, (inference, reward_AxUxK))
+    loss_UxKxM, weight_UxKxM = (x_R.reshape(A * U, K, -1) for x_R in (loss_R, weight_R))
+    if loss_UxKxM.shape[2] > 1:
+        variance, noise = objective.reward_variance(loss_UxKxM, weight_UxKxM[:, 0] > 0)
+        terms |= {"reward_variance": variance, "reward_noise": noise}
     return grads, terms, maxima
 
 
@@ -262,9 +329,26 @@ def _accumulate(one: Callable, batch: Any) -> Any:
 def _update_phi(state: TrainState, sums: Params, terms: Terms, settings: Settings):
     assert settings.tx_phi is not None
     phi, opt_phi, norms = _update("phi", state, settings.tx_phi, sums, terms["surrogate"], settings.seed)
-    baseline = objective.update_baseline(state.baseline, terms["reward_less_kl"], settings.baseline_decay)
+    norms |= _signal_and_noise(sums, terms.pop("squares", None), terms["surrogate"][1])
+    rewards = terms.get("reward_less_kl", terms["reward"])  # Imitation has no KL term.
+    baseline = objective.update_baseline(state.baseline, rewards, settings.baseline_decay)
     state = dataclasses.replace(state, phi=phi, opt_phi=opt_phi, baseline=baseline)
     return state, {f"{name}_inference": norm for name, norm in norms.items()}
+
+
+def _signal_and_noise(sums: Params, squares: objective.SumCount | None, count: jax.Array) -> Metrics:
+    """Returns estimates of |E g|^2 and of E |g - E g|^2, where g is the mean gradient of this step.
+
+    They follow from the A micro-batches' gradients g_a, which are independent: with G = sum_a g_a,
+    E |G|^2 = A^2 |m|^2 + A v and E sum_a |g_a|^2 = A |m|^2 + A v, for the mean m and variance v of g_a. One micro-batch
+    gives none. The estimate of the signal is unbiased, so it may be negative; divide only means over many steps.
+    """
+    if squares is None:
+        return {}
+    total, (each, A) = optax.tree.norm(sums, squared=True), squares
+    scale = jnp.maximum(count, 1.0) ** 2
+    signal = (total - each) * A / (A - 1) / scale
+    return {"grad_signal": signal, "grad_noise": (total / scale) - signal}
 
 
 def _update_theta(state: TrainState, sums: Params, terms: Terms, settings: Settings):
