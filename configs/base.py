@@ -86,11 +86,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # Signals per user. users always takes all signals in the file, and so do psoups with protocol = "published", alignx
     # and prefeval.
     c.data.signals_per_user = 4
-    # Number of training users. stylebook and traits draw that many, at least 1. The others take the first ones, and all
-    # of them for 0.
+    # Number of training users. stylebook (at least 1) and traits (0: 640) draw that many. The others take the first
+    # ones, and all of them for 0.
     c.data.train_users = 0
-    # Number of test users. stylebook and traits draw that many, at least 1. The others take the first ones, and all of
-    # them for 0.
+    # Number of test users. stylebook (at least 1) and traits (0: 300) draw that many. The others take the first ones,
+    # and all of them for 0.
     c.data.test_users = 0
     # Passes over the training rows, each with newly drawn signals: psoups, elix, review and roleplay with protocol =
     # "disjoint". The published protocol has its own number.
@@ -194,13 +194,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # joint (both in every step), alternate (in turns), two_phase (first the inference model, then the generator),
     # inference_only or generator_only.
     c.schedule.name = "joint"
-    # Before anything else, the generator of popi learns to use what it is told, from a context that is known to inform:
-    # persona or raw_signals. The other methods train their generators for that many more steps of their own.
-    c.schedule.n_generator_warmup = 0  # Steps of it.
-    c.schedule.generator_warmup = "persona"
-    # Then the inference model learns by imitation of best_of_k (each user's best summary of K, by the reward) or of
-    # persona (the training users' personas, which the data has to contain).
-    c.schedule.n_warm_start = 0  # Steps of it.
+    # Steps before anything else in which popi's generator learns to use what it is told, from a context that is known to
+    # inform. The other methods train their generators for that many more steps of their own.
+    c.schedule.n_generator_warmup = 0
+    c.schedule.generator_warmup = "persona"  # That context: persona or raw_signals.
+    # Steps after those, and before the schedule, in which the inference model learns by imitation.
+    c.schedule.n_warm_start = 0
+    # What it imitates: best_of_k (each user's best summary of K, by the reward) or persona (the training users' personas,
+    # which the data has to contain).
     c.schedule.warm_start = "best_of_k"
     # Training steps of the schedule `name`. popi with two_phase takes n_phi + n_theta steps instead.
     c.schedule.steps = 100

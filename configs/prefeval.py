@@ -11,7 +11,6 @@ The data are the folder `benchmark_dataset` of the repository amazon-science/Pre
 
 import ml_collections
 
-from configs.elix import SMALL
 from configs.traits import small_model
 
 
@@ -27,7 +26,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c = small_model("prefeval", arg)
     c.data.queries_per_user = 3
     c.data.test_queries_per_user = 3
-    if arg not in SMALL:
-        c.data.train_users, c.data.test_users = 0, 0
-        c.limits.signals, c.limits.prompt, c.limits.response, c.limits.bin = 1024, 1152, 64, 512
     return c

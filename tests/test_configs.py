@@ -21,6 +21,7 @@ ARGUMENTS = {
     "quickstart": ("runlocal",),
     "psoups_smollm2": ("eight_signals", "runlocal"),
     "users": ("runlocal",),
+    "free": ("smoke", "runlocal"),
     "llama3_3b": ("full", "lora", "runlocal"),
     "llama3_8b": ("full", "lora", "runlocal"),
     "elix": ("lora", "smoke", "runlocal"),

@@ -280,8 +280,6 @@ def test_each_error_about_the_files_is_one_line(
         ({"protocol": "published"}, "data.protocol = 'published', but data.dataset = 'traits' has no published"),
         ({"path": "hf://datasets/a/b"}, "data.path is 'hf://datasets/a/b', but .* clone its repository and give its"),
         ({"path": ""}, "data.path is empty"),
-        ({"train_users": 0}, "data.train_users = 0 is too small for traits; use 1 or more"),
-        ({"test_users": 0}, "data.test_users = 0 is too small for traits; use 1 or more"),
         ({"path": "."}, "has no JSONL file; set data.path to the folder with one file per trait"),
     ],
 )
@@ -292,6 +290,11 @@ def test_settings_that_cannot_work_are_refused(
     monkeypatch.chdir(folder / "empty")
     with pytest.raises(UserError, match=message):
         load(**({"path": folder} | changes))
+
+
+def test_by_default_a_fixed_number_of_users_is_drawn(folder: pathlib.Path) -> None:
+    data = load(folder, train_users=0, test_users=0)
+    assert (len(data["train"]), len(data["test"])) == (640, 300)
 
 
 def test_statements_of_two_traits_do_not_count_as_enough(tmp_path: pathlib.Path) -> None:

@@ -29,6 +29,7 @@ PROMPTS = (
     "How would you describe yourself?",
     "What should people know about you?",
 )
+TRAIN_USERS, TEST_USERS = 640, 300  # Drawn by default: the statements would do for far more.
 MIN_CONFIDENCE = 0.8  # Below it, the label of a statement is often wrong.
 ANSWERS = ("Yes", "No")  # Of people with the trait, asked whether they would make the statement.
 _USER_STREAM = {"train": 0, "test": 1}
@@ -49,7 +50,7 @@ Pools = dict[str, tuple[list[Statement], list[Statement]]]
 
 
 def load(data: Data, counts: collections.Counter[str]) -> dict[str, list[Example]]:
-    """Draws data.train_users and data.test_users users from the statements in the folder config.data.path.
+    """Draws data.train_users (0: TRAIN_USERS) and data.test_users (0: TEST_USERS) users from the files in data.path.
 
     With data.unseen = "users", data.test_fraction of the statements of each trait and answer are for test users, and
     the others for training users. With "topics", the traits are split as well.
@@ -66,14 +67,14 @@ def load(data: Data, counts: collections.Counter[str]) -> dict[str, list[Example
         UserError: a bad file or setting, or too few traits or statements.
     """
     folder = local_folder(data)
-    for field in ("train_users", "test_users"):
-        if getattr(data, field) < 1:
-            raise UserError(f"config: data.{field} = {getattr(data, field)} is too small for traits; use 1 or more")
     pools = split_statements(read_traits(folder, data.on_null, counts), data.test_fraction, data.seed)
     if data.unseen == "topics":
         names = _split_traits(list(pools["train"]), data, folder)
         pools = {split: {name: pools[split][name] for name in names[split]} for split in pools}
-    sizes = {"train": (data.train_users, data.queries_per_user), "test": (data.test_users, data.test_queries_per_user)}
+    sizes = {
+        "train": (data.train_users or TRAIN_USERS, data.queries_per_user),
+        "test": (data.test_users or TEST_USERS, data.test_queries_per_user),
+    }
     for split, (_, queries) in sizes.items():
         _check_sizes(pools[split], split, queries, data, folder)
     return {
