@@ -194,14 +194,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # joint (both in every step), alternate (in turns), two_phase (first the inference model, then the generator),
     # inference_only or generator_only.
     c.schedule.name = "joint"
-    # Steps before anything else in which popi's generator learns to use what it is told, from a context that is known to
-    # inform. The other methods train their generators for that many more steps of their own.
+    # Steps before anything else in which popi's generator learns to use what it is told, from a context that is known
+    # to inform. The other methods train their generators for that many more steps of their own.
     c.schedule.n_generator_warmup = 0
     c.schedule.generator_warmup = "persona"  # That context: persona or raw_signals.
     # Steps after those, and before the schedule, in which the inference model learns by imitation.
     c.schedule.n_warm_start = 0
-    # What it imitates: best_of_k (each user's best summary of K, by the reward) or persona (the training users' personas,
-    # which the data has to contain).
+    # What it imitates: best_of_k (each user's best summary of K, by the reward) or persona (the training users'
+    # personas, which the data has to contain).
     c.schedule.warm_start = "best_of_k"
     # Training steps of the schedule `name`. popi with two_phase takes n_phi + n_theta steps instead.
     c.schedule.steps = 100
