@@ -61,10 +61,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.schedule.n_warm_start = 40
     c.schedule.steps = 20
     c.optim.lr_inference = 4e-4
-    c.optim.lr_generator = 4e-4
+    c.optim.lr_generator = 1e-3
     c.optim.warmup_steps = 5
     c.train.users_per_step = 8
-    c.train.accumulation_inference = 2  # Two micro-batches tell the gradient's signal from its noise.
+    # Without micro-batches, activations take more than 16 GiB. They also tell the gradient's signal from its noise.
+    c.train.accumulation_inference = 4
+    c.train.accumulation_generator = 4
     c.train.checkpoint_every = 10
     c.eval.users_per_batch = 12
     c.eval.summaries_per_user = 1
