@@ -15,7 +15,6 @@ import pydantic
 
 from popi_jax.config import SUMMARIZED, Config
 from popi_jax.data import files
-from popi_jax.data.prepared import ExampleSource
 from popi_jax.data.schema import Example, Query
 from popi_jax.evaluation import stats, stored
 from popi_jax.model.weights import Tree
@@ -123,7 +122,7 @@ class Evaluator:
             for i, (row, example, query, context) in enumerate(found)
         ]
 
-    def periodic(self, phi: Tree | None, theta: Tree | None, test: ExampleSource, step: int) -> dict[str, float]:
+    def periodic(self, phi: Tree | None, theta: Tree | None, test: Sequence[Example], step: int) -> dict[str, float]:
         """Returns the metrics of a periodic evaluation on the first eval.users test users (0: all)."""
         users = self.config.eval.users
         examples = [test[i] for i in range(min(users, len(test)) if users else len(test))]
