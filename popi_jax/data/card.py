@@ -7,20 +7,20 @@ of the parts of a split add up.
 import array
 import collections
 import dataclasses
-import hashlib
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import numpy as np
 
 from popi_jax.config import Data
-from popi_jax.data.disjoint import Shown, Texts, key
+from popi_jax.data.disjoint import Shown, Texts, beginning, key, number
 from popi_jax.data.schema import Example, Query, Signal
 
 _MOST_PERSONS = 32  # Persons whose users are counted one by one.
 _FIELDS = ("prompt", "chosen", "rejected", "text")
-_ODD = np.uint64(0x9E3779B97F4A7C15)  # Multiplying by an odd number loses no bits.
+_BLANKS = "".join(filter(str.isspace, map(chr, range(128)))).encode()
+_ODD = 0x9E3779B97F4A7C15  # Multiplying by an odd number loses no bits.
 
 
 def make(
@@ -88,22 +88,31 @@ def shared(train: Iterable[Example], test: Iterable[Example]) -> dict[str, int]:
 
 
 class Tested:
-    """What the test split has, to be looked for in training. `examples` are read once."""
+    """What the test split has, to be looked for in training."""
 
     def __init__(self, examples: Iterable[Example]):
         self.prompts, self.triples, self.shown = Texts(), Texts(), Shown()
         self.persons: set[int] = set()
         self._signals: dict[int, set[int]] = {}  # The exact ones, by the key that folding gives them.
         for example in examples:
-            self.persons.add(_hash(_person(example)))
-            for query in example.queries:
-                self.prompts.add(query.prompt)
-                self.triples.add(query.prompt, query.chosen, query.rejected)
-            self.shown.add(dataclasses.replace(example, queries=()))
-            for signal in example.signals:
-                if signal.kind != "profile":
-                    folded = key(*(getattr(signal, name) for name in _FIELDS))
-                    self._signals.setdefault(folded, set()).add(_content(signal))
+            self.add(example)
+
+    def add(self, example: Example) -> None:
+        """Adds a test user."""
+        self.persons.add(number(_person(example)))
+        for query in example.queries:
+            self.prompts.add(query.prompt)
+            self.triples.add(query.prompt, query.chosen, query.rejected)
+        self.shown.add(dataclasses.replace(example, queries=()))
+        for signal in example.signals:
+            if signal.kind != "profile":
+                folded = key(*(getattr(signal, name) for name in _FIELDS))
+                self._signals.setdefault(folded, set()).add(_content(signal))
+
+    def may_have(self, prompt: str) -> bool:
+        """Whether anything with this prompt may be in it. Usually not, which is seen fast."""
+        begun = beginning(prompt)
+        return begun in self.prompts.beginnings or begun in self.shown.beginnings
 
     def shared(self, met: "Met") -> dict[str, int]:
         """Returns the counts of `shared` for what was met in training."""
@@ -117,31 +126,35 @@ class Tested:
 
 @dataclasses.dataclass
 class Met:
-    """The keys of what training has of the test split."""
+    """The keys of what training has of the test split, and how often."""
 
-    persons: set[int] = dataclasses.field(default_factory=set)
-    prompts: set[int] = dataclasses.field(default_factory=set)
-    triples: set[int] = dataclasses.field(default_factory=set)
-    signals: set[int] = dataclasses.field(default_factory=set)
+    persons: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    prompts: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    triples: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    signals: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
 
     def add(self, test: Tested, example: Example) -> None:
         """Adds what a training example has of the test split."""
-        if (person := _hash(_person(example))) in test.persons:
-            self.persons.add(person)
+        if (person := number(_person(example))) in test.persons:
+            self.persons[person] += 1
         own: list[Signal | Query] = [*example.signals, *example.queries]
         for part in own:
-            if (found := test.prompts.found(part.prompt)) is not None:
-                self.prompts.add(found)
-            triple = isinstance(part, Query) or part.kind == "pair"
-            if triple and (found := test.triples.found(part.prompt, part.chosen, part.rejected)) is not None:
-                self.triples.add(found)
-            if (found := test.shown.found(part)) is not None:
-                self.signals.add(found)
+            if test.may_have(part.prompt):
+                self._add(test, part)
 
-    def merge(self, other: Self) -> None:
-        """Adds what was met in other examples."""
+    def _add(self, test: Tested, part: Signal | Query) -> None:
+        if (found := test.prompts.found(part.prompt)) is not None:
+            self.prompts[found] += 1
+        triple = isinstance(part, Query) or part.kind == "pair"
+        if triple and (found := test.triples.found(part.prompt, part.chosen, part.rejected)) is not None:
+            self.triples[found] += 1
+        if (found := test.shown.found(part)) is not None:
+            self.signals[found] += 1
+
+    def merge(self, other: Self, sign: int = 1) -> None:
+        """Adds what was met in other examples, or takes it away."""
         for field in dataclasses.fields(self):
-            getattr(self, field.name).update(getattr(other, field.name))
+            _merge(getattr(self, field.name), getattr(other, field.name), sign)
 
 
 def _numbers() -> "array.array[int]":
@@ -157,15 +170,15 @@ class Counts:
 
     def __init__(self, test: Tested | None = None):
         self._test, self.met = test, Met()
-        self._users = self._without_persona = self._shown_prompts = self._shown_triples = 0
-        self._signals, self._queries = _Spread(), _Spread()
+        self._of: collections.Counter[str] = collections.Counter()  # By keys of `summary`.
+        self._signals: collections.Counter[int] = collections.Counter()  # Users by their number of signals.
+        self._queries: collections.Counter[int] = collections.Counter()
         self._kinds: collections.Counter[str] = collections.Counter()
         self._files: collections.Counter[str] = collections.Counter()
         self._by_person: collections.Counter[str] = collections.Counter()  # Of the first persons.
         self._longest: dict[str, tuple[int, str]] = {}
-        # Hashes: of each user's person, of each query's texts, of each signal.
-        self._persons, self._contents = _numbers(), _numbers()
-        self._texts = {name: _numbers() for name in ("prompt", "chosen", "rejected")}
+        self._persons, self._contents, self._prompts = Numbers(), Numbers(), Numbers()
+        self._triples, self._reversed = Numbers(), Numbers()
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_test": None}  # It is large, and a count that is sent back needs it no more.
@@ -178,116 +191,149 @@ class Counts:
     def add(self, example: Example) -> None:
         """Counts an example."""
         person = _person(example)
-        self._users += 1
-        self._without_persona += not example.persona
-        self._persons.append(_hash(person))
+        self._of["users"] += 1
+        self._of["users_without_persona"] += not example.persona
+        self._persons.add(number(person))
         if person in self._by_person or len(self._by_person) <= _MOST_PERSONS:
             self._by_person[person] += 1
-        self._signals.add(len(example.signals))
-        self._queries.add(len(example.queries))
+        self._signals[len(example.signals)] += 1
+        self._queries[len(example.queries)] += 1
         self._files[_file(example)] += 1
+        self._longer("persona", example.persona, example.user)
         for signal in example.signals:
             self._kinds[signal.kind] += 1
-            self._contents.append(_content(signal))
+            self._contents.add(_content(signal))
+            for name, label in _OF_SIGNALS[signal.kind]:
+                self._longer(label, getattr(signal, name), signal.provenance)
+        pairs = [_triple(signal) for signal in example.signals if signal.kind == "pair"]
         for query in example.queries:
-            for name, hashes in self._texts.items():
-                hashes.append(_hash(getattr(query, name)))
-        self._count_shown(example)
-        self._measure(example)
+            triple = _triple(query)
+            prompt, chosen, rejected = map(number, triple)
+            self._prompts.add(prompt)
+            self._triples.add(_mixed(prompt, chosen, rejected))
+            self._reversed.add(_mixed(prompt, rejected, chosen))
+            if any(pair[0] == query.prompt for pair in pairs):
+                self._of["queries_whose_prompt_the_user_shows"] += 1
+                self._of["queries_that_the_user_shows"] += triple in pairs
+            for name, text in zip(("prompt", "chosen", "rejected"), triple, strict=True):
+                self._longer(name, text, query.provenance)
         if self._test is not None:
             self.met.add(self._test, example)
 
-    def merge(self, other: Self) -> None:
-        """Adds the counts of later examples of the split."""
-        for name in ("_users", "_without_persona", "_shown_prompts", "_shown_triples"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("_kinds", "_files"):
-            getattr(self, name).update(getattr(other, name))
+    def merge(self, other: Self, sign: int = 1) -> None:
+        """Adds the counts of later examples of the split. With the sign -1, takes away those of some of its own."""
+        for name in ("_of", "_signals", "_queries", "_kinds", "_files"):
+            _merge(getattr(self, name), getattr(other, name), sign)
         for person, count in other._by_person.items():
             if person in self._by_person or len(self._by_person) <= _MOST_PERSONS:
-                self._by_person[person] += count
-        for name in ("_signals", "_queries", "met"):
-            getattr(self, name).merge(getattr(other, name))
+                _merge(self._by_person, {person: count}, sign)
+        self.met.merge(other.met, sign)
         for field, (words, place) in other._longest.items():
-            if words > self._longest.get(field, (0, ""))[0]:
+            if sign > 0 and words > self._longest.get(field, (0, ""))[0]:
                 self._longest[field] = words, place
-        self._persons.extend(other._persons)
-        self._contents.extend(other._contents)
-        for name, hashes in self._texts.items():
-            hashes.extend(other._texts[name])
+        for name in ("_persons", "_contents", "_prompts", "_triples", "_reversed"):
+            getattr(self, name).merge(getattr(other, name), sign)
+
+    def holds(self, other: Self) -> bool:
+        """Whether the longest text of a field is one of the other count, of some of these examples.
+
+        Then the other count cannot be taken away: nobody knows the second longest one.
+        """
+        return any(self._longest[field] == longest for field, longest in other._longest.items())
 
     def summary(self) -> dict[str, Any]:
         """Returns the split's part of the card."""
-        persons = _distinct(self._persons)
-        prompts, chosen, rejected = (np.asarray(self._texts[name], np.uint64) for name in self._texts)
-        triples, first = np.unique(_triples(prompts, chosen, rejected), return_index=True)
-        reversed_ = _triples(prompts[first], rejected[first], chosen[first])
+        persons, users, queries = len(self._persons.distinct()), self._of["users"], len(self._prompts)
+        few = persons <= min(_MOST_PERSONS, users - 1)
+        triples = self._triples.distinct()
         return {
-            "users": self._users,
+            "users": users,
             "persons": persons,
-            "users_by_person": dict(self._by_person.most_common())
-            if persons <= min(_MOST_PERSONS, self._users - 1)
-            else {},
-            "users_without_persona": self._without_persona,
+            "users_by_person": dict(self._by_person.most_common()) if few else {},
+            "users_without_persona": self._of["users_without_persona"],
             "signals_by_kind": dict(self._kinds),
-            "signals_per_user": self._signals.summary(),
-            "queries": len(prompts),
-            "queries_per_user": self._queries.summary(),
-            "distinct_prompts": _distinct(self._texts["prompt"]),
-            "repeated_triples": len(prompts) - len(triples),
-            "reversed_triples": int(np.isin(reversed_, triples).sum()) // 2,
-            "repeated_signals": len(self._contents) - _distinct(self._contents),
-            "queries_whose_prompt_the_user_shows": self._shown_prompts,
-            "queries_that_the_user_shows": self._shown_triples,
+            "signals_per_user": _spread(self._signals),
+            "queries": queries,
+            "queries_per_user": _spread(self._queries),
+            "distinct_prompts": len(self._prompts.distinct()),
+            "repeated_triples": queries - len(triples),
+            "reversed_triples": int(np.isin(self._reversed.distinct(), triples).sum()) // 2,
+            "repeated_signals": len(self._contents) - len(self._contents.distinct()),
+            "queries_whose_prompt_the_user_shows": self._of["queries_whose_prompt_the_user_shows"],
+            "queries_that_the_user_shows": self._of["queries_that_the_user_shows"],
             "longest": {name: {"words": words, "at": place} for name, (words, place) in self._longest.items()},
             "users_by_file": dict(self._files),
         }
 
-    def _count_shown(self, example: Example) -> None:
-        """Counts the queries whose prompt or triple is in one of their user's own pairs."""
-        pairs = [signal for signal in example.signals if signal.kind == "pair"]
-        prompts = {pair.prompt for pair in pairs}
-        for query in example.queries:
-            if query.prompt in prompts:
-                self._shown_prompts += 1
-                self._shown_triples += _triple(query) in map(_triple, pairs)
-
-    def _measure(self, example: Example) -> None:
-        """Looks for the longest text of each field, in words, and where it stands."""
-        self._longer("persona", example.persona, example.user)
-        for signal in example.signals:
-            for name, label in _OF_SIGNALS.items():
-                self._longer(label, getattr(signal, name), signal.provenance)
-        for query in example.queries:
-            for name in ("prompt", "chosen", "rejected"):
-                self._longer(name, getattr(query, name), query.provenance)
-
     def _longer(self, field: str, text: str, place: str) -> None:
-        longest = self._longest.get(field, (0, ""))[0]
-        # A text of n words has at least 2n - 1 characters.
-        if len(text) > 2 * longest and (words := len(text.split())) > longest:
+        """Keeps the longest text of each field, in words, and where it stands."""
+        longest = self._longest[field][0] if field in self._longest else 0
+        # Most texts are seen to be no longer without splitting them: n words have n - 1 blanks between them.
+        if len(text) < 2 * longest + 1 or (text.isascii() and _blanks(text) < longest):
+            return
+        words = len(text.split())
+        if words > longest:
             self._longest[field] = words, place
 
 
-_OF_SIGNALS = {name: f"signal {name}" for name in _FIELDS}
+def _blanks(text: str) -> int:
+    """Returns the number of blanks in a text of ASCII."""
+    return len(text) - len(text.encode().translate(None, _BLANKS))
 
 
-class _Spread:
-    """The least, mean and most of some counts, each of which is below a few thousand."""
+class Numbers:
+    """Numbers of 64 bits, some of which are taken away again."""
 
     def __init__(self) -> None:
-        self._times: collections.Counter[int] = collections.Counter()
+        self._added, self._gone = array.array("Q"), array.array("Q")
+        self.add = self._added.append
 
-    def add(self, count: int) -> None:
-        self._times[count] += 1
+    def __getstate__(self) -> tuple[Any, Any]:
+        return self._added, self._gone
 
-    def merge(self, other: "_Spread") -> None:
-        self._times.update(other._times)
+    def __setstate__(self, state: tuple[Any, Any]) -> None:
+        self._added, self._gone = state
+        self.add = self._added.append
 
-    def summary(self) -> dict[str, float]:
-        times = self._times or {0: 1}
-        mean = sum(count * number for count, number in times.items()) / sum(times.values())
-        return {"least": min(times), "mean": mean, "most": max(times)}
+    def __len__(self) -> int:
+        return len(self._added) - len(self._gone)
+
+    def merge(self, other: Self, sign: int) -> None:
+        """Adds the numbers of another one, or takes them away."""
+        added, gone = (self._added, self._gone) if sign > 0 else (self._gone, self._added)
+        added.extend(other._added)
+        gone.extend(other._gone)
+
+    def distinct(self) -> np.ndarray:
+        """Returns each number once."""
+        values, counts = np.unique(np.asarray(self._added, np.uint64), return_counts=True)
+        gone, gone_counts = np.unique(np.asarray(self._gone, np.uint64), return_counts=True)
+        counts[np.searchsorted(values, gone)] -= gone_counts
+        return values[counts > 0]
+
+
+def _merge(counts: collections.Counter[Any], other: Mapping[Any, int], sign: int) -> None:
+    for name, count in other.items():
+        counts[name] += sign * count
+        if not counts[name]:
+            del counts[name]
+
+
+# The fields that a signal of a kind has, and their names in the card.
+_OF_SIGNALS = {
+    kind: [(name, f"signal {name}") for name in names]
+    for kind, names in (
+        ("pair", ("prompt", "chosen", "rejected")),
+        ("comment", ("prompt", "text")),
+        ("profile", ("text",)),
+    )
+}
+
+
+def _spread(times: Mapping[int, int]) -> dict[str, float]:
+    times = times or {0: 1}
+    mean = sum(count * number for count, number in times.items()) / sum(times.values())
+    return {"least": min(times), "mean": mean, "most": max(times)}
 
 
 def _person(example: Example) -> str:
@@ -304,18 +350,12 @@ def _triple(pair: Query | Signal) -> tuple[str, str, str]:
 
 
 def _content(signal: Signal) -> int:
-    return _hash("\0".join((signal.kind, signal.prompt, signal.chosen, signal.rejected, signal.text)))
+    return number("\0".join((signal.kind, signal.prompt, signal.chosen, signal.rejected, signal.text)))
 
 
-def _hash(text: str) -> int:
-    """Returns 64 bits that stand for a text, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def _distinct(hashes: Sequence[int]) -> int:
-    return len(np.unique(np.asarray(hashes, np.uint64)))
-
-
-def _triples(prompts_N: np.ndarray, chosen_N: np.ndarray, rejected_N: np.ndarray) -> np.ndarray:
-    """Returns a hash of each triple, from those of its texts."""
-    return (prompts_N * _ODD + chosen_N) * _ODD + rejected_N
+def _mixed(*numbers: int) -> int:
+    """Returns 64 bits that stand for a list of numbers."""
+    mixed = 0
+    for own in numbers:
+        mixed = (mixed * _ODD + own) % 2**64
+    return mixed

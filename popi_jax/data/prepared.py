@@ -17,15 +17,14 @@ from absl import logging
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from popi_jax.config import Data
-from popi_jax.data import card, files, locks, parts, sources, tables, users, workers
+from popi_jax.data import card, counting, files, locks, parts, sources, tables, users, workers
 from popi_jax.data.builders import alignx_parts, elix, prefeval, psoups, review, roleplay, stylebook, traits
+from popi_jax.data.counting import Made
 from popi_jax.data.parts import Part
 from popi_jax.data.schema import Example, to_json
 from popi_jax.errors import UserError, disk_full, first_line, shown
 
 _FOLDER, _DONE, _INDEX = "preference_examples", "prepared.json", "index.npz"
-_FEW = 20_000  # Examples that are counted faster than processes start.
-_TOLD = 1000  # Examples between two updates of the progress.
 Examples = Mapping[str, Sequence[Example]]  # By split.
 
 
@@ -155,8 +154,17 @@ def _make(data: Data, own: pathlib.Path) -> Prepared:
             found = _read(own)
             if found is None:
                 dropped: collections.Counter[str] = collections.Counter()
-                splits = PREPARERS[data.dataset](data, own, dropped)
-                _finish(own, splits, dropped, _card(data, splits, dropped))
+                splits, test = PREPARERS[data.dataset](data, own, dropped)
+                counts = {
+                    split: counting.count(split, made, test if split == "train" else None)
+                    for split, made in splits.items()
+                }
+                _finish(
+                    own,
+                    {split: (made.parts, made.places) for split, made in splits.items()},
+                    dropped,
+                    card.assembled(data, counts, dropped, licence(data), test),
+                )
                 found = _read(own)
     except UserError:
         shutil.rmtree(own, ignore_errors=True)  # Corrected data are other data.
@@ -167,38 +175,6 @@ def _make(data: Data, own: pathlib.Path) -> Prepared:
     if found is None:
         raise UserError(f"{own}: the prepared data cannot be read back; give another config.data.prepared_dir")
     return found
-
-
-def _card(
-    data: Data, splits: Mapping[str, tuple[Sequence[Part], np.ndarray]], dropped: Mapping[str, int]
-) -> dict[str, Any]:
-    """Returns the data card of prepared examples, which are counted in several processes."""
-    test = card.Tested(ExampleSource(splits["test"][0], "", splits["test"][1]))
-    counts = {}
-    for split, (own, places) in splits.items():
-        starts = np.cumsum([0, *(part.examples for part in own)])
-        places = np.sort(places)
-        bounds = np.searchsorted(places, starts)
-        jobs = [
-            (part, places[begin:end] - start, test if split == "train" else None)
-            for part, start, begin, end in zip(own, starts, bounds, bounds[1:], strict=False)
-        ]
-        few = 1 if len(places) < _FEW else None
-        counts[split] = card.Counts(test if split == "train" else None)
-        for counted in workers.run(_count, jobs, f"counting {split}", len(places), processes=few):
-            counts[split].merge(counted)
-    return card.assembled(data, counts, dropped, licence(data), test)
-
-
-def _count(job: tuple[Part, np.ndarray, card.Tested | None], told: workers.Told) -> card.Counts:
-    part, places, test = job
-    counts = card.Counts(test)
-    for number, example in enumerate(part.read(places), start=1):
-        counts.add(example)
-        if number % _TOLD == 0:
-            told(_TOLD)
-    told(len(places) % _TOLD)
-    return counts
 
 
 def _write(own: pathlib.Path, split: str, examples: Sequence[Example]) -> Part:
@@ -392,7 +368,7 @@ LOADERS: dict[str, Callable[[Data, collections.Counter[str]], dict[str, list[Exa
 }
 # Those of data sets that memory may not hold. They write parts, and say which examples are kept.
 PREPARERS: dict[
-    str, Callable[[Data, pathlib.Path, collections.Counter[str]], Mapping[str, tuple[Sequence[Part], np.ndarray]]]
+    str, Callable[[Data, pathlib.Path, collections.Counter[str]], tuple[Mapping[str, Made], card.Tested]]
 ] = {"alignx": alignx_parts.prepare}
 DRAWN = ("stylebook", "traits")  # They draw as many users as the config names.
 BENCHMARKS = ("elix", "review", "roleplay", "alignx", "prefeval", "traits")

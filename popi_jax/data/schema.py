@@ -77,9 +77,10 @@ def to_json(example: Example) -> str:
     )
     queries = ", ".join(
         [
-            f'{{"prompt": {_quoted(q.prompt)}, "chosen": {_quoted(q.chosen)}, "rejected": {_quoted(q.rejected)},'
-            f' "provenance": {_quoted(q.provenance)}, "group": {_quoted(q.group)}}}'
+            f'{{"prompt": {prompt}, "chosen": {_quoted(q.chosen)}, "rejected": {_quoted(q.rejected)},'
+            f' "provenance": {_quoted(q.provenance)}, "group": {prompt if q.group is q.prompt else _quoted(q.group)}}}'
             for q in example.queries
+            for prompt in [_quoted(q.prompt)]
         ]
     )
     # Without it, the text and its hash are those of data that were prepared before it existed.

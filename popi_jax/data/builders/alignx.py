@@ -158,8 +158,8 @@ def columns(mode: str, demo: bool) -> dict[str, Any]:
     return _QUERY | ({field: _COLUMNS[field] for field in FIELDS[mode]} if demo else _TRAINING)
 
 
-def examples(job: Job, dropped: Dropped) -> Iterator[list[tuple[int, int, Example]]]:
-    """Yields the examples of each block of the file, each with its rank and, if disjoint, the key of `identity`.
+def examples(job: Job, dropped: Dropped) -> Iterator[tuple[int, Example]]:
+    """Yields the examples of the file, each with its rank.
 
     Args:
         job: what to read.
@@ -183,14 +183,12 @@ def examples(job: Job, dropped: Dropped) -> Iterator[list[tuple[int, int, Exampl
         rows = block.take(places)
         personas = [_text(row.values[DEMOGRAPHICS]) for row in rows] if told is None else told(rows, places)
         maker = _Maker(job, dropped, Draws(job.mode, [BALANCED[i] for i in order]))
-        found = []
         for rank, row, persona, numbers in zip(
             job.ranks_N[drawn].tolist(), rows, personas, numbers_BxN[places].tolist(), strict=True
         ):
             example = maker.example(rank, row, persona, numbers)
             if example:
-                found.append((rank, identity(example) if job.disjoint else 0, example))
-        yield found
+                yield rank, example
 
 
 def _personas(job: Job) -> Any:
@@ -219,6 +217,8 @@ class _Maker:
     def __init__(self, job: Job, dropped: Dropped, draws: Draws):
         self._job, self._dropped, self._draws = job, dropped, draws
         self._rank = 0
+        # Nothing of which the prompt begins otherwise is in either.
+        self._beginnings = job.prompts.beginnings | job.shown.beginnings
 
     def example(self, rank: int, row: tables.Row, persona: str, numbers: Sequence[float]) -> Example | None:
         """Returns the row's example; None if the row is dropped."""
@@ -256,9 +256,11 @@ class _Maker:
 
     def _leaks(self, query: Query) -> bool:
         """Whether to drop a row because of what test users have."""
+        if disjoint.beginning(query.prompt) not in self._beginnings:
+            return False
         if self._job.prompts.found(query.prompt) is not None:
             self._drop("rows whose prompt is a test prompt")
-        elif self._job.shown.found(query) is not None:
+        elif query in self._job.shown:
             self._drop("rows that a test user shows")
         else:
             return False
@@ -267,13 +269,14 @@ class _Maker:
     def _entries(self, row: tables.Row, field: str) -> list[int]:
         """Returns the places of the entries of a history that state something."""
         name, fields = _HISTORIES[field]
-        places, seen = [], set()
+        places: list[int] = []
+        seen: set[tuple[str, ...]] = set()
         for i, entry in enumerate(row.values[field] or ()):
             if (flaw := _flaw(entry, fields)) is not None:
                 self._leave_out(f"{row.where}: {field}[{i}]", flaw, name)
                 continue
             if self._job.disjoint:
-                texts = tuple(entry[name] for name in fields)
+                texts = tuple(entry.values())
                 if texts in seen:
                     self._drop(f"{name} that repeat another one of their row")
                     continue
@@ -283,15 +286,16 @@ class _Maker:
 
     def _unleaked(self, signals: Sequence[Signal], prompt: str) -> list[Signal]:
         """Returns the signals that show neither the query's prompt nor a test prompt."""
-        own = Texts()
-        own.add(prompt)
-        kept = []
+        own, kept = disjoint.beginning(prompt), []
         for signal in signals:
-            if signal.kind != "profile" and own.found(signal.prompt) is not None:
+            begun = None if signal.kind == "profile" else disjoint.beginning(signal.prompt)
+            if begun is None or (begun != own and begun not in self._beginnings):
+                kept.append(signal)
+            elif begun == own and disjoint.folded(signal.prompt) == disjoint.folded(prompt):
                 self._drop("signals that show their own query's prompt")
-            elif signal.kind != "profile" and self._job.prompts.found(signal.prompt) is not None:
+            elif self._job.prompts.found(signal.prompt) is not None:
                 self._drop("signals that show a test prompt")
-            elif self._job.shown.found(signal) is not None:
+            elif signal in self._job.shown:
                 self._drop("signals that a test user shows, too")
             else:
                 kept.append(signal)
@@ -319,7 +323,8 @@ def _flaw(record: Mapping[str, Any] | None, fields: Sequence[str] | Mapping[str,
     if record is None:
         return "the entry is null", "that are null"
     for field in fields:
-        if not _text(record[field]):
+        text = record[field]
+        if not text or text.isspace():
             return f"field {field!r} is null or blank", f"whose {field} is null or blank"
     if "chosen" in fields and record["chosen"] == record["rejected"]:
         return "fields 'chosen' and 'rejected' are the same text", "whose responses are the same text"
@@ -342,6 +347,13 @@ def identity(example: Example) -> int:
     """Returns the key of what two rows have in common if one repeats the other. Their histories may differ."""
     (query,) = example.queries
     return disjoint.key(query.prompt, query.chosen, query.rejected, example.persona)
+
+
+def resemblance(example: Example) -> int:
+    """Returns a number that is the same for rows that repeat another, and for few others. It takes less time."""
+    (query,) = example.queries
+    prompt, chosen, rejected = map(disjoint.beginning, (query.prompt, query.chosen, query.rejected))
+    return (prompt << 32) ^ (chosen << 16) ^ rejected
 
 
 def _text(value: str | None) -> str:

@@ -4,12 +4,13 @@ Each file is a job of its own, see `alignx.Job`. `load` keeps all examples in me
 write a part for each file; parts that a killed preparation finished are not made again.
 """
 
+import array
 import collections
 import dataclasses
 import hashlib
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,15 @@ from popi_jax.config import Data
 from popi_jax.data import disjoint, parts, tables, workers
 from popi_jax.data.builders import alignx
 from popi_jax.data.builders.alignx import TEST_FILES, Dropped, Job
+from popi_jax.data.card import Counts, Tested
+from popi_jax.data.counting import Made
 from popi_jax.data.disjoint import Shown, Texts
 from popi_jax.data.parts import Part
 from popi_jax.data.schema import Example
 from popi_jax.data.workers import Told
 from popi_jax.errors import UserError
 
+_TOLD = 1000  # Examples between two updates of the progress.
 _SMALL = 64 * 2**20  # Bytes of files that are read faster than processes start.
 
 
@@ -54,17 +58,19 @@ class Result:
 
     Attributes:
         ranks: of its examples.
-        keys: of its examples, by `alignx.identity`.
+        resemblances: of its examples, by `alignx.resemblance`.
         dropped_ranks: the ranks of rows of which something was dropped.
         dropped_reasons: why.
         made: the examples, or the part that has them.
+        counts: of the examples, for the data card, if they were made just now.
     """
 
     ranks: np.ndarray
-    keys: np.ndarray
+    resemblances: np.ndarray
     dropped_ranks: np.ndarray
     dropped_reasons: Sequence[str]
     made: Any
+    counts: Counts | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,38 +120,37 @@ def load(data: Data, counts: collections.Counter[str]) -> dict[str, list[Example
     return {name: _examples(splits[name]) for name in ("train", "test")}
 
 
-def prepare(
-    data: Data, folder: pathlib.Path, counts: collections.Counter[str]
-) -> dict[str, tuple[list[Part], np.ndarray]]:
+def prepare(data: Data, folder: pathlib.Path, counts: collections.Counter[str]) -> tuple[dict[str, Made], Tested]:
     """Does what `load` does, in several processes, and writes the examples into parts in this folder.
 
     Returns:
-        For each split its parts, and the places of its examples, counted through the parts.
+        The examples of each split, and what the data card looks for in training.
     """
     for left in folder.glob(f"{parts.UNFINISHED}*"):  # Of a killed process.
         shutil.rmtree(left, ignore_errors=True)
-    used: set[pathlib.Path] = set()
+    tested = Tested(())
 
     def run(jobs: Sequence[Job]) -> list[Result]:
-        return _written(jobs, folder)
+        return _written(jobs, folder, tested)
 
-    def shown(split: Split) -> Shown:
+    def shown(test: Split) -> Shown:
         found = Shown()
-        for number, result in enumerate(split.results):
-            for example in result.made.read(np.sort(split.record_N[split.result_N == number])):
+        for number, result in enumerate(test.results):
+            for example in result.made.read(np.sort(test.record_N[test.result_N == number])):
                 found.add(example)
+                tested.add(example)
         return found
 
     found = {}
     for name, split in _splits(data, counts, run, shown).items():
         own = [result.made for result in split.results]
         starts = np.cumsum([0, *(part.examples for part in own)])
-        found[name] = own, starts[split.result_N] + split.record_N
-        used.update(part.folder for part in own)
+        found[name] = Made(own, starts[split.result_N] + split.record_N, [result.counts for result in split.results])
+    used = {part.folder for made in found.values() for part in made.parts}
     for left in set(folder.iterdir()) - used:  # Of draws that were too small.
         if left.is_dir():
             shutil.rmtree(left)
-    return {name: found[name] for name in ("train", "test")}
+    return {name: found[name] for name in ("train", "test")}, tested
 
 
 def _splits(
@@ -155,13 +160,16 @@ def _splits(
     shown: Callable[[Split], Shown],
     processes: int | None = None,
 ) -> dict[str, Split]:
+    """Makes both splits. `shown` returns what test users show and answer."""
     if not data.path:
         raise UserError("config: data.path is empty, but data.dataset = 'alignx' reads files; set its path")
     pools = _pools(data, processes)
     test = _split("test", data, pools["test"], Texts(), Shown(), counts, run)
-    prompts, own = Texts(), Shown()
+    prompts, own = Texts(), shown(test)
     if data.protocol == "disjoint":
-        prompts, own = pools["test"].prompts or _prompts_of(pools["test"]), shown(test)
+        prompts = pools["test"].prompts or _prompts_of(pools["test"])
+    else:
+        own = Shown()
     return {"train": _split("train", data, pools["train"], prompts, own, counts, run), "test": test}
 
 
@@ -188,10 +196,10 @@ def _split(
         result_N = np.repeat(np.arange(len(results)), [len(result.ranks) for result in results])
         record_N = np.concatenate([np.arange(len(result.ranks)) for result in results] or [np.zeros(0, int)])
         ranks_N = np.concatenate([result.ranks for result in results] or [np.zeros(0, int)])
-        keys_N = np.concatenate([result.keys for result in results] or [np.zeros(0, np.uint64)])
         kept = np.argsort(ranks_N)
         if data.protocol == "disjoint":
-            kept = kept[np.sort(np.unique(keys_N[kept], return_index=True)[1])]  # The first of equal ones.
+            identities_N = _identities(results, result_N, record_N)
+            kept = kept[np.sort(np.unique(identities_N[kept], return_index=True)[1])]  # The first of equal ones.
         if len(kept) >= wanted or stop >= len(order):
             break
         stop *= 2
@@ -234,16 +242,36 @@ def _jobs(split: str, data: Data, pool: Pool, drawn: np.ndarray, prompts: Texts,
             )
 
 
+def _identities(results: Sequence[Result], result_N: np.ndarray, record_N: np.ndarray) -> np.ndarray:
+    """Returns numbers that are the same for rows that repeat one another. Only rows that resemble one are read."""
+    own_N = np.concatenate([result.resemblances for result in results] or [np.zeros(0, np.uint64)])
+    _, place, count = np.unique(own_N, return_inverse=True, return_counts=True)
+    alike_N = count[place] > 1
+    identities_N = np.arange(len(own_N), dtype=np.uint64)  # Keys of 64 bits are as good as never among them.
+    for number, result in enumerate(results):
+        chosen = np.flatnonzero(alike_N & (result_N == number))
+        examples = _of_result(result, record_N[chosen])
+        identities_N[chosen] = np.array([alignx.identity(example) for example in examples], np.uint64)
+    return identities_N
+
+
+def _of_result(result: Result, records: np.ndarray) -> Iterable[Example]:
+    """Reads the examples at these ascending places."""
+    if isinstance(result.made, Part):
+        return result.made.read(records)
+    return [result.made[record] for record in records.tolist()]
+
+
 def _collected(job: Job) -> Result:
     """Keeps the examples of a job in memory."""
     dropped = Dropped()
-    found = [made for block in alignx.examples(job, dropped) for made in block]
+    found = list(alignx.examples(job, dropped))
     return Result(
-        np.array([rank for rank, _, _ in found], int),
-        np.array([key for _, key, _ in found], np.uint64),
+        np.array([rank for rank, _ in found], int),
+        np.array([alignx.resemblance(example) for _, example in found], np.uint64),
         np.array(dropped.ranks, int),
         dropped.reasons,
-        [example for _, _, example in found],
+        [example for _, example in found],
     )
 
 
@@ -252,47 +280,49 @@ def _examples(split: Split) -> list[Example]:
     return [split.results[result].made[record] for result, record in pairs]
 
 
-def _written(jobs: Sequence[Job], folder: pathlib.Path) -> list[Result]:
+def _written(jobs: Sequence[Job], folder: pathlib.Path, tested: Tested) -> list[Result]:
     """Writes the parts of the jobs, except for those that are there already."""
     places = [folder / f"{job.split}-{job.number:05d}-{_digest(job)}" for job in jobs]
     found = [Part.find(place) for place in places]
     found = [None if part is None or part.damage() else part for part in found]
-    left = [(job, place) for job, place, part in zip(jobs, places, found, strict=True) if part is None]
+    left = [(job, place, tested) for job, place, part in zip(jobs, places, found, strict=True) if part is None]
     done = sum(len(job.rows_N) for job, part in zip(jobs, found, strict=True) if part is not None)
     total = sum(len(job.rows_N) for job in jobs)
     made = iter(workers.run(_write, left, f"preparing {jobs[0].split}", total, done, _processes(jobs)) if left else ())
-    return [_result(next(made) if part is None else part) for part in found]
+    return [_result(*next(made)) if part is None else _result(part) for part in found]
 
 
-def _write(job_and_folder: tuple[Job, pathlib.Path], told: Told) -> Part:
-    """Writes the part of one job."""
-    job, folder = job_and_folder
-    dropped, ranks, keys = Dropped(), [], []
+def _write(job_and_place: tuple[Job, pathlib.Path, Tested], told: Told) -> tuple[Part, Counts]:
+    """Writes the part of one job, and counts its examples, because to read them again takes as long."""
+    job, folder, tested = job_and_place
+    dropped, ranks, resemblances = Dropped(), array.array("q"), array.array("Q")
+    counts = Counts(tested if job.split == "train" else None)
     with parts.Writer(folder, job.split) as writer:
-        before = 0
-        for block in alignx.examples(job, dropped):
-            for rank, key, example in block:
-                writer.add(example)
-                ranks.append(rank)
-                keys.append(key)
-            told(len(ranks) - before)
-            before = len(ranks)
-        told(len(job.rows_N) - before)
+        for rank, example in alignx.examples(job, dropped):
+            writer.add(example)
+            counts.add(example)
+            ranks.append(rank)
+            resemblances.append(alignx.resemblance(example))
+            if len(ranks) % _TOLD == 0:
+                told(_TOLD)
+        told(len(job.rows_N) - len(ranks) // _TOLD * _TOLD)
         names = sorted(set(dropped.reasons))
-        return writer.finish(
+        number_of = {name: number for number, name in enumerate(names)}
+        part = writer.finish(
             {"reasons": names},
             ranks=np.array(ranks, np.int64),
-            keys=np.array(keys, np.uint64),
+            resemblances=np.array(resemblances, np.uint64),
             dropped_ranks=np.array(dropped.ranks, np.int64),
-            dropped_reasons=np.array([names.index(reason) for reason in dropped.reasons], np.int64),
+            dropped_reasons=np.array([number_of[reason] for reason in dropped.reasons], np.int64),
         )
+        return part, counts
 
 
-def _result(part: Part) -> Result:
+def _result(part: Part, counts: Counts | None = None) -> Result:
     arrays = part.keys()
     names = part.notes["reasons"]
     reasons = [names[i] for i in arrays.pop("dropped_reasons").tolist()]
-    return Result(**arrays, dropped_reasons=reasons, made=part)
+    return Result(**arrays, dropped_reasons=reasons, made=part, counts=counts)
 
 
 def _digest(job: Job) -> str:
