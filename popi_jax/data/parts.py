@@ -24,9 +24,8 @@ from popi_jax.data.schema import Example, from_json, to_json
 UNFINISHED = "unfinished."  # Begins the name of a part that is being written.
 _DATASET, _FEATURE = "preference_examples", "example"
 _META, _KEYS = "part.json", "keys.npz"
-# Groups of eight are written and read at random four times as fast as single records. Compression would halve the files
-# and take most of the time.
-_OPTIONS = "group_size:8,uncompressed"
+# Single records, which grain reads at random. Compression would halve the files and take most of the time.
+_OPTIONS = "group_size:1,uncompressed,max_parallelism:1"
 _BLOCK = 1000  # Records that are read at a time.
 
 
