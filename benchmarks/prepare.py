@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -108,8 +109,14 @@ def generate(folder: pathlib.Path, rows: int, shards: int) -> int:
     return sum(path.stat().st_size for path in (folder / "train").iterdir())
 
 
-def bare_loop(folder: pathlib.Path) -> float:
-    """Returns the seconds that it takes to decode the training rows, in a process of its own."""
+def _cpu() -> float:
+    """Returns the CPU seconds of all processes that were started and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def bare_loop(folder: pathlib.Path) -> dict[str, float]:
+    """Decodes the training rows in a process of its own; returns its seconds, and its CPU seconds with the start."""
     loop = (
         "import pathlib, sys, time, pyarrow.parquet as pq\n"
         "start = time.perf_counter()\n"
@@ -120,11 +127,13 @@ def bare_loop(folder: pathlib.Path) -> float:
         "print(time.perf_counter() - start)\n"
     )
     command = [sys.executable, "-c", loop, str(folder / "train")]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    before = _cpu()
+    seconds = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {"seconds": seconds, "cpu_seconds": _cpu() - before}
 
 
 def prepare(folder: pathlib.Path, workdir: pathlib.Path, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-    """Runs --mode=prepare, and kills it when `stop` says so; returns seconds, peak memory in GiB and exit code."""
+    """Runs --mode=prepare, and kills it when `stop` says so; returns times, peak memory in GiB and exit code."""
     command = [
         *(sys.executable, "-m", "popi_jax.main", "--mode=prepare", "--config=configs/alignx.py"),
         *(f"--config.data.path={folder / 'train'}", f"--config.data.test_path={folder / 'test'}"),
@@ -132,7 +141,7 @@ def prepare(folder: pathlib.Path, workdir: pathlib.Path, stop: Callable[[], bool
         "--config.data.protocol=disjoint",
         f"--workdir={workdir}",
     ]
-    start = time.perf_counter()
+    start, before = time.perf_counter(), _cpu()
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)
     peaks: dict[int, int] = {}
     most = 0
@@ -145,6 +154,7 @@ def prepare(folder: pathlib.Path, workdir: pathlib.Path, stop: Callable[[], bool
         time.sleep(_POLL)
     return {
         "seconds": time.perf_counter() - start,
+        "cpu_seconds": _cpu() - before,
         "processes": len(peaks),
         # Of all processes at one time; and the sum of each one's own peak, which is never less.
         "resident_gib": most / 2**20,
@@ -199,15 +209,17 @@ def measure(folder: pathlib.Path, rows: int, shards: int) -> dict[str, Any]:
     resumed = prepare(folder / "source", folder / "killed")
     again = prepare(folder / "source", folder / "killed")
     both = content(folder / "whole"), content(folder / "killed")
-    seconds = sum(bare) / len(bare)
+    seconds = sum(loop["seconds"] for loop in bare) / len(bare)
     return {
         "schema": 1,
         "rows": rows,
         "files": shards,
         "source_gib": size / 2**30,
-        "bare_loop": {"seconds": bare, "rows_per_s": rows / seconds},
+        "bare_loops": bare,
+        "bare_rows_per_s": rows / seconds,
         "prepare": whole | {"rows_per_s": rows / whole["seconds"], "examples": _examples(both[0])},
         "ratio": seconds / whole["seconds"],
+        "cores": machine.cores(),
         "killed": killed | {"parts": len(kept)},
         "resumed": resumed | {"parts_kept": len(kept.items() & parts(folder / "killed").items())},
         "prepared_already": again,

@@ -27,7 +27,7 @@ _DISTRIBUTED = flags.DEFINE_string(
     None,
     "Runs in several processes: 'auto' on TPU slices and Slurm, HOST:PORT,COUNT,INDEX elsewhere.",
 )
-_MODE = flags.DEFINE_enum("mode", "train", MODES, "The mode to run.")
+_MODE = flags.DEFINE_enum("mode", "train", MODES, "The mode to run. prepare: only the data, without the model.")
 _STEP = flags.DEFINE_integer("step", None, "The step of the checkpoint to use; the newest by default.")
 _INPUT = flags.DEFINE_string("input", None, "summarize: users.jsonl. generate: prompts.jsonl.")
 _OUTPUT = flags.DEFINE_string(

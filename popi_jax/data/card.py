@@ -135,7 +135,7 @@ class Met:
 
     def add(self, test: Tested, example: Example) -> None:
         """Adds what a training example has of the test split."""
-        if (person := number(_person(example))) in test.persons:
+        if test.persons and (person := number(_person(example))) in test.persons:
             self.persons[person] += 1
         own: list[Signal | Query] = [*example.signals, *example.queries]
         for part in own:
@@ -205,18 +205,17 @@ class Counts:
             self._contents.add(_content(signal))
             for name, label in _OF_SIGNALS[signal.kind]:
                 self._longer(label, getattr(signal, name), signal.provenance)
-        pairs = [_triple(signal) for signal in example.signals if signal.kind == "pair"]
         for query in example.queries:
-            triple = _triple(query)
-            prompt, chosen, rejected = map(number, triple)
+            prompt, chosen, rejected = number(query.prompt), number(query.chosen), number(query.rejected)
             self._prompts.add(prompt)
             self._triples.add(_mixed(prompt, chosen, rejected))
             self._reversed.add(_mixed(prompt, rejected, chosen))
-            if any(pair[0] == query.prompt for pair in pairs):
+            pairs = [_triple(s) for s in example.signals if s.kind == "pair" and s.prompt == query.prompt]
+            if pairs:
                 self._of["queries_whose_prompt_the_user_shows"] += 1
-                self._of["queries_that_the_user_shows"] += triple in pairs
-            for name, text in zip(("prompt", "chosen", "rejected"), triple, strict=True):
-                self._longer(name, text, query.provenance)
+                self._of["queries_that_the_user_shows"] += _triple(query) in pairs
+            for name in ("prompt", "chosen", "rejected"):
+                self._longer(name, getattr(query, name), query.provenance)
         if self._test is not None:
             self.met.add(self._test, example)
 

@@ -171,6 +171,28 @@ class Writer:
         )
 
 
+def remove_unfinished(folder: pathlib.Path) -> None:
+    """Removes what killed processes had not finished. The caller holds the folder's lock."""
+    for left in folder.glob(f"{UNFINISHED}*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def write(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file completely or not at all. Each process of a run has its own data, so each one writes."""
+    scratch = path.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")
+    try:
+        with scratch.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def decoded(record: bytes) -> Example:
     """Returns the example of a record."""
     return from_json(tf_example_pb2.Example.FromString(record).features.feature[_FEATURE].bytes_list.value[0])

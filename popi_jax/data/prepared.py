@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import pathlib
 import shutil
@@ -17,7 +18,7 @@ from absl import logging
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from popi_jax.config import Data
-from popi_jax.data import card, counting, files, locks, parts, sources, tables, users, workers
+from popi_jax.data import card, counting, locks, parts, sources, tables, users, workers
 from popi_jax.data.builders import alignx_parts, elix, prefeval, psoups, review, roleplay, stylebook, traits
 from popi_jax.data.counting import Made
 from popi_jax.data.parts import Part
@@ -166,6 +167,8 @@ def _make(data: Data, own: pathlib.Path) -> Prepared:
                     card.assembled(data, counts, dropped, licence(data), test),
                 )
                 found = _read(own)
+    except workers.Killed:
+        raise
     except UserError:
         shutil.rmtree(own, ignore_errors=True)  # Corrected data are other data.
         for folder in made:
@@ -193,14 +196,16 @@ def _finish(
     """Writes prepared.json, which says that the data are complete."""
     places = {split: places for split, (_, places) in splits.items() if places is not None}
     if places:
-        files.write_npz(own / _INDEX, **places)
+        index = io.BytesIO()
+        np.savez(index, **places)  # type: ignore[arg-type]
+        parts.write(own / _INDEX, index.getvalue())
     described = {
         "splits": {split: [part.folder.name for part in own] for split, (own, _) in splits.items()},
         "index": parts.file_digest(own / _INDEX) if places else None,
         "dropped": dict(dropped),
         "card": card,
     }
-    files.write_json(own / _DONE, described | {"sha256": parts.digest_of(described)})
+    parts.write(own / _DONE, json.dumps(described | {"sha256": parts.digest_of(described)}, indent=1).encode())
 
 
 def _read(own: pathlib.Path) -> Prepared | None:
@@ -247,11 +252,11 @@ def _fingerprint(parts: Sequence[Part], places: np.ndarray | None) -> str:
 @contextlib.contextmanager
 def _locked(own: pathlib.Path) -> Iterator[None]:
     """Holds the lock of the folder of a data set, and removes what killed processes left beside it."""
-    for left in own.parent.glob(f"*/{parts.UNFINISHED}*"):
-        if left.parent != own:
-            with contextlib.suppress(UserError), locks.held(left.parent):  # Unless somebody is writing it.
-                shutil.rmtree(left, ignore_errors=True)
+    for other in {left.parent for left in own.parent.glob(f"*/{parts.UNFINISHED}*")} - {own}:
+        with contextlib.suppress(UserError), locks.held(other):  # Unless somebody is writing it.
+            parts.remove_unfinished(other)
     with locks.held(own, wait=True):
+        own.mkdir(parents=True, exist_ok=True)  # In a run of several processes, only the first one has done so.
         yield
 
 

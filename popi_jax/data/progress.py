@@ -26,6 +26,7 @@ class Progress:
         self._console = console or Console(file=sys.stderr)
         self._begun = self._said = time.monotonic()
         self._first: int | None = None
+        self._ended = False
         self._bar: rich.progress.Progress | None = None
         if self._console.is_terminal:
             self._bar = rich.progress.Progress(
@@ -50,8 +51,8 @@ class Progress:
         if self._bar is not None:
             self._bar.start()  # Starting it again changes nothing.
             self._bar.update(self._task, completed=rows, shown=shown)
-        elif now - self._said >= _LINES or (rows >= self._total and self._said > self._begun):
-            self._said = now
+        elif now - self._said >= _LINES or (rows >= self._total and self._said > self._begun and not self._ended):
+            self._said, self._ended = now, rows >= self._total
             self._console.print(f"{self._name}: {shown}", markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:

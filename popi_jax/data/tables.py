@@ -177,10 +177,7 @@ def rows(files: Sequence[pathlib.Path], columns: Mapping[str, Spec]) -> Iterator
 
 
 def blocks(path: pathlib.Path, columns: Mapping[str, Spec], size: int) -> Iterator[Block]:
-    """Yields the rows of a file in blocks of this size, the last one smaller. Only one is in memory.
-
-    For the arguments and errors, see `rows`. A row is checked when it is taken.
-    """
+    """Yields the rows of a file in blocks of this size, one in memory at a time. Rows are checked when taken."""
     inside, given, spec = _inside(path), _given(path, columns), dict(columns)
 
     def taken(records: Callable[[np.ndarray], Iterable[Any]], start: int, plain: bool, places: np.ndarray) -> list[Row]:

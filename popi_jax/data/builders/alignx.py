@@ -40,7 +40,7 @@ FIELDS = {
 TEST_FILES = {variant: f"Reddit_{variant}.json" for variant in FIELDS}
 BALANCED = ("UGC", "PAIR", "DEMO", "arbitrary")  # Of the modes used least so far, the first one is next.
 SHOWN = 4  # The recipe shows at most 4 comments and 4 pairs.
-BLOCK = 8192  # Rows that are in memory at a time, and over which modes are balanced.
+BLOCK = 2048  # Rows that are in memory at a time, and over which modes are balanced.
 NUMBERS = 3 + 2 * SHOWN  # The random numbers of a row.
 
 _HISTORIES = {COMMENTS: ("comments", ("prompt", "comment")), PAIRS: ("pairs", ("prompt", "chosen", "rejected"))}

@@ -126,8 +126,7 @@ def prepare(data: Data, folder: pathlib.Path, counts: collections.Counter[str]) 
     Returns:
         The examples of each split, and what the data card looks for in training.
     """
-    for left in folder.glob(f"{parts.UNFINISHED}*"):  # Of a killed process.
-        shutil.rmtree(left, ignore_errors=True)
+    parts.remove_unfinished(folder)
     tested = Tested(())
 
     def run(jobs: Sequence[Job]) -> list[Result]:
