@@ -80,16 +80,12 @@ class Part:
             return dict(arrays)
 
     def read(self, places: np.ndarray | None = None) -> Iterator[Example]:
-        """Yields the examples at these ascending places, all by default. A few are in memory at a time."""
+        """Yields the examples at these places, all by default. A few are in memory at a time."""
+        chosen = range(self.examples) if places is None else places.tolist()
         reader = ArrayRecordReader(os.fspath(self.records))
         try:
-            for start in range(0, self.examples, _BLOCK):
-                stop = min(start + _BLOCK, self.examples)
-                inside: Iterable[int] = range(stop - start)
-                if places is not None:
-                    inside = places[np.searchsorted(places, start) : np.searchsorted(places, stop)] - start
-                records = reader.read(start, stop)
-                yield from (decoded(records[i]) for i in inside)
+            for start in range(0, len(chosen), _BLOCK):
+                yield from map(decoded, reader.read(list(chosen[start : start + _BLOCK])))
         finally:
             reader.close()
 

@@ -52,6 +52,8 @@ def run(
         UserError: that of the first job that has a mistake.
         Killed: a process was killed, as the kernel does when memory is full.
     """
+    if not jobs:
+        return []
     processes = min(processes or cores(), len(jobs))
     with Progress(name, rows) as progress:
         progress.update(done)

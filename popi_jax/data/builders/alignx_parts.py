@@ -255,7 +255,7 @@ def _identities(results: Sequence[Result], result_N: np.ndarray, record_N: np.nd
 
 
 def _of_result(result: Result, records: np.ndarray) -> Iterable[Example]:
-    """Reads the examples at these ascending places."""
+    """Reads the examples at these places."""
     if isinstance(result.made, Part):
         return result.made.read(records)
     return [result.made[record] for record in records.tolist()]
@@ -287,7 +287,8 @@ def _written(jobs: Sequence[Job], folder: pathlib.Path, tested: Tested) -> list[
     left = [(job, place, tested) for job, place, part in zip(jobs, places, found, strict=True) if part is None]
     done = sum(len(job.rows_N) for job, part in zip(jobs, found, strict=True) if part is not None)
     total = sum(len(job.rows_N) for job in jobs)
-    made = iter(workers.run(_write, left, f"preparing {jobs[0].split}", total, done, _processes(jobs)) if left else ())
+    name = f"preparing {jobs[0].split}" if jobs else ""
+    made = iter(workers.run(_write, left, name, total, done, _processes(jobs)))
     return [_result(*next(made)) if part is None else _result(part) for part in found]
 
 
