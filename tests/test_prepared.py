@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
 
 from configs import base
 from popi_jax.config import parse
@@ -71,6 +72,13 @@ def test_the_text_of_an_example_is_that_of_json() -> None:
             del fields["person"]
         assert to_json(example) == json.dumps(fields, ensure_ascii=False)
         assert from_json(to_json(example)) == example
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 113, 127, 128, 16_383, 16_384, 3_000_000])
+def test_a_record_is_what_protocol_buffers_write(size: int) -> None:
+    message = tf_example_pb2.Example()
+    message.features.feature["example"].bytes_list.value.append(b"x" * size)
+    assert parts.encoded(b"x" * size) == message.SerializeToString()
 
 
 def records(folder: pathlib.Path) -> dict[pathlib.Path, int]:
