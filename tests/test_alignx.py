@@ -270,6 +270,23 @@ def test_disjoint_drops_repeats_and_whatever_shows_a_test_prompt_and_counts_them
     assert [sorted(len(e.signals) for e in part) for part in data.values()] == [[1, 1, 1, 4, 4, 4], [2, 4, 4, 4]]
 
 
+def test_case_and_blanks_make_no_difference_to_a_leak(tmp_path: pathlib.Path) -> None:
+    train = [
+        row("u", 3, 3, prompt=" A\tlong  POST of the test"),
+        row("v", 0, 0, pairs_=[pair("v0", "V  Post"), pair("v1", "a LONG\npost of the test"), pair("v2"), pair("v3")]),
+        row("x", 3, 3),
+        row("x", 3, 3, prompt="X \u00a0 Post", demo="X is a  PERSON", chosen="X  good", rejected="x BAD"),
+    ]
+    data, counts = load(**published(tmp_path, train, [row("a", prompt="a long post of the test")]))
+    assert [len(e.signals) for e in data["train"] if e.queries[0].prompt == "v post"] == [2]
+    assert counts == {
+        "train rows whose prompt is a test prompt": 1,
+        "train signals that show their own query's prompt": 1,
+        "train signals that show a test prompt": 1,
+        "train rows that repeat another row": 1,
+    }
+
+
 def random_rows(seed: int, count: int) -> Rows:
     """Rows of few prompts, so that queries and signals have many in common."""
     rng = np.random.default_rng(seed)
