@@ -235,7 +235,7 @@ def make_table(
     if counts and not set(methods) & set(READERS):
         raise UserError(f"--signals: no method of --methods reads signals; add one of {', '.join(READERS)}")
     # Read before the hours of training that the methods take.
-    examples = prepared.load_examples(config.data)
+    examples = prepared.find(config.data, table / "shared").examples
     inputs = setup.read_inputs(config, examples)
     tests = {count: {"test": evaluate_mode.with_signals(examples["test"], count)} for count in counts}
     fewer = {count: inputs | {"test": prepared.content_hash(test)} for count, test in tests.items()}

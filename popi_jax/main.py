@@ -18,7 +18,7 @@ from popi_jax.data import files
 from popi_jax.errors import UserError, first_line
 from popi_jax.modes import cli, compilation_cache, signals
 
-MODES = ("train", "evaluate", "summarize", "generate", "export", "compile")
+MODES = ("train", "prepare", "evaluate", "summarize", "generate", "export", "compile")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: configs/NAME.py[:arg].", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder for the run's files. An existing run there is resumed.")
@@ -27,7 +27,7 @@ _DISTRIBUTED = flags.DEFINE_string(
     None,
     "Runs in several processes: 'auto' on TPU slices and Slurm, HOST:PORT,COUNT,INDEX elsewhere.",
 )
-_MODE = flags.DEFINE_enum("mode", "train", MODES, "The mode to run.")
+_MODE = flags.DEFINE_enum("mode", "train", MODES, "The mode to run. prepare: only the data, without the model.")
 _STEP = flags.DEFINE_integer("step", None, "The step of the checkpoint to use; the newest by default.")
 _INPUT = flags.DEFINE_string("input", None, "summarize: users.jsonl. generate: prompts.jsonl.")
 _OUTPUT = flags.DEFINE_string(
@@ -53,10 +53,10 @@ def main(argv: list[str]) -> None:
         _join(_DISTRIBUTED.value)
     compilation_cache.enable()
     # Imported late, so that a mistake in the flags is reported at once.
-    from popi_jax.modes import evaluate, export, personalize, train
+    from popi_jax.modes import evaluate, export, personalize, prepare, train
 
-    if _MODE.value == "train":
-        train.train(config, workdir)
+    if _MODE.value in ("train", "prepare"):
+        (train.train if _MODE.value == "train" else prepare.prepare)(config, workdir)
         return
     output = None if _MODE.value == "evaluate" and _OUTPUT.value is None else _path(_OUTPUT)
     signals.say(lambda: f"the run in {workdir} is safe, and {output or 'its evaluation'} may be incomplete")

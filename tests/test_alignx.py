@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import json
 import pathlib
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 from configs import base
 from popi_jax.config import parse
 from popi_jax.data import tables
-from popi_jax.data.builders import alignx
+from popi_jax.data.builders import alignx, alignx_parts
 from popi_jax.data.builders.alignx import COMMENTS, DEMOGRAPHICS, PAIRS, TEST_FILES
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError
@@ -30,7 +29,7 @@ def load(path: pathlib.Path | str, **changes: Any) -> tuple[dict[str, list[Examp
     config.data.dataset, config.data.path = "alignx", str(path)
     config.data.update({name: str(v) if isinstance(v, pathlib.Path) else v for name, v in changes.items()})
     counts: collections.Counter[str] = collections.Counter()
-    return alignx.load(parse(config).data, counts), dict(counts)
+    return alignx_parts.load(parse(config).data, counts), dict(counts)
 
 
 def comment(name: str, prompt: str = "") -> dict[str, Any]:
@@ -75,44 +74,43 @@ def published(folder: pathlib.Path, train: Rows, test: Rows, **others: Rows) -> 
     return {"path": folder / "train", "test_path": write_tests(folder / "test", test, **others)}
 
 
-def signals(comments: int, pairs: int) -> dict[str, tuple[Signal, ...]]:
-    return {
-        DEMOGRAPHICS: (Signal("profile", text="d"),),
-        COMMENTS: tuple(Signal("comment", f"c{i}", text="t") for i in range(comments)),
-        PAIRS: tuple(Signal("pair", f"p{i}", "y", "n") for i in range(pairs)),
-    }
+def shown(draws: alignx.Draws, rng: np.random.Generator, comments: int, pairs: int) -> tuple[str, list[str]]:
+    """Draws what a user shows: the mode, and the names of the entries in their order."""
+    mode, profile, of_comments, of_pairs = draws(comments, pairs, rng.random(alignx.NUMBERS).tolist())
+    return mode, ["d"] * profile + [f"c{i}" for i in of_comments] + [f"p{i}" for i in of_pairs]
 
 
 def test_the_mode_is_forced_by_short_histories_and_else_the_one_used_least() -> None:
-    draws = alignx.Draws(np.random.default_rng(0))
+    draws, rng = alignx.Draws(), np.random.default_rng(0)
     sizes = [(3, 3), (4, 3), (3, 4), (4, 4), (4, 4), (4, 9), (9, 4), (5, 5), (0, 9), (4, 4), (4, 4), (4, 4), (4, 4)]
-    modes = [draws(signals(*size))[0] for size in sizes]
+    modes = [shown(draws, rng, *size)[0] for size in sizes]
     # After the forced ones, UGC, PAIR and DEMO have 1 each; after the forced fifth PAIR, they have 2, 3, 2 and 2.
     expected = "DEMO UGC PAIR arbitrary UGC PAIR DEMO arbitrary PAIR UGC DEMO arbitrary UGC"
     assert modes == expected.split()
     assert draws.used == {"UGC": 4, "PAIR": 3, "DEMO": 3, "arbitrary": 3}
+    assert shown(alignx.Draws(order=("PAIR", "UGC")), rng, 4, 4)[0] == "PAIR"
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("UGC", "comment"), ("PAIR", "pair"), ("DEMO", "profile")])
+@pytest.mark.parametrize(("mode", "kind"), [("UGC", "c"), ("PAIR", "p"), ("DEMO", "d")])
 def test_a_mode_shows_one_kind_each_entry_equally_often(mode: str, kind: str) -> None:
-    draws = alignx.Draws(np.random.default_rng(0), mode)
-    shown = [draws(signals(7, 7))[1] for _ in range(2000)]
+    draws, rng = alignx.Draws(mode), np.random.default_rng(0)
+    found = [shown(draws, rng, 7, 7)[1] for _ in range(2000)]
     count = 1 if mode == "DEMO" else 4
-    assert all(len(set(part)) == len(part) == count for part in shown)
-    assert {signal.kind for part in shown for signal in part} == {kind}
-    first = collections.Counter(part[0] for part in shown)
-    every = collections.Counter(signal for part in shown for signal in part)
+    assert all(len(set(part)) == len(part) == count for part in found)
+    assert {name[0] for part in found for name in part} == {kind}
+    first = collections.Counter(part[0] for part in found)
+    every = collections.Counter(name for part in found for name in part)
     assert len(every) == (1 if mode == "DEMO" else 7)
     assert all(abs(first[s] - 2000 / len(every)) < 60 and abs(every[s] - 2000 * count / len(every)) < 90 for s in every)
 
 
 def test_arbitrary_shows_up_to_four_of_each_history_and_hides_half_of_the_demographics() -> None:
-    draws = alignx.Draws(np.random.default_rng(0), "arbitrary")
+    draws, rng = alignx.Draws("arbitrary"), np.random.default_rng(0)
     seen: collections.Counter[tuple[int, int, int]] = collections.Counter()
     for _ in range(10_000):
-        shown = [signal.kind for signal in draws(signals(6, 6))[1]]
-        assert shown == sorted(shown, key=["profile", "comment", "pair"].index)
-        seen[shown.count("comment"), shown.count("pair"), shown.count("profile")] += 1
+        kinds = [name[0] for name in shown(draws, rng, 6, 6)[1]]
+        assert kinds == sorted(kinds, key="dcp".index)
+        seen[kinds.count("c"), kinds.count("p"), kinds.count("d")] += 1
     assert seen[0, 0, 0] == 0
     assert abs(seen[0, 0, 1] - 400) < 80  # 10,000 / 25; the demographics are always there.
     assert len(seen) == 1 + 2 * 24
@@ -272,6 +270,23 @@ def test_disjoint_drops_repeats_and_whatever_shows_a_test_prompt_and_counts_them
     assert [sorted(len(e.signals) for e in part) for part in data.values()] == [[1, 1, 1, 4, 4, 4], [2, 4, 4, 4]]
 
 
+def test_case_and_blanks_make_no_difference_to_a_leak(tmp_path: pathlib.Path) -> None:
+    train = [
+        row("u", 3, 3, prompt=" A\tlong  POST of the test"),
+        row("v", 0, 0, pairs_=[pair("v0", "V  Post"), pair("v1", "a LONG\npost of the test"), pair("v2"), pair("v3")]),
+        row("x", 3, 3),
+        row("x", 3, 3, prompt="X \u00a0 Post", demo="X is a  PERSON", chosen="X  good", rejected="x BAD"),
+    ]
+    data, counts = load(**published(tmp_path, train, [row("a", prompt="a long post of the test")]))
+    assert [len(e.signals) for e in data["train"] if e.queries[0].prompt == "v post"] == [2]
+    assert counts == {
+        "train rows whose prompt is a test prompt": 1,
+        "train signals that show their own query's prompt": 1,
+        "train signals that show a test prompt": 1,
+        "train rows that repeat another row": 1,
+    }
+
+
 def random_rows(seed: int, count: int) -> Rows:
     """Rows of few prompts, so that queries and signals have many in common."""
     rng = np.random.default_rng(seed)
@@ -341,30 +356,50 @@ def test_a_smaller_sample_is_the_start_of_a_larger_one_and_counts_less(tmp_path:
 
 
 @pytest.mark.parametrize(("every", "expected_passes"), [(1, 1), (5, 2)])
-def test_no_more_rows_are_held_than_are_drawn(
+def test_only_rows_that_are_drawn_become_python_objects(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, every: int, expected_passes: int
 ) -> None:
-    alive: set[int] = set()
-    peak = passes = 0
-    read = tables.rows
+    made = passes = 0
+    blocks = tables.blocks
 
-    def watched(files: Any, columns: Any) -> Iterator[tables.Row]:
-        nonlocal peak, passes
-        passes += COMMENTS in columns and files[0].name == "rows.parquet"
-        for number, found in enumerate(read(files, columns)):
-            weakref.finalize(found, alive.discard, number)
-            alive.add(number)
-            peak = max(peak, len(alive))
-            yield found
+    def watched(path: pathlib.Path, columns: Any, size: int) -> Iterator[tables.Block]:
+        nonlocal passes
+        passes += path.name == "rows.parquet"
+        for block in blocks(path, columns, 500):
 
-    monkeypatch.setattr(tables, "rows", watched)
+            def taken(places: np.ndarray, block: tables.Block = block) -> list[tables.Row]:
+                nonlocal made
+                made += len(places) if path.name == "rows.parquet" else 0
+                return block.take(places)
+
+            yield dataclasses.replace(block, take=taken)
+
+    monkeypatch.setattr(tables, "blocks", watched)
     rows = [row(str(i), 1, 1, chosen="" if i % every else "yes") for i in range(3000)]
     write_parquet(tmp_path / "rows.parquet", rows)
     write_tests(tmp_path, [row("a")])
     data, _ = load(tmp_path, train_users=40, protocol="published", on_null="drop")
     assert len({example.user for example in data["train"]}) == 40
     assert passes == expected_passes
-    assert 40 <= peak <= 200  # Of 3,000: the 40, a quarter more and a hundred. The second time, as many again.
+    # Of 3,000: the 40, a quarter more and a hundred. If they are too few, twice as many.
+    assert made == (150 if passes == 1 else 450)
+
+
+def test_a_row_s_example_does_not_depend_on_the_size_of_the_sample_across_blocks(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alignx, "BLOCK", 32)
+    write_parquet(tmp_path / "train-0.parquet", [row(str(i), i % 6, i % 7) for i in range(400)])
+    write_parquet(tmp_path / "train-1.parquet", [row(str(i), i % 7, i % 6) for i in range(300, 700)])
+    write_tests(tmp_path, [row("a")])
+    full, counts = load(tmp_path)
+    assert counts == {"train rows that repeat another row": 100}
+    for wanted in (1, 50, 300):
+        part, fewer = load(tmp_path, train_users=wanted)
+        assert part["train"] == full["train"][:wanted]
+        assert fewer.get("train rows that repeat another row", 0) < 100
+    modes = collections.Counter(tuple(sorted({s.kind for s in e.signals})) for e in full["train"])
+    assert len(modes) == 7  # One kind alone, or several in the mode "arbitrary".
 
 
 def test_reading_is_deterministic_and_the_format_changes_nothing(tmp_path: pathlib.Path) -> None:

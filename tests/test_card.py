@@ -66,6 +66,12 @@ def test_what_the_splits_share(made: dict) -> None:
     assert card.shared(TRAIN, TEST[1:]) == dict.fromkeys(("persons", "test_prompts", "test_triples", "test_signals"), 0)
 
 
+def test_case_and_blanks_make_no_difference_to_what_is_shared() -> None:
+    train = [user("a", [pair("One  TWO three four FIVE")], [Query(" Q\tand more", "Yes", "NO")])]
+    test = [user("b", [pair("one two three four five")], [Query("q AND more", "yes", "no")])]
+    assert card.shared(train, test) == {"persons": 0, "test_prompts": 1, "test_triples": 1, "test_signals": 1}
+
+
 def test_training_loses_what_test_users_have():
     counts = collections.Counter()
     kept = disjoint.without(

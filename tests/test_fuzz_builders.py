@@ -16,6 +16,7 @@ from configs import quickstart
 from popi_jax import config
 from popi_jax.data import prepared
 from popi_jax.data.builders import alignx
+from popi_jax.data.schema import from_json, to_json
 from popi_jax.errors import UserError
 from tests.test_fuzz import PAIR, changed, stored_bytes
 
@@ -80,7 +81,7 @@ def check(folder: pathlib.Path, settings: config.Data, files: dict[str, bytes | 
         assert len(message.splitlines()) == 1 and len(message) < 2000, message
         return None
     for example in (*found["train"], *found["test"]):
-        assert prepared.from_json(prepared.to_json(example)) == example
+        assert from_json(to_json(example)) == example
         assert example.signals and all(query.chosen != query.rejected for query in example.queries)
     return found
 

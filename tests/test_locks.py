@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from popi_jax.data import locks, prepared
+from popi_jax.data import locks, parts
 from popi_jax.errors import UserError
-from tests.test_prepared import make
+from tests.test_prepared import make, prepare
 
 HOLDER = """
 import pathlib, sys, time
@@ -67,10 +67,10 @@ def test_a_waiting_writer_gets_the_lock(tmp_path):
 
 PREPARES = """
 import sys
-from popi_jax.data import prepared
-from tests.test_prepared import make
+import pathlib
+from tests.test_prepared import make, prepare
 sys.stdin.readline()
-print(len(prepared.prepare("fake", {"train": make(50)}, "k", sys.argv[1])["train"]))
+print(len(prepare({"train": make(50)}, pathlib.Path(sys.argv[1]))["train"]))
 """
 
 
@@ -86,21 +86,24 @@ def test_processes_that_prepare_the_same_data_share_them(tmp_path):
 
 def test_what_a_killed_preparation_left_is_removed(tmp_path):
     data = {"train": make(4)}
-    prepared.prepare("fake", data, "k", tmp_path)
-    (done,) = tmp_path.rglob("1.0.0")
-    left = done.rename(done.with_name("incomplete.AB12CD_1.0.0"))
-    assert list(prepared.prepare("fake", data, "k", tmp_path)["train"]) == data["train"]
+    prepare(data, tmp_path)
+    (done,) = tmp_path.glob("*/fake_k/train")
+    left = done.rename(done.with_name(f"{parts.UNFINISHED}ab12"))
+    assert list(prepare(data, tmp_path)["train"]) == data["train"]
     assert not left.exists() and done.exists()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "empty", "flip", "dataset_info.json", "missing"])
+@pytest.mark.parametrize(
+    "damage", ["truncate", "empty", "flip", "dataset_info.json", "part.json", "prepared.json", "missing"]
+)
 def test_damaged_prepared_data_are_prepared_again(tmp_path, caplog, damage):
     data = {"train": make(4), "test": make(2, "test")}
-    prepared.prepare("fake", data, "k", tmp_path)
+    prepare(data, tmp_path)
     path = next(tmp_path.rglob("*train.array_record*"))
     whole = path.read_bytes()
-    if damage == "dataset_info.json":
-        (path.parent / damage).write_text("{")
+    if damage.endswith(".json"):
+        place = path.parent / damage if (path.parent / damage).exists() else path.parents[1] / damage
+        place.write_text("{" if damage != "part.json" else place.read_text().replace('"examples": 4', '"examples": 5'))
     elif damage == "missing":
         path.unlink()
     elif damage == "flip":
@@ -108,6 +111,6 @@ def test_damaged_prepared_data_are_prepared_again(tmp_path, caplog, damage):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
     else:
         path.write_bytes(whole[:100] if damage == "truncate" else b"")
-    found = prepared.prepare("fake", data, "k", tmp_path)
+    found = prepare(data, tmp_path)
     assert {split: list(source) for split, source in found.items()} == data
     assert "the prepared data are damaged" in caplog.text

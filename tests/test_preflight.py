@@ -99,8 +99,9 @@ def test_what_does_not_fit_is_dropped_and_counted(changes, dropped, queries):
     kept = limits.usable(own, "test", users, counts)
     assert counts == dropped
     assert kept[0] == users[0] and sum(len(example.queries) for example in kept[1:]) == queries
+    assert kept.all == (not dropped) and list(kept.of(users[:])) == list(kept)
     assert own.overflow.counts() == {}  # Nothing was read yet.
-    assert limits.usable(encoder(on_overflow="error"), "test", users, counts) == users
+    assert list(limits.usable(encoder(on_overflow="error"), "test", users, counts)) == users
 
 
 def test_a_layout_in_a_file_of_ones_own_belongs_to_the_run(fitted, tmp_path):

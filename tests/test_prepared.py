@@ -1,16 +1,21 @@
 """Prepared data comes back unchanged, in an order that resumes exactly, and data sets are found by name."""
 
 import collections
+import dataclasses
 import json
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
 
 from configs import base
 from popi_jax.config import parse
-from popi_jax.data import locks, prepared, users
-from popi_jax.data.schema import Example, Query, Signal
+from popi_jax.data import locks, parts, prepared, sources, users
+from popi_jax.data.schema import Example, Query, Signal, from_json, to_json
 from popi_jax.errors import UserError
 
 
@@ -31,10 +36,15 @@ def make(n: int, split: str = "train") -> list[Example]:
     ]
 
 
+def prepare(examples: prepared.Examples, folder: pathlib.Path, key: str = "k") -> dict[str, prepared.ExampleSource]:
+    """Prepares examples as those of a data set with this key."""
+    return prepared.stored(prepared.Prepared(examples, {"rows": 1}, {}, folder / "preference_examples" / f"fake_{key}"))
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> prepared.ExampleSource:
     data = {"train": make(23), "test": make(5, "test")}
-    return prepared.prepare("fake", data, "key", tmp_path_factory.mktemp("data"))["train"]
+    return prepare(data, tmp_path_factory.mktemp("data"))["train"]
 
 
 def names(batch: list[Example]) -> list[str]:
@@ -43,26 +53,73 @@ def names(batch: list[Example]) -> list[str]:
 
 def test_examples_come_back_equal_and_in_order(tmp_path: pathlib.Path) -> None:
     data = {"train": make(7), "test": make(2, "test")}
-    sources = prepared.prepare("fake", data, "", tmp_path)
-    assert {split: list(source) for split, source in sources.items()} == data
-    assert (len(sources["train"]), sources["train"][6]) == (7, data["train"][6])
+    readers = prepare(data, tmp_path)
+    assert {split: list(source) for split, source in readers.items()} == data
+    assert (len(readers["train"]), readers["train"][6]) == (7, data["train"][6])
+    assert {split: source.fingerprint for split, source in readers.items()} == {
+        split: prepared.content_hash({split: part}) for split, part in data.items()
+    }
+    (folder,) = tmp_path.glob("*/fake_k/train")
+    by_tfds = tfds.builder_from_directory(folder).as_data_source("train")
+    assert [from_json(record["example"]) for record in by_tfds] == data["train"]
 
 
-def test_prepared_data_is_reused_but_never_stale(tmp_path: pathlib.Path) -> None:
-    def folders() -> set[str]:
-        return {path.name for path in (tmp_path / "preference_examples").iterdir()}
+def test_the_text_of_an_example_is_that_of_json() -> None:
+    odd = Signal("comment", '\x00\x1f\x7f"\\/\n\t', text="\u2028 😀 é", provenance="\ud7ff")
+    for example in [*make(6), Example("u", "test", (odd,), (), person='p"')]:
+        fields = dataclasses.asdict(example)
+        if not example.person:
+            del fields["person"]
+        assert to_json(example) == json.dumps(fields, ensure_ascii=False)
+        assert from_json(to_json(example)) == example
 
-    data = {"train": make(4)}
-    prepared.prepare("fake", data, "k", tmp_path)
-    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.array_record*")}
-    assert files
-    prepared.prepare("fake", data, "k", tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.array_record*")} == files
-    assert len(folders()) == 1
-    changed = {"train": make(3) + make(1)}
-    assert list(prepared.prepare("fake", changed, "k", tmp_path)["train"]) == changed["train"]
-    prepared.prepare("fake", data, "other", tmp_path)
-    assert len(folders()) == 3
+
+@pytest.mark.parametrize("size", [0, 1, 100, 113, 127, 128, 16_383, 16_384, 3_000_000])
+def test_a_record_is_what_protocol_buffers_write(size: int) -> None:
+    message = tf_example_pb2.Example()
+    message.features.feature["example"].bytes_list.value.append(b"x" * size)
+    assert parts.encoded(b"x" * size) == message.SerializeToString()
+
+
+def records(folder: pathlib.Path) -> dict[pathlib.Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.array_record*")}
+
+
+def test_prepared_data_is_reused_but_never_stale(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = users_config(tmp_path)
+    loads = []
+    loader = prepared.LOADERS["users"]
+    monkeypatch.setitem(prepared.LOADERS, "users", lambda *given: loads.append(given) or loader(*given))
+
+    def found() -> prepared.Prepared:
+        made = prepared.find(parse(config).data, tmp_path / "run")
+        prepared.stored(made)
+        return made
+
+    first = found()
+    there = records(tmp_path)
+    assert len(there) == 2 and len(loads) == 1 and isinstance(first.examples["train"], list)
+    again = found()
+    assert records(tmp_path) == there and len(loads) == 1
+    assert {split: list(part) for split, part in again.examples.items()} == first.examples
+    assert again.card == first.card and again.dropped == first.dropped
+    assert again.examples["train"].fingerprint == prepared.content_hash({"train": first.examples["train"]})
+    config.data.prepared_dir = str(tmp_path / "run" / "data")  # It is the same place.
+    found()
+    assert len(loads) == 1
+    lines = pathlib.Path(config.data.path).read_text().splitlines(keepends=True)
+    pathlib.Path(config.data.path).write_text("".join(lines[1:]))
+    changes: list[Callable[[], Any]] = [
+        lambda: None,  # The file has changed.
+        lambda: config.data.update({"seed": 1}),
+        lambda: monkeypatch.setattr(sources, "code_digest", lambda: "another version"),
+    ]
+    for number, change in enumerate(changes, start=2):
+        change()
+        found()
+        assert len(loads) == number and len(records(tmp_path)) == 2 * number
+    monkeypatch.undo()
+    assert sources.code_digest() != "another version"
 
 
 def test_content_hash_depends_on_texts_order_and_splits() -> None:
@@ -82,31 +139,24 @@ def test_content_hash_depends_on_texts_order_and_splits() -> None:
 
 
 def test_an_interrupted_preparation_is_repeated(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def dies_after_two(builder, examples):
-        for i, example in enumerate(examples):
-            if i == 2:
-                raise KeyboardInterrupt
-            yield i, {"user": example.user, "split": example.split, "example": prepared.to_json(example)}
-
     data = {"train": make(4)}
     with monkeypatch.context() as patch:
-        patch.setattr(prepared.PreferenceExamples, "_generate_examples", dies_after_two)
-        with pytest.raises(KeyboardInterrupt):
-            prepared.prepare("fake", data, "k", tmp_path)
-    (own,) = tmp_path.glob("*/fake_*")
-    left = own / "incomplete.5EEDED_1.0.0"  # A kill leaves it.
-    left.mkdir()
+        patch.setattr(parts.shutil, "rmtree", lambda *_, **__: None)  # A kill leaves the files.
+        patch.setattr(parts.Writer, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(data, tmp_path)
+    (left,) = tmp_path.glob(f"*/fake_k/{parts.UNFINISHED}*")
     with locks.held(left.parent):  # Somebody writes it.
-        prepared.prepare("fake", data, "other data", tmp_path)
+        prepare(data, tmp_path, "other")
         assert left.exists()
-    prepared.prepare("fake", data, "more data", tmp_path)
+    prepare(data, tmp_path, "more")
     assert not left.exists()
-    assert list(prepared.prepare("fake", data, "k", tmp_path)["train"]) == data["train"]
+    assert list(prepare(data, tmp_path)["train"]) == data["train"]
 
 
 def test_an_empty_split_is_a_user_error(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="data set 'fake': the split 'test' is empty"):
-        prepared.prepare("fake", {"train": make(1), "test": []}, "", tmp_path)
+        prepare({"train": make(1), "test": []}, tmp_path)
 
 
 def test_tensorflow_is_never_imported(source: prepared.ExampleSource) -> None:
@@ -217,8 +267,8 @@ def test_from_config_prepares_data_in_the_configured_folder(tmp_path: pathlib.Pa
     config = users_config(tmp_path)
     if separate_folder:
         config.data.prepared_dir = str(tmp_path / "elsewhere")
-    sources = prepared.from_config(parse(config).data, tmp_path / "run")
-    assert {split: list(source) for split, source in sources.items()} == load(config)
+    readers = prepared.from_config(parse(config).data, tmp_path / "run")
+    assert {split: list(source) for split, source in readers.items()} == load(config)
     where = tmp_path / "elsewhere" if separate_folder else tmp_path / "run" / "data"
     assert list(where.rglob("*.array_record*"))
 

@@ -119,7 +119,9 @@ def test_row_describes_the_summaries(finished):
     different, per_user = len(set(sum(two, []))), np.mean([len(set(own)) for own in two])
     assert found["summaries_distinct"] == {"summaries": 16, "distinct": different, "per_user": per_user}
     assert found["stability"]["agreement"] == np.mean([len(seen) == 1 for seen in decisions.values()])
-    pairs = [[s.kind for s in example.signals].count("pair") for example in prepared.read(runlocal().data)["test"]]
+    pairs = [
+        [s.kind for s in example.signals].count("pair") for example in prepared.load_examples(runlocal().data)["test"]
+    ]
     own = found["faithfulness"]
     assert (own["users"], own["signals"], own["skipped"]) == (np.count_nonzero(pairs), sum(pairs), 0)
     assert 0 <= own["accuracy_ci95"][0] <= own["accuracy"] <= own["accuracy_ci95"][1] <= 1

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import io
 import json
@@ -15,174 +14,274 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-import tensorflow_datasets as tfds
 from absl import logging
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from popi_jax.config import Data
-from popi_jax.data import card, locks, tables, users
-from popi_jax.data.builders import alignx, elix, prefeval, psoups, review, roleplay, stylebook, traits
-from popi_jax.data.schema import Example, Query, Signal
-from popi_jax.errors import UserError, first_line, shown
+from popi_jax.data import card, counting, locks, parts, sources, tables, users, workers
+from popi_jax.data.builders import alignx_parts, elix, prefeval, psoups, review, roleplay, stylebook, traits
+from popi_jax.data.counting import Made
+from popi_jax.data.parts import Part
+from popi_jax.data.schema import Example, to_json
+from popi_jax.errors import UserError, disk_full, first_line, shown
+
+_FOLDER, _DONE, _INDEX = "preference_examples", "prepared.json", "index.npz"
+Examples = Mapping[str, Sequence[Example]]  # By split.
 
 
-@dataclasses.dataclass
-class PreparedConfig(tfds.core.BuilderConfig):
-    """A data set's examples by split. `name` must identify them, because TFDS finds prepared data by name."""
+class ExampleSource(Sequence[Example]):
+    """Random access to prepared examples, for grain.
 
-    # Not in the repr, which TFDS logs.
-    examples: Mapping[str, Sequence[Example]] = dataclasses.field(default_factory=dict, repr=False)
+    Args:
+        parts: the parts that have the examples.
+        fingerprint: changes whenever an example does.
+        places: those of the examples, counted through the parts; None: all of them, in order.
+    """
 
-
-class PreferenceExamples(tfds.core.GeneratorBasedBuilder):
-    """Stores examples in order. Nested fields are JSON text, because TFDS needs TensorFlow to write ragged features."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    # Nothing is downloaded, so there are no checksums. To look for them beside this file, TFDS would import a package
-    # that it does not install (importlib_resources).
-    code_path = None
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text
-        features = tfds.features.FeaturesDict({"user": text(), "split": text(), "example": text()})
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        return {split: self._generate_examples(examples) for split, examples in self.builder_config.examples.items()}
-
-    def _generate_examples(self, examples: Sequence[Example]) -> Iterator[tuple[int, dict[str, str]]]:
-        for i, example in enumerate(examples):
-            yield i, {"user": example.user, "split": example.split, "example": to_json(example)}
-
-
-class ExampleSource:
-    """Random access to prepared examples, for grain. `fingerprint` changes whenever an example does."""
-
-    def __init__(self, records: Sequence[dict[str, bytes]], fingerprint: str):
-        self._records, self.fingerprint = records, fingerprint
+    def __init__(self, parts: Sequence[Part], fingerprint: str, places: np.ndarray | None = None):
+        self._records = ArrayRecordDataSource([str(part.records) for part in parts])
+        self._places, self.fingerprint = places, fingerprint
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._records) if self._places is None else len(self._places)
 
-    def __getitem__(self, index: int) -> Example:
-        return from_json(self._records[index]["example"])
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self[i] for i in range(len(self)))
-
-
-def to_json(example: Example) -> str:
-    """Serialises an example as one line of JSON."""
-    fields = dataclasses.asdict(example)
-    if not example.person:  # Without it, the text and its hash are those of data that were prepared before it existed.
-        del fields["person"]
-    return json.dumps(fields, ensure_ascii=False)
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return parts.decoded(self._records[int(index if self._places is None else self._places[index])])
 
 
-def from_json(text: str | bytes) -> Example:
-    """Inverse of `to_json`."""
-    fields = json.loads(text)
-    signals = tuple(Signal(**signal) for signal in fields.pop("signals"))
-    queries = tuple(Query(**query) for query in fields.pop("queries"))
-    return Example(signals=signals, queries=queries, **fields)
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A data set.
+
+    Attributes:
+        examples: by split: readers of the prepared ones, or lists of those that are in memory only.
+        dropped: the number of dropped rows and signals, by reason.
+        card: the data card of these examples, see `card.make`.
+        folder: where they are, or will be.
+    """
+
+    examples: Examples
+    dropped: Mapping[str, int]
+    card: Mapping[str, Any]
+    folder: pathlib.Path
 
 
-def content_hash(examples: Mapping[str, Sequence[Example]]) -> str:
+def content_hash(examples: Examples) -> str:
     """Hashes the examples' texts, order and splits."""
     digest = hashlib.sha256()
     for split, split_examples in examples.items():
-        for line in (split, *map(to_json, split_examples)):
-            digest.update(line.encode() + b"\n")
+        digest.update(split.encode() + b"\n")
+        for example in split_examples:
+            digest.update(to_json(example).encode() + b"\n")
     return digest.hexdigest()[:16]
 
 
-def prepare(
-    source_name: str, examples: Mapping[str, Sequence[Example]], key: str, data_dir: str | pathlib.Path
-) -> dict[str, ExampleSource]:
-    """Writes the examples as array_record, unless the same ones are already there, and returns readers for them.
+def fingerprint(split: str, examples: Sequence[Example]) -> str:
+    """Returns what changes whenever an example of the split does: for data in memory, their `content_hash`."""
+    return examples.fingerprint if isinstance(examples, ExampleSource) else content_hash({split: examples})
+
+
+def find(data: Data, workdir: str | pathlib.Path) -> Prepared:
+    """Returns the examples of config.data, prepared already or not. Says how many there are and what was dropped.
+
+    They are looked for in data.prepared_dir, or else in <workdir>/data, by the settings, the bytes of the source files
+    and the code that reads them. If they are not there, they are read. Those of a large data set are then prepared;
+    others are in memory, and `stored` prepares them.
+
+    Raises:
+        UserError: bad data, or fewer examples than config.data requests. Nothing is left of them.
+    """
+    top = pathlib.Path(data.prepared_dir or pathlib.Path(workdir) / "data")
+    if jax.process_count() > 1:
+        top /= f"process_{jax.process_index()}"  # Each process has its own.
+    own = top / _FOLDER / f"{data.dataset}_{_key(data)}"
+    found = _read(own)
+    if found is None:
+        found = _make(data, own) if data.dataset in PREPARERS else _load(data, own)
+    for reason, count in found.dropped.items():
+        logging.warning("data: dropped %d %s", count, reason)
+    print("data:", ", ".join(f"{len(part)} {split} examples" for split, part in found.examples.items()))
+    if data.protocol == "disjoint" and data.dataset != "stylebook":  # All its users share a few prompts.
+        shared = found.card["shared"]
+        names = {"test_prompts": "prompts", "test_triples": "triples", "test_signals": "signals"}
+        if told := ", ".join(f"{shared[key]} {name}" for key, name in names.items() if shared[key]):
+            print(f"data: training shows some of the test split, too: {told}")
+    return found
+
+
+def stored(found: Prepared) -> dict[str, ExampleSource]:
+    """Returns readers of the examples, which are written as array_record unless they are there already.
 
     Damaged files, and what a killed process left of an earlier preparation, are replaced. If several processes
     need the same data, one writes them and the others read the result.
 
-    Args:
-        source_name: e.g. "psoups"; letters and underscores.
-        examples: the examples of each split, at least one in each.
-        key: anything else that identifies the data set, such as its settings. It is hashed into the name with the
-            content.
-        data_dir: the folder to write to. In a multi-process run, each process has its own subfolder.
-
     Raises:
         UserError: a split is empty.
     """
-    for split, split_examples in examples.items():
-        if not split_examples:
-            raise UserError(f"data set {source_name!r}: the split {split!r} is empty; add more data")
-    digest = hashlib.sha256(f"{key}\n{content_hash(examples)}".encode()).hexdigest()[:16]
-    folder = pathlib.Path(data_dir)
-    if jax.process_count() > 1:
-        folder /= f"process_{jax.process_index()}"
-    own = folder / PreferenceExamples.name / f"{source_name}_{digest}"
-    builder = functools.partial(
-        PreferenceExamples,
-        config=PreparedConfig(name=own.name, examples=examples),
-        data_dir=folder,
-        file_format="array_record",
-    )
-    found = _read(builder, own, examples)
-    if found is None:
-        for left in folder.glob(f"{PreferenceExamples.name}/*/incomplete.*"):  # Of a killed process.
-            with contextlib.suppress(UserError), locks.held(left.parent):  # Unless somebody is writing it.
-                shutil.rmtree(left, ignore_errors=True)
-        with locks.held(own, wait=True):
-            found = _read(builder, own, examples)
+    own, examples = found.folder, found.examples
+    for split, part in examples.items():
+        if not part:
+            raise UserError(f"data set {_name(own)!r}: the split {split!r} is empty; add more data")
+    if all(isinstance(part, ExampleSource) for part in examples.values()):
+        return dict(examples)  # type: ignore[arg-type]
+    with _locked(own):
+        done = _read(own)
+        if done is None:
+            _clear(own)
+            written = {split: _write(own, split, part) for split, part in examples.items()}
+            _finish(own, {split: ([part], None) for split, part in written.items()}, found.dropped, found.card)
+            done = _read(own)
+    if done is None:
+        raise UserError(f"{own}: the prepared data cannot be read back; give another config.data.prepared_dir")
+    return dict(done.examples)  # type: ignore[arg-type]
+
+
+def _load(data: Data, own: pathlib.Path) -> Prepared:
+    """Reads a data set into memory."""
+    dropped: collections.Counter[str] = collections.Counter()
+    examples = load_examples(data, dropped)
+    return Prepared(examples, dropped, card.make(data, examples, dropped, licence(data)), own)
+
+
+def _make(data: Data, own: pathlib.Path) -> Prepared:
+    """Prepares a data set, unless another process has just done so. What it finished before a kill is kept."""
+    made = [folder for folder in (own, *own.parents) if not folder.exists()]
+    try:
+        with _locked(own):
+            found = _read(own)
             if found is None:
-                # The lock keeps others out, so nobody writes an incomplete folder now.
-                for left in own.glob(f"*{PreferenceExamples.VERSION}"):
-                    shutil.rmtree(left)
-                with _quiet_tfds():
-                    builder().download_and_prepare()
-                found = _read(builder, own, examples)
+                dropped: collections.Counter[str] = collections.Counter()
+                splits, test = PREPARERS[data.dataset](data, own, dropped)
+                counts = {
+                    split: counting.count(split, made, test if split == "train" else None)
+                    for split, made in splits.items()
+                }
+                _finish(
+                    own,
+                    {split: (made.parts, made.places) for split, made in splits.items()},
+                    dropped,
+                    card.assembled(data, counts, dropped, licence(data), test),
+                )
+                found = _read(own)
+    except workers.Killed:
+        raise
+    except UserError:
+        shutil.rmtree(own, ignore_errors=True)  # Corrected data are other data.
+        for folder in made:
+            with contextlib.suppress(OSError):  # Another process may use it.
+                folder.rmdir()
+        raise
     if found is None:
         raise UserError(f"{own}: the prepared data cannot be read back; give another config.data.prepared_dir")
     return found
 
 
-def _read(
-    builder: Callable[[], PreferenceExamples], own: pathlib.Path, examples: Mapping[str, Sequence[Example]]
-) -> dict[str, ExampleSource] | None:
-    """Returns readers for the files in `own`; None if there are none, or if they do not hold the examples."""
-    if not (own / str(PreferenceExamples.VERSION)).exists():
+def _write(own: pathlib.Path, split: str, examples: Sequence[Example]) -> Part:
+    with parts.Writer(own / split, split) as writer:
+        for example in examples:
+            writer.add(example)
+        return writer.finish()
+
+
+def _finish(
+    own: pathlib.Path,
+    splits: Mapping[str, tuple[Sequence[Part], np.ndarray | None]],
+    dropped: Mapping[str, int],
+    card: Mapping[str, Any],
+) -> None:
+    """Writes prepared.json, which says that the data are complete."""
+    places = {split: places for split, (_, places) in splits.items() if places is not None}
+    if places:
+        index = io.BytesIO()
+        np.savez(index, **places)  # type: ignore[arg-type]
+        parts.write(own / _INDEX, index.getvalue())
+    described = {
+        "splits": {split: [part.folder.name for part in own] for split, (own, _) in splits.items()},
+        "index": parts.file_digest(own / _INDEX) if places else None,
+        "dropped": dict(dropped),
+        "card": card,
+    }
+    parts.write(own / _DONE, json.dumps(described | {"sha256": parts.digest_of(described)}, indent=1).encode())
+
+
+def _read(own: pathlib.Path) -> Prepared | None:
+    """Returns the data prepared in this folder; None if they are not complete or damaged."""
+    if not (own / _DONE).exists():
         return None
     try:
-        with _quiet_tfds():
-            reader = builder()
-            found = {
-                split: ExampleSource(reader.as_data_source(split), content_hash({split: part}))
-                for split, part in examples.items()
-            }
-        if all(list(found[split]) == list(part) for split, part in examples.items()):
-            return found
-        reason = "they differ from the data"
-    except Exception as error:  # A broken file can make TFDS and array_record raise any exception.
-        reason = first_line(error)
-    logging.warning("%s: the prepared data are damaged (%s); preparing them again", own, reason)
-    return None
+        described = json.loads((own / _DONE).read_bytes())
+        if described.pop("sha256") != parts.digest_of(described):
+            raise ValueError(f"{_DONE} changed")
+        if described["index"] and parts.file_digest(own / _INDEX) != described["index"]:
+            raise ValueError(f"{_INDEX} changed")
+        index: dict[str, np.ndarray] = {}
+        if described["index"]:
+            with np.load(own / _INDEX) as arrays:
+                index = dict(arrays)
+        examples = {}
+        for split, names in described["splits"].items():
+            found = [Part.find(own / name) for name in names]
+            if None in found:
+                raise ValueError(f"{names[found.index(None)]} is missing or damaged")
+            whole = [part for part in found if part is not None]
+            if damage := next(filter(None, workers.threads(Part.damage, whole)), ""):
+                raise ValueError(damage)
+            examples[split] = ExampleSource(whole, _fingerprint(whole, index.get(split)), index.get(split))
+        return Prepared(examples, described["dropped"], described["card"], own)
+    except Exception as error:  # A broken file can make array_record raise any exception.
+        if disk_full(error):
+            raise
+        logging.warning("%s: the prepared data are damaged (%s); preparing them again", own, first_line(error))
+        return None
+
+
+def _fingerprint(parts: Sequence[Part], places: np.ndarray | None) -> str:
+    """Returns the content hash of the examples of one part, or a hash of those of several parts and of the places."""
+    if places is None:
+        (part,) = parts
+        return part.content
+    digest = hashlib.sha256("\n".join(part.content for part in parts).encode())
+    digest.update(np.asarray(places, np.int64).tobytes())
+    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
-    """Silences TFDS, which reports downloads that do not happen and warns of configs that the builder does not list."""
-    tfds.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
+def _locked(own: pathlib.Path) -> Iterator[None]:
+    """Holds the lock of the folder of a data set, and removes what killed processes left beside it."""
+    for other in {left.parent for left in own.parent.glob(f"*/{parts.UNFINISHED}*")} - {own}:
+        with contextlib.suppress(UserError), locks.held(other):  # Unless somebody is writing it.
+            parts.remove_unfinished(other)
+    with locks.held(own, wait=True):
+        own.mkdir(parents=True, exist_ok=True)  # In a run of several processes, only the first one has done so.
+        yield
+
+
+def _clear(own: pathlib.Path) -> None:
+    """Removes all but the lock."""
+    for left in own.iterdir():
+        if left.is_dir():
+            shutil.rmtree(left)
+        elif left.name != "lock":
+            left.unlink()
+
+
+def _name(own: pathlib.Path) -> str:
+    return own.name.rpartition("_")[0]
+
+
+def _key(data: Data) -> str:
+    """Returns what identifies the prepared data: the settings, the source files, and the code that reads them."""
+    settings = data.model_dump(exclude={"prepared_dir"})
+    known = {"settings": settings, "files": sources.digests(data), "code": sources.code_digest()}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def training_iterator(
-    source: ExampleSource,
+    source: Sequence[Example],
     users_per_step: int,
     seed: int,
 ) -> grain.DatasetIterator:
@@ -199,41 +298,13 @@ def training_iterator(
 
 
 def from_config(data: Data, workdir: str | pathlib.Path) -> dict[str, ExampleSource]:
-    """Reads config.data and prepares it, see `from_examples`."""
-    return from_examples(data, read(data), workdir)
-
-
-def read(data: Data, dropped: collections.Counter[str] | None = None) -> dict[str, list[Example]]:
-    """Returns the examples of config.data by split. Says how many there are, and warns of what was dropped.
-
-    The number of dropped rows and signals is added to `dropped`, by reason.
-    """
-    counts: collections.Counter[str] = collections.Counter()
-    examples = load_examples(data, counts)
-    if dropped is not None:
-        dropped.update(counts)
-    for reason, count in counts.items():
-        logging.warning("data: dropped %d %s", count, reason)
-    print("data:", ", ".join(f"{len(part)} {split} examples" for split, part in examples.items()))
-    if data.protocol == "disjoint" and data.dataset != "stylebook":  # All its users share a few prompts.
-        shared = card.shared(examples["train"], examples["test"])
-        names = {"test_prompts": "prompts", "test_triples": "triples", "test_signals": "signals"}
-        if found := ", ".join(f"{shared[key]} {name}" for key, name in names.items() if shared[key]):
-            print(f"data: training shows some of the test split, too: {found}")
-    return examples
+    """Finds the examples of config.data, or prepares them; returns readers for them."""
+    return stored(find(data, workdir))
 
 
 def licence(data: Data) -> str | None:
     """Returns the licence that a benchmark's own card names, if any."""
     return tables.licence(data.path) if data.dataset in BENCHMARKS else None
-
-
-def from_examples(
-    data: Data, examples: Mapping[str, Sequence[Example]], workdir: str | pathlib.Path
-) -> dict[str, ExampleSource]:
-    """Prepares the examples of config.data in data.prepared_dir, or else <workdir>/data."""
-    data_dir = data.prepared_dir or pathlib.Path(workdir) / "data"
-    return prepare(data.dataset, examples, json.dumps(data.model_dump(), sort_keys=True), data_dir)
 
 
 def load_examples(data: Data, counts: collections.Counter[str] | None = None) -> dict[str, list[Example]]:
@@ -296,9 +367,13 @@ LOADERS: dict[str, Callable[[Data, collections.Counter[str]], dict[str, list[Exa
     "elix": elix.load,
     "review": review.load,
     "roleplay": roleplay.load,
-    "alignx": alignx.load,
+    "alignx": alignx_parts.load,
     "prefeval": prefeval.load,
     "traits": traits.load,
 }
+# Those of data sets that memory may not hold. They write parts, and say which examples are kept.
+PREPARERS: dict[
+    str, Callable[[Data, pathlib.Path, collections.Counter[str]], tuple[Mapping[str, Made], card.Tested]]
+] = {"alignx": alignx_parts.prepare}
 DRAWN = ("stylebook", "traits")  # They draw as many users as the config names.
 BENCHMARKS = ("elix", "review", "roleplay", "alignx", "prefeval", "traits")

@@ -1,6 +1,8 @@
 """The types of an example: a user's signals of several kinds, the queries to answer for them, and their provenance."""
 
 import dataclasses
+import json
+from json.encoder import encode_basestring as _quoted
 from typing import Literal
 
 SignalKind = Literal["pair", "comment", "profile"]
@@ -62,3 +64,36 @@ class Example:
     queries: tuple[Query, ...]
     persona: str = ""
     person: str = ""
+
+
+def to_json(example: Example) -> str:
+    """Serialises an example as one line of JSON: that of `json.dumps`, in a third of its time."""
+    signals = ", ".join(
+        [
+            f'{{"kind": {_quoted(s.kind)}, "prompt": {_quoted(s.prompt)}, "chosen": {_quoted(s.chosen)}, "rejected":'
+            f' {_quoted(s.rejected)}, "text": {_quoted(s.text)}, "provenance": {_quoted(s.provenance)}}}'
+            for s in example.signals
+        ]
+    )
+    queries = ", ".join(
+        [
+            f'{{"prompt": {prompt}, "chosen": {_quoted(q.chosen)}, "rejected": {_quoted(q.rejected)},'
+            f' "provenance": {_quoted(q.provenance)}, "group": {prompt if q.group is q.prompt else _quoted(q.group)}}}'
+            for q in example.queries
+            for prompt in [_quoted(q.prompt)]
+        ]
+    )
+    # Without it, the text and its hash are those of data that were prepared before it existed.
+    person = f', "person": {_quoted(example.person)}' if example.person else ""
+    return (
+        f'{{"user": {_quoted(example.user)}, "split": {_quoted(example.split)}, "signals": [{signals}], "queries":'
+        f' [{queries}], "persona": {_quoted(example.persona)}{person}}}'
+    )
+
+
+def from_json(text: str | bytes) -> Example:
+    """Inverse of `to_json`."""
+    fields = json.loads(text)
+    signals = tuple(Signal(**signal) for signal in fields.pop("signals"))
+    queries = tuple(Query(**query) for query in fields.pop("queries"))
+    return Example(signals=signals, queries=queries, **fields)

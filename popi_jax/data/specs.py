@@ -61,6 +61,20 @@ def _check_type(type_: pa.DataType, spec: Spec, path: pathlib.Path, name: str) -
         raise UserError(f"{path}: column {name!r}: expected {expected(spec)}, found {shown(str(type_))}; {_CHECK}")
 
 
+def plain(type_: pa.DataType, spec: Spec) -> bool:
+    """Whether every value of this type is as the spec declares it, so that `checked` would return it as it is."""
+    spec = bare(spec)
+    if isinstance(spec, dict):
+        return (
+            isinstance(type_, pa.StructType)
+            and {field.name for field in type_} == set(spec)
+            and all(plain(type_.field(name).type, inner) for name, inner in spec.items())
+        )
+    if isinstance(spec, list):
+        return isinstance(type_, _LISTS) and plain(type_.value_type, spec[0])
+    return spec is str and type_ in _STRINGS
+
+
 def checked(spec: Spec, value: Any, where: str, path: tuple[str | int, ...]) -> Any:
     """Returns a value as the spec declares it; UserError if it is of another type."""
     spec = bare(spec)

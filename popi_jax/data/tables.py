@@ -6,17 +6,20 @@ columns. A file whose split is unclear is refused rather than guessed or left ou
 
 import contextlib
 import dataclasses
+import functools
 import gzip
+import itertools
 import os
 import pathlib
 import re
 import stat
 import urllib.parse
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -55,8 +58,23 @@ class DataFile(pathlib.PosixPath):
         return file
 
 
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Some rows of a file that follow one another.
+
+    Attributes:
+        start: the number of the first one in the file.
+        count: how many there are.
+        take: returns those at these places in the block, in this order. No other row becomes a Python object.
+    """
+
+    start: int
+    count: int
+    take: Callable[[np.ndarray], list[Row]]
+
+
 _JSON = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-_READ = (".parquet", *_JSON)
+READ = (".parquet", *_JSON)
 # Formats of data or archives that are not read. Every other ending is taken for something else, such as a README.
 _UNREAD = tuple(
     ".7z .arrow .array_record .avro .bz2 .csv .db .feather .gz .h5 .hdf5 .ipc .lz4 .mdb .ndjson .npy .npz .orc .pickle"
@@ -64,7 +82,7 @@ _UNREAD = tuple(
 )
 # Written beside the data by `datasets`; their content is not data.
 _METADATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
-_CARD = "README.md"
+CARD = "README.md"
 _SPLITS = (
     dict.fromkeys(("train", "training"), "train")
     | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
@@ -94,18 +112,18 @@ def splits(source: str, flag: str = "data.path", without: Collection[str] = ()) 
     Raises:
         UserError: nothing to read there, or files whose split, completeness or configuration is in doubt.
     """
-    root = _local(source, flag)
+    root = local(source, flag)
     if not root.is_dir():
-        if not root.name.lower().endswith(_READ):
-            raise UserError(f"{root}: not a format that is read; set {flag} to a file that ends in {', '.join(_READ)}")
+        if not root.name.lower().endswith(READ):
+            raise UserError(f"{root}: not a format that is read; set {flag} to a file that ends in {', '.join(READ)}")
         return {_split(root.parent, root.name) or "train": [DataFile.below(root.parent, root.name)]}
-    names = sorted(set(_names(root)) - set(without), key=_natural)
-    read = [name for name in names if name.lower().endswith(_READ)]
+    names = sorted(set(names_below(root)) - set(without), key=_natural)
+    read = [name for name in names if name.lower().endswith(READ)]
     unread = [name for name in names if name.lower().endswith(_UNREAD) and name not in read]
     if not read:
         reason = f"{unread[0]} has a format that is not read" if unread else "no data files in this folder"
         raise UserError(
-            f"{root}: {reason}; set {flag} to files that end in {', '.join(_READ)}, unpacked or converted if need be"
+            f"{root}: {reason}; set {flag} to files that end in {', '.join(READ)}, unpacked or converted if need be"
         )
     split_of = {name: _split(root, name) for name in read}
     named = {split for split in split_of.values() if split}
@@ -128,7 +146,7 @@ def splits(source: str, flag: str = "data.path", without: Collection[str] = ()) 
 
 def named(source: str, names: Collection[str], flag: str = "data.path") -> dict[str, pathlib.Path]:
     """Returns the files of these names at the top of a folder, or the source itself if it is one. See `splits`."""
-    root = _local(source, flag)
+    root = local(source, flag)
     folder = root if root.is_dir() else root.parent
     there = [name for name in names if (folder / name).is_file() and (root.is_dir() or root.name == name)]
     return {name: DataFile.below(folder, name) for name in there}
@@ -149,16 +167,37 @@ def rows(files: Sequence[pathlib.Path], columns: Mapping[str, Spec]) -> Iterator
         UserError: names the file, the column or row, what was expected and what was found. The schemas of all parquet
             files are checked before the first row.
     """
-    for path in files:
-        if path.name.lower().endswith(".parquet"):
-            with _parquet(path) as file:
-                specs.check_struct(pa.struct(list(file.schema_arrow)), columns, path, "", _given(path, columns))
+    check(files, columns)
     spec = dict(columns)
     for path in files:
         inside, given = _inside(path), _given(path, columns)
         for index, (place, record) in enumerate(_records(path, columns)):
             values = specs.checked(spec, given | record, place, ())
             yield Row(f"{path}: row {index}", f"{inside}#{index}", values)
+
+
+def blocks(path: pathlib.Path, columns: Mapping[str, Spec], size: int) -> Iterator[Block]:
+    """Yields the rows of a file in blocks of this size, one in memory at a time. Rows are checked when taken."""
+    inside, given, spec = _inside(path), _given(path, columns), dict(columns)
+
+    def taken(records: Callable[[np.ndarray], Iterable[Any]], start: int, plain: bool, places: np.ndarray) -> list[Row]:
+        rows = []
+        for number, (place, record) in zip((places + start).tolist(), records(places), strict=True):
+            where = f"{path}: row {number}"
+            values = record if plain else specs.checked(spec, given | record, place or where, ())
+            rows.append(Row(where, f"{inside}#{number}", values))
+        return rows
+
+    for start, count, plain, records in _blocks(path, columns, size):
+        yield Block(start, count, functools.partial(taken, records, start, plain))
+
+
+def check(files: Iterable[pathlib.Path], columns: Mapping[str, Spec]) -> None:
+    """Checks the schemas of the parquet files; UserError as for `rows`."""
+    for path in files:
+        if path.name.lower().endswith(".parquet"):
+            with _parquet(path) as file:
+                specs.check_struct(pa.struct(list(file.schema_arrow)), columns, path, "", _given(path, columns))
 
 
 def count(files: Iterable[pathlib.Path]) -> int:
@@ -179,8 +218,8 @@ def licence(source: str) -> str | None:
     Args:
         source: as for `splits`. UserError if it cannot be read.
     """
-    root = _local(source, "data.path")
-    card = (root if root.is_dir() else root.parent) / _CARD
+    root = local(source, "data.path")
+    card = (root if root.is_dir() else root.parent) / CARD
     try:
         stated = (huggingface_hub.metadata_load(card) or {}).get("license") if card.is_file() else None
     except Exception:  # A README is free text, and may have bad YAML or not be UTF-8.
@@ -188,12 +227,12 @@ def licence(source: str) -> str | None:
     return ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated) if stated else None
 
 
-def _local(source: str, flag: str) -> pathlib.Path:
+def local(source: str, flag: str) -> pathlib.Path:
     """Returns the local file or folder of a source, downloaded if need be."""
     if not source:
         raise UserError(f"config: {flag} is empty; set it to a file or folder, or to {HUB}OWNER/NAME")
     if source.startswith(HUB):
-        patterns = [_CARD, *(f"*{ending}" for ending in _READ)]
+        patterns = [CARD, *(f"*{ending}" for ending in READ)]
         try:
             return pathlib.Path(
                 huggingface_hub.snapshot_download(
@@ -211,7 +250,7 @@ def _local(source: str, flag: str) -> pathlib.Path:
     return path
 
 
-def _names(root: pathlib.Path) -> list[str]:
+def names_below(root: pathlib.Path) -> list[str]:
     """Returns the files below a folder, relative to it, without hidden files and metadata."""
     names: list[str] = []
     pending, seen = [""], set()
@@ -315,23 +354,70 @@ def _records(path: pathlib.Path, columns: Mapping[str, Spec]) -> Iterator[tuple[
         return _parquet_records(path, columns)
     if path.name.lower().endswith(_JSON):
         return _json_records(path)
-    raise UserError(f"{path}: not a format that is read; convert it to a file that ends in {', '.join(_READ)}")
+    raise UserError(f"{path}: not a format that is read; convert it to a file that ends in {', '.join(READ)}")
 
 
 def _parquet_records(path: pathlib.Path, columns: Mapping[str, Spec]) -> Iterator[tuple[str, dict[str, Any]]]:
-    with _parquet(path) as file:
-        there = [name for name in file.schema_arrow.names if name in columns]
-        start = 0
-        for batch in file.iter_batches(_BATCH, columns=there):
-            lists = []
-            for name in there:
-                try:
-                    lists.append(batch.column(name).to_pylist())
-                except UnicodeDecodeError:
-                    raise UserError(f"{path}: column {name!r}: not UTF-8 at or after row {start}; convert it") from None
-            for i in range(batch.num_rows):
-                yield f"{path}: row {start + i}", {name: values[i] for name, values in zip(there, lists, strict=True)}
+    start = 0
+    for batch in _batches(path, columns, _BATCH):
+        lists = _lists(batch, path, start)
+        for i in range(batch.num_rows):
+            yield f"{path}: row {start + i}", {name: values[i] for name, values in lists.items()}
+        start += batch.num_rows
+
+
+def _blocks(path: pathlib.Path, columns: Mapping[str, Spec], size: int) -> Iterator[tuple[int, int, bool, Any]]:
+    """Yields each block's start and size, whether its values need no check, and what returns places and records."""
+    start = 0
+    if path.name.lower().endswith(".parquet"):
+        for batch in _batches(path, columns, size):
+            types = {field.name: field.type for field in batch.schema}
+            # The schema was checked, and nothing else can be wrong with a value of these types.
+            plain = all(name in types and specs.plain(types[name], spec) for name, spec in columns.items())
+
+            def of_batch(places: np.ndarray, batch: Any = batch, start: int = start) -> list[tuple[str, Any]]:
+                lists = _lists(batch.take(pa.array(places)), path, start)
+                return [("", dict(zip(lists, values, strict=True))) for values in zip(*lists.values(), strict=True)]
+
+            yield start, batch.num_rows, plain, of_batch
             start += batch.num_rows
+        return
+    records = _records(path, columns)
+    while some := list(itertools.islice(records, size)):
+        yield start, len(some), False, lambda places, some=some: [some[place] for place in places.tolist()]
+        start += len(some)
+
+
+def _batches(path: pathlib.Path, columns: Mapping[str, Spec], size: int) -> Iterator[Any]:
+    """Yields the declared columns of a parquet file, without the undeclared fields of structs in lists."""
+    with _parquet(path) as file:
+        leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+        yield from file.iter_batches(
+            size, columns=[leaf for leaf in leaves if _declared(leaf, file.schema_arrow, columns)]
+        )
+
+
+def _declared(leaf: str, schema: pa.Schema, columns: Mapping[str, Spec]) -> bool:
+    """Whether a leaf of a parquet file, such as pairs.list.element.prompt, is of a declared column and field."""
+    found = [name for name in schema.names if leaf == name or leaf.startswith(f"{name}.")]
+    name = max(found, key=len)  # Names may have dots.
+    if name not in columns:
+        return False
+    spec, type_ = specs.bare(columns[name]), getattr(schema.field(name).type, "value_type", None)
+    if not (isinstance(spec, list) and isinstance(spec[0], dict) and isinstance(type_, pa.StructType)):
+        return True
+    return any(f".{inner}." in f"{leaf}." for inner in spec[0])
+
+
+def _lists(batch: Any, path: pathlib.Path, start: int) -> dict[str, list[Any]]:
+    """Returns the values of each column of a batch whose first row has this number."""
+    lists = {}
+    for name in batch.schema.names:
+        try:
+            lists[name] = batch.column(name).to_pylist()
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: column {name!r}: not UTF-8 at or after row {start}; convert it") from None
+    return lists
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ import pydantic
 
 from popi_jax.config import SUMMARIZED, Config, Method
 from popi_jax.data import files
-from popi_jax.data.prepared import ExampleSource
 from popi_jax.data.schema import Example, Query
 from popi_jax.evaluation import stats, stored
 from popi_jax.model.weights import Tree
@@ -123,12 +122,13 @@ class Evaluator:
             for i, (row, example, query, context) in enumerate(found)
         ]
 
-    def periodic(self, phi: Tree | None, theta: Tree | None, test: ExampleSource, step: int) -> dict[str, float]:
+    def periodic(self, phi: Tree | None, theta: Tree | None, test: Sequence[Example], step: int) -> dict[str, float]:
         """Returns the metrics of a periodic evaluation on the first eval.users test users (0: all).
 
         With method popi, they include the generator's accuracy if it is told the persona, where all have one, and if it
         is told nothing: how much it could gain now from what it is told.
         """
+
         users = self.config.eval.users
         examples = [test[i] for i in range(min(users, len(test)) if users else len(test))]
         row = result_row(self.records(phi, theta, examples, step), self.config, self.config.method)

@@ -53,11 +53,11 @@ def evaluate_checkpoint(
     """
     if output is not None:
         _check_output(output)
-    examples = prepared.read(config.data)
+    shared = workdir if shared is None else shared
+    examples = dict(prepared.find(config.data, shared).examples)
     if signals is not None:
         examples["test"] = with_signals(examples["test"], signals)
     run, state, _ = trained(config, workdir, step)
-    shared = workdir if shared is None else shared
     test = run.usable({"test": examples["test"]})["test"]
     run = run.fitted({"test": test})
     evaluator = run.evaluator(run.references(shared / "cache"))

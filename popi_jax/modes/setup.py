@@ -59,7 +59,7 @@ class Run:
 
     def usable(
         self, examples: Mapping[str, Sequence[Example]], dropped: collections.Counter[str] | None = None
-    ) -> dict[str, list[Example]]:
+    ) -> dict[str, limits.Kept]:
         """Returns the examples without users and queries that exceed config.limits, see `limits.usable`.
 
         Args:
@@ -187,7 +187,7 @@ def read_inputs(config: Config, examples: Mapping[str, Sequence[Example]]) -> di
 
 
 def _inputs(config: Config, model: str, tokenizer: str, examples: Mapping[str, Sequence[Example]]) -> dict[str, str]:
-    splits = {split: prepared.content_hash({split: part}) for split, part in examples.items()}
+    splits = {split: prepared.fingerprint(split, part) for split, part in examples.items()}
     return {"model": model, "tokenizer": tokenizer, **splits, **_own_layout(config)}
 
 

@@ -12,7 +12,7 @@ import jax
 from popi_jax import checkpoint
 from popi_jax.config import Config
 from popi_jax.data import card, files, locks, prepared
-from popi_jax.data.prepared import ExampleSource
+from popi_jax.data.schema import Example
 from popi_jax.errors import UserError
 from popi_jax.evaluation import final
 from popi_jax.evaluation.evaluate import Evaluator
@@ -46,19 +46,21 @@ def train(config: Config, workdir: pathlib.Path, shared: pathlib.Path | None = N
     runfiles.check_claim(workdir, config)
     signals.say(lambda: _saved(workdir))
     # All that may be a mistake is read before the run claims the workdir.
-    dropped: collections.Counter[str] = collections.Counter()
-    read = prepared.read(config.data, dropped)
-    run = setup.load(config)
-    examples = run.usable(read, dropped)
-    run = run.fitted(examples)
     shared = workdir if shared is None else shared
+    found = prepared.find(config.data, shared)
+    run = setup.load(config)
+    dropped = collections.Counter(found.dropped)
+    examples = run.usable(found.examples, dropped)
+    run = run.fitted(examples)
     print(preview.of_examples(config, run.encoder, examples["train"]))
     with locks.held(workdir):
-        inputs, total = run.inputs(read), schedule.total_steps(config)
+        inputs, total = run.inputs(found.examples), schedule.total_steps(config)
         begin = _start(run, workdir, inputs) if total else _Start(run.initial_state())
         runfiles.claim(workdir, config, inputs)
-        card.write(workdir, card.make(config.data, examples, dropped, prepared.licence(config.data)))
-        sources = prepared.from_examples(config.data, examples, shared)
+        whole = all(part.all for part in examples.values())
+        own = found.card if whole else card.make(config.data, examples, dropped, prepared.licence(config.data))
+        card.write(workdir, {**own, "dropped": dict(dropped)})
+        sources = {split: examples[split].of(source) for split, source in prepared.stored(found).items()}
         evaluator = run.evaluator(run.references(shared / "cache"))
         state = _loop(run, workdir, sources, evaluator, begin, inputs) if total else begin.state
         return final.finish(evaluator, workdir, state, list(sources["test"]), total)
@@ -110,7 +112,7 @@ def _start(run: Run, workdir: pathlib.Path, inputs: Mapping[str, str]) -> _Start
 def _loop(
     run: Run,
     workdir: pathlib.Path,
-    sources: Mapping[str, ExampleSource],
+    sources: Mapping[str, Sequence[Example]],
     evaluator: Evaluator,
     begin: _Start,
     inputs: Mapping[str, str],

@@ -1,8 +1,10 @@
 """Encodes every example once before the first step, so that no run ends midway because a user exceeds a limit."""
 
+import array
 import collections
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from popi_jax.config import SUMMARIZED, Config
 from popi_jax.data import packing
@@ -28,9 +30,46 @@ def buckets(config: Config, encoder: Encoder, sources: Mapping[str, Iterable[Exa
     return tuple(sorted(chosen | {-(-summary // 4), -(-summary // 2), summary}))
 
 
-def usable(
-    encoder: Encoder, split: str, examples: Sequence[Example], dropped: collections.Counter[str]
-) -> list[Example]:
+class Kept(Sequence[Example]):
+    """The examples of a split that fit, read one by one from where all of them are.
+
+    Args:
+        source: all examples.
+        places: of those that fit; None: all of them.
+        queries: the queries that fit, by the places of examples of which some do not.
+    """
+
+    def __init__(
+        self,
+        source: Sequence[Example],
+        places: Sequence[int] | None = None,
+        queries: Mapping[int, tuple[Query, ...]] | None = None,
+    ):
+        self._source, self._places, self._queries = source, places, queries or {}
+
+    def __len__(self) -> int:
+        return len(self._source) if self._places is None else len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place = index if self._places is None else self._places[index]
+        example = self._source[place]
+        return dataclasses.replace(example, queries=self._queries[place]) if place in self._queries else example
+
+    @property
+    def all(self) -> bool:
+        """Whether everything fits."""
+        return len(self) == len(self._source) and not self._queries
+
+    def of(self, source: Sequence[Example]) -> "Kept":
+        """Returns the same examples, read from another place."""
+        return Kept(source, self._places, self._queries)
+
+
+def usable(encoder: Encoder, split: str, examples: Sequence[Example], dropped: collections.Counter[str]) -> Kept:
     """The users and queries that fit. The choice does not depend on the method, so that methods can be compared.
 
     Args:
@@ -40,21 +79,23 @@ def usable(
         dropped: updated with the number of dropped users and queries, by reason.
     """
     if encoder.limits.on_overflow == "error":
-        return list(examples)
+        return Kept(examples)
     encoder = dataclasses.replace(encoder, overflow=OverflowLog())  # Nothing is read yet.
-    kept = []
-    for example in examples:
+    places, changed = array.array("q"), {}
+    for place, example in enumerate(examples):
         try:
             encoder.signals(example)
         except Unfit as error:
             dropped[f"{split} users {error.reason}"] += 1
             continue
         queries = tuple(_usable_queries(encoder, split, example, dropped))
-        if queries:
-            kept.append(dataclasses.replace(example, queries=queries))
-        else:
+        if not queries:
             dropped[f"{split} users without a query that fits"] += 1
-    return kept
+            continue
+        places.append(place)
+        if len(queries) < len(example.queries):
+            changed[place] = queries
+    return Kept(examples, places, changed)
 
 
 def _usable_queries(
@@ -75,10 +116,11 @@ def _usable_queries(
             yield query
 
 
-def _lengths(config: Config, encoder: Encoder, sources: Mapping[str, Iterable[Example]]) -> tuple[list[int], list[int]]:
+def _lengths(
+    config: Config, encoder: Encoder, sources: Mapping[str, Iterable[Example]]
+) -> tuple[Sequence[int], Sequence[int]]:
     """The tokens of each user's signals, and of each pair with a summary of the largest length."""
-    signals: list[int] = []
-    rows: list[int] = []
+    signals, rows = array.array("l"), array.array("l")
     told: Told | None
     for split, source in sources.items():
         # Whatever the method, an evaluation shows the raw signals to a reference and counts their tokens.

@@ -80,11 +80,10 @@ def whole(tmp_path_factory):
 def used(whole):
     """Reads every file beside the checkpoints as the next start of a run or a table does; returns what it uses."""
     _, run, truth = whole
-    examples = prepared.read(run.config.data)
-    inputs, meta = run.inputs(examples), truth[max(truth)][1]
+    inputs, meta = run.inputs(prepared.load_examples(run.config.data)), truth[max(truth)][1]
 
     def read(workdir: pathlib.Path) -> dict[str, object]:
-        sources = prepared.from_examples(run.config.data, examples, workdir)
+        sources = prepared.from_config(run.config.data, workdir)
         references = run.references(workdir / "cache")
         with metrics.MetricWriter(workdir, max(truth), 0.0, meta["metrics"]):
             pass

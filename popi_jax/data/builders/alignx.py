@@ -8,20 +8,21 @@ demographic text, comments on other posts, and pairs of comments on other posts.
 The public recipe for training draws 92,000 rows and then, for each row, what the user shows (`Draws`). It takes
 Python's random numbers for a sample that is not public, so its very draws cannot be repeated. "published" therefore
 means the same distribution, drawn with NumPy.
+
+Each file is read by itself, block by block, so that several processes can share the work and memory stays small: see
+`Job`. `alignx_parts.py` puts the files together.
 """
 
 import collections
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from popi_jax.config import Data
-from popi_jax.data import specs, tables
-from popi_jax.data.disjoint import Shown, folded
+from popi_jax.data import disjoint, specs, tables
+from popi_jax.data.disjoint import Shown, Texts
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.errors import UserError
 
@@ -39,64 +40,16 @@ FIELDS = {
 TEST_FILES = {variant: f"Reddit_{variant}.json" for variant in FIELDS}
 BALANCED = ("UGC", "PAIR", "DEMO", "arbitrary")  # Of the modes used least so far, the first one is next.
 SHOWN = 4  # The recipe shows at most 4 comments and 4 pairs.
+BLOCK = 2048  # Rows that are in memory at a time, and over which modes are balanced.
+NUMBERS = 3 + 2 * SHOWN  # The random numbers of a row.
 
 _HISTORIES = {COMMENTS: ("comments", ("prompt", "comment")), PAIRS: ("pairs", ("prompt", "chosen", "rejected"))}
 _QUERY: dict[str, Any] = {"prompt": str, "chosen": str, "rejected": str}
 _COLUMNS: dict[str, Any] = {DEMOGRAPHICS: specs.Optional(str)} | {
     field: specs.Optional([dict.fromkeys(names, str)]) for field, (_, names) in _HISTORIES.items()
 }
-_HOLD_OUT_STREAM, _TRAIN_STREAM, _TEST_STREAM = range(3)
-
 _TRAINING = {field: spec.spec for field, spec in _COLUMNS.items()}  # Only test files lack columns.
-
-Signals = Mapping[str, tuple[Signal, ...]]  # By field.
-
-
-@dataclasses.dataclass(frozen=True)
-class User:
-    """A row and its persona, the demographic text; "" if there is none. The row itself may lack it in test files."""
-
-    row: tables.Row
-    persona: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Pool:
-    """The rows that a split is drawn from.
-
-    Attributes:
-        files: files with the rows.
-        indices: the rows' numbers, counted through the files.
-        mode: a key of FIELDS: what the users show. "": it is drawn for each user.
-        demo: for a test file, the file with the personas of the same users. Users then show all that they have.
-    """
-
-    files: Sequence[pathlib.Path]
-    indices: np.ndarray
-    mode: str = ""
-    demo: pathlib.Path | None = None
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The fields that users may show."""
-        return FIELDS[self.mode or "arbitrary"]
-
-    def users(self) -> Iterator[User]:
-        """Reads all rows of the files, in order."""
-        if self.demo is None:
-            for row in tables.rows(self.files, _QUERY | _TRAINING):
-                yield User(row, _text(row.values[DEMOGRAPHICS]))
-            return
-        shown = tables.rows(self.files, _QUERY | {field: _COLUMNS[field] for field in self.fields})
-        told = tables.rows([self.demo], _QUERY | {DEMOGRAPHICS: _COLUMNS[DEMOGRAPHICS]})
-        for row, demo in zip(shown, told, strict=True):
-            for field in _QUERY:
-                if row.values[field] != demo.values[field]:
-                    raise UserError(
-                        f"{row.where}: field {field!r} differs from that of {demo.where}, which has the personas; take"
-                        " both files from the same release, unsorted"
-                    )
-            yield User(row, _text(demo.values[DEMOGRAPHICS]))
+HOLD_OUT_STREAM, TRAIN_STREAM, TEST_STREAM = range(3)
 
 
 class Draws:
@@ -108,308 +61,301 @@ class Draws:
     to 4 pairs, and hides the demographics with probability one half if any history is shown.
 
     Args:
-        rng: draws the entries of the histories. They are shown in the order drawn.
         mode: for all users; then histories may be short, and all that there is is shown. "": as above.
+        order: of the modes drawn least so far, the first one is next.
     """
 
-    def __init__(self, rng: np.random.Generator, mode: str = ""):
+    def __init__(self, mode: str = "", order: Sequence[str] = BALANCED):
         self.used: collections.Counter[str] = collections.Counter()
-        self._rng, self._mode = rng, mode
+        self._mode, self._order = mode, order
 
-    def __call__(self, signals: Signals) -> tuple[str, tuple[Signal, ...]]:
-        """Returns the mode and the signals shown."""
-        mode = self._mode or self._balanced(signals)
+    def __call__(self, comments: int, pairs: int, numbers: Sequence[float]) -> tuple[str, bool, list[int], list[int]]:
+        """Returns the mode, whether the demographics are shown, and the places of the comments and pairs shown.
+
+        Args:
+            comments: how many the user has.
+            pairs: how many the user has.
+            numbers: NUMBERS random numbers from [0, 1). The entries are shown in the order drawn.
+        """
+        mode = self._mode or self._balanced(comments, pairs)
         self.used[mode] += 1
+        of_comments, of_pairs = numbers[3 : 3 + SHOWN], numbers[3 + SHOWN :]
         if mode != "arbitrary":
-            (field,) = FIELDS[mode]
-            return mode, signals[field] if field == DEMOGRAPHICS else self._some(signals[field], SHOWN)
-        history = tuple(
-            signal for field in _HISTORIES for signal in self._some(signals[field], int(self._rng.integers(SHOWN + 1)))
-        )
-        hidden = bool(history) and self._rng.random() < 0.5
-        return mode, history if hidden else signals[DEMOGRAPHICS] + history
+            return (
+                mode,
+                mode == "DEMO",
+                _some(comments, SHOWN, of_comments) if mode == "UGC" else [],
+                _some(pairs, SHOWN, of_pairs) if mode == "PAIR" else [],
+            )
+        some_comments = _some(comments, int(numbers[0] * (SHOWN + 1)), of_comments)
+        some_pairs = _some(pairs, int(numbers[1] * (SHOWN + 1)), of_pairs)
+        return mode, numbers[2] < 0.5 or not (some_comments or some_pairs), some_comments, some_pairs
 
-    def _balanced(self, signals: Signals) -> str:
-        few_comments, few_pairs = (len(signals[field]) < SHOWN for field in _HISTORIES)
+    def _balanced(self, comments: int, pairs: int) -> str:
+        few_comments, few_pairs = comments < SHOWN, pairs < SHOWN
         if few_comments and few_pairs:
             return "DEMO"
         if few_comments or few_pairs:
             return "PAIR" if few_comments else "UGC"
-        return min(BALANCED, key=lambda mode: self.used[mode])
-
-    def _some(self, signals: Sequence[Signal], count: int) -> tuple[Signal, ...]:
-        chosen = self._rng.choice(len(signals), size=min(count, len(signals)), replace=False) if signals else ()
-        return tuple(signals[i] for i in chosen)
+        return min(self._order, key=lambda mode: self.used[mode])
 
 
-def load(data: Data, counts: collections.Counter[str]) -> dict[str, list[Example]]:
-    """Reads config.data.path and config.data.test_path. Both splits are in random order, determined by data.seed.
+def _some(entries: int, count: int, numbers: Sequence[float]) -> list[int]:
+    """Draws places of entries without replacement, one per number."""
+    places = list(range(entries))
+    for i in range(min(count, entries)):
+        j = i + int(numbers[i] * (entries - i))
+        places[i], places[j] = places[j], places[i]
+    return places[:count]
 
-    Test users are the rows of data.variant's file in data.test_path, or else in data.path, and show what that file
-    says; their personas are in the DEMO file. Without such files, they are the rows of a test split in data.path, or
-    else a share of its rows, whose prompts are then in no training row. They show what `Draws` draws in the mode
-    data.variant.
 
-    "disjoint" leaves out rows that repeat another row, entries that repeat another one of the same history, signals
-    that show their own query's prompt, and training rows and training signals with the prompt of a test query or that a
-    test user shows. It
-    draws first and then leaves out, so some users show fewer signals. "published" leaves out none of these.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The rows of one file that are drawn for a split.
 
-    Rows are drawn without replacement until the split has data.train_users or data.test_users examples, or until none
-    is left. Only the rows drawn are kept in memory, and only what they drop is counted. To draw more does not change
-    the first examples.
+    What becomes of a row depends on the rows of its block that are drawn before it, and on no other: they share the
+    modes. So a smaller sample is the start of a larger one.
+
+    Attributes:
+        split: "train" or "test".
+        file: the file.
+        number: its place among the files of the split, which determines its random numbers with the seed.
+        rows_N: the numbers of the rows in the file, in the order in which they were drawn.
+        ranks_N: their ranks in the draw, ascending.
+        seed: data.seed.
+        disjoint: whether training must show nothing of the test split.
+        on_null: data.on_null.
+        mode: a key of FIELDS: what the users show. "": it is drawn for each user.
+        demo: for a test file, the file with the personas of the same users. Users then show all that they have.
+        prompts: what training must not show: the prompts of test users.
+        shown: what training must not show: what test users show and answer.
+    """
+
+    split: str
+    file: pathlib.Path
+    number: int
+    rows_N: np.ndarray
+    ranks_N: np.ndarray
+    seed: int
+    disjoint: bool
+    on_null: str
+    mode: str = ""
+    demo: pathlib.Path | None = None
+    prompts: Texts = dataclasses.field(default_factory=Texts)
+    shown: Shown = dataclasses.field(default_factory=Shown)
+
+
+@dataclasses.dataclass
+class Dropped:
+    """The rows and signals that were dropped: the row's rank in the draw, and why."""
+
+    ranks: list[int] = dataclasses.field(default_factory=list)
+    reasons: list[str] = dataclasses.field(default_factory=list)
+
+
+def columns(mode: str, demo: bool) -> dict[str, Any]:
+    """Returns the columns to read of a file whose users show a mode, see `Job`; "" is the mode of training files."""
+    return _QUERY | ({field: _COLUMNS[field] for field in FIELDS[mode]} if demo else _TRAINING)
+
+
+def examples(job: Job, dropped: Dropped) -> Iterator[tuple[int, Example]]:
+    """Yields the examples of the file, each with its rank.
 
     Args:
-        data: config.data. It uses path, test_path, variant, protocol, on_null, test_fraction, train_users, test_users
-            and seed.
-        counts: updated with the number of dropped rows and signals, by reason.
-
-    Returns:
-        {"train": [...], "test": [...]}. Each example has one query, whose group is its prompt.
+        job: what to read.
+        dropped: updated with what is dropped. Rows that repeat another one are left in.
 
     Raises:
-        UserError: a bad file or setting; with data.on_null = "error", a row drawn that has a null or blank text, equal
-            responses or nothing to show; or an empty split.
+        UserError: bad data; with data.on_null = "error", a row drawn that has a null or blank text, equal responses or
+            nothing to show.
     """
-    if not data.path:
-        raise UserError("config: data.path is empty, but data.dataset = 'alignx' reads files; set its path")
-    pools = _pools(data)
-    test = _Builder("test", data, pools["test"], frozenset(), Shown(()), counts).examples(data.test_users)
-    prompts, shown = frozenset[bytes](), Shown(())
-    if data.protocol == "disjoint":
-        prompts, shown = _prompts(pools["test"]), Shown(test)
-    train = _Builder("train", data, pools["train"], prompts, shown, counts).examples(data.train_users)
-    return {"train": train, "test": test}
+    stream = {"train": TRAIN_STREAM, "test": TEST_STREAM}[job.split]
+    rng = np.random.default_rng((job.seed, stream, job.number))
+    told = _personas(job)
+    by_row = np.argsort(job.rows_N)
+    sorted_N = job.rows_N[by_row]
+    for block in tables.blocks(job.file, columns(job.mode, job.demo is not None), BLOCK):
+        numbers_BxN = rng.random((block.count, NUMBERS))  # For all rows, so that the others' do not depend on the draw.
+        order = np.random.default_rng((job.seed, stream, job.number, block.start)).permutation(len(BALANCED))
+        start, stop = np.searchsorted(sorted_N, (block.start, block.start + block.count))
+        drawn = np.sort(by_row[start:stop])  # In the order of the draw.
+        places = job.rows_N[drawn] - block.start
+        rows = block.take(places)
+        personas = [_text(row.values[DEMOGRAPHICS]) for row in rows] if told is None else told(rows, places)
+        maker = _Maker(job, dropped, Draws(job.mode, [BALANCED[i] for i in order]))
+        for rank, row, persona, numbers in zip(
+            job.ranks_N[drawn].tolist(), rows, personas, numbers_BxN[places].tolist(), strict=True
+        ):
+            example = maker.example(rank, row, persona, numbers)
+            if example:
+                yield rank, example
 
 
-class _Builder:
-    """Makes the examples of one split."""
+def _personas(job: Job) -> Any:
+    """Returns a function of a block's rows and places that gives the personas in the DEMO file; None without one."""
+    if job.demo is None:
+        return None
+    blocks = tables.blocks(job.demo, columns("DEMO", True), BLOCK)
 
-    def __init__(
-        self,
-        split: str,
-        data: Data,
-        pool: Pool,
-        test_prompts: frozenset[bytes],
-        shown: Shown,
-        counts: collections.Counter[str],
-    ):
-        self._split, self._pool, self._counts = split, pool, counts
-        self._test_prompts, self._shown = test_prompts, shown  # What training users must not show.
-        self._disjoint, self._on_null = data.protocol == "disjoint", data.on_null
-        self._rng = np.random.default_rng((data.seed, {"train": _TRAIN_STREAM, "test": _TEST_STREAM}[split]))
-        self._draws = Draws(self._rng, pool.mode)
-        self._seen: set[bytes] = set()
+    def told(rows: Sequence[tables.Row], places: np.ndarray) -> list[str]:
+        demos = next(blocks).take(places)
+        for row, demo in zip(rows, demos, strict=True):
+            for field in _QUERY:
+                if row.values[field] != demo.values[field]:
+                    raise UserError(
+                        f"{row.where}: field {field!r} differs from that of {demo.where}, which has the personas; take"
+                        " both files from the same release, unsorted"
+                    )
+        return [_text(demo.values[DEMOGRAPHICS]) for demo in demos]
 
-    def examples(self, wanted: int) -> list[Example]:
-        """Returns `wanted` examples, or as many as there are; 0: all.
+    return told
 
-        It reads the files once, and again only if many rows were dropped: then for as many more rows as it has drawn.
-        """
-        order = self._rng.permutation(self._pool.indices)
-        wanted = wanted or len(order)
-        examples: list[Example] = []
-        start, stop = 0, wanted + wanted // 4 + 100
-        while start < len(order) and len(examples) < wanted:
-            for user in self._read(order[start:stop]):
-                example = self._example(user)
-                if example:
-                    examples.append(example)
-                if len(examples) == wanted:
-                    break
-            start, stop = stop, 2 * stop
-        if not examples:
-            why = [f"{number} {reason}" for reason, number in self._counts.items() if reason.startswith(self._split)]
-            raise UserError(
-                f"{self._pool.files[0]}: no {self._split} row can be used ({', '.join(why) or 'there are none'}); add"
-                " other rows"
-            )
-        return examples
 
-    def _read(self, indices: np.ndarray) -> list[User]:
-        """Reads these rows, in this order, and keeps no other."""
-        place = {int(index): i for i, index in enumerate(indices)}
-        found = {place[index]: user for index, user in enumerate(self._pool.users()) if index in place}
-        return [found[i] for i in range(len(indices))]
+class _Maker:
+    """Makes the examples of one block."""
 
-    def _example(self, user: User) -> Example | None:
-        """Returns the user's example; None if the row is dropped."""
-        row, values = user.row, user.row.values
-        if self._flawed(values, tuple(_QUERY), row.where, "rows") or (self._disjoint and self._repeated(user)):
+    def __init__(self, job: Job, dropped: Dropped, draws: Draws):
+        self._job, self._dropped, self._draws = job, dropped, draws
+        self._rank = 0
+        # Nothing of which the prompt begins otherwise is in either.
+        self._beginnings = job.prompts.beginnings | job.shown.beginnings
+
+    def example(self, rank: int, row: tables.Row, persona: str, numbers: Sequence[float]) -> Example | None:
+        """Returns the row's example; None if the row is dropped."""
+        job, values = self._job, row.values
+        self._rank = rank
+        if (flaw := _flaw(values, _QUERY)) is not None:
+            self._leave_out(row.where, flaw, "rows")
             return None
-        prompt = values["prompt"]
-        found = {field: self._signals(row, field) for field in self._pool.fields}
-        if self._pool.demo:
-            mode, signals = self._pool.mode, tuple(signal for signals in found.values() for signal in signals)
+        query = Query(values["prompt"], values["chosen"], values["rejected"], row.source, values["prompt"])
+        if job.disjoint and self._leaks(query):
+            return None
+        fields = FIELDS[job.mode or "arbitrary"]
+        profile = _text(values[DEMOGRAPHICS]) if DEMOGRAPHICS in fields else ""
+        of_comments, of_pairs = (self._entries(row, field) if field in fields else [] for field in _HISTORIES)
+        if job.demo:
+            mode, shows_profile, comments, pairs = job.mode, True, of_comments, of_pairs
         else:
-            mode, signals = self._draws(found)
+            mode, shows_profile, some_comments, some_pairs = self._draws(len(of_comments), len(of_pairs), numbers)
+            comments, pairs = [of_comments[i] for i in some_comments], [of_pairs[i] for i in some_pairs]
+        signals = []
+        if shows_profile and profile:
+            signals.append(Signal("profile", text=profile, provenance=f"{row.source}/demographics"))
+        signals += [_comment(row, i) for i in comments]
+        signals += [_pair(row, i) for i in pairs]
         if not signals:
-            what = f"nothing to show in mode {mode} ({', '.join(FIELDS[mode])})"
-            self._leave_out(f"{row.where}: {what}", "rows without signals to show")
+            shows = f"nothing to show in mode {mode} ({', '.join(FIELDS[mode])})"
+            self._leave_out(row.where, (shows, "without signals to show"), "rows")
             return None
-        if self._disjoint:
-            signals = self._unleaked(signals, prompt)
+        if job.disjoint:
+            signals = self._unleaked(signals, query.prompt)
             if not signals:
                 self._drop("rows whose signals all show their own query's prompt or a test prompt")
                 return None
-            self._seen.add(_identity(user))
-        query = Query(prompt, values["chosen"], values["rejected"], provenance=row.source, group=prompt)
-        return Example(f"alignx/{self._split}/{row.source}", self._split, signals, (query,), user.persona)
+        return Example(f"alignx/{job.split}/{row.source}", job.split, tuple(signals), (query,), persona)
 
-    def _repeated(self, user: User) -> bool:
-        """Whether to drop a row because of what is in another one."""
-        if _key(user.row.values["prompt"]) in self._test_prompts:
+    def _leaks(self, query: Query) -> bool:
+        """Whether to drop a row because of what test users have."""
+        if disjoint.beginning(query.prompt) not in self._beginnings:
+            return False
+        if self._job.prompts.found(query.prompt) is not None:
             self._drop("rows whose prompt is a test prompt")
-            return True
-        if Query(*(user.row.values[field] for field in _QUERY)) in self._shown:
+        elif query in self._job.shown:
             self._drop("rows that a test user shows")
-            return True
-        if _identity(user) in self._seen:
-            self._drop("rows that repeat another row")
-            return True
-        return False
+        else:
+            return False
+        return True
 
-    def _signals(self, row: tables.Row, field: str) -> tuple[Signal, ...]:
-        """Returns what a row has in a field."""
-        value = row.values[field]
-        if field == DEMOGRAPHICS:
-            text = _text(value)
-            return (Signal("profile", text=text, provenance=f"{row.source}/demographics"),) if text else ()
+    def _entries(self, row: tables.Row, field: str) -> list[int]:
+        """Returns the places of the entries of a history that state something."""
         name, fields = _HISTORIES[field]
-        signals, seen = [], set()
-        for i, entry in enumerate(value or ()):
-            if self._flawed(entry, fields, f"{row.where}: {field}[{i}]", name):
+        places: list[int] = []
+        seen: set[tuple[str, ...]] = set()
+        for i, entry in enumerate(row.values[field] or ()):
+            if (flaw := _flaw(entry, fields)) is not None:
+                self._leave_out(f"{row.where}: {field}[{i}]", flaw, name)
                 continue
-            texts = tuple(entry[name] for name in fields)
-            if self._disjoint and texts in seen:
-                self._drop(f"{name} that repeat another one of their row")
-                continue
-            seen.add(texts)
-            provenance = f"{row.source}/{name}/{i}"
-            if field == COMMENTS:
-                signals.append(Signal("comment", prompt=entry["prompt"], text=entry["comment"], provenance=provenance))
-            else:
-                signals.append(Signal("pair", **{name: entry[name] for name in fields}, provenance=provenance))
-        return tuple(signals)
+            if self._job.disjoint:
+                texts = tuple(entry.values())
+                if texts in seen:
+                    self._drop(f"{name} that repeat another one of their row")
+                    continue
+                seen.add(texts)
+            places.append(i)
+        return places
 
-    def _unleaked(self, signals: Sequence[Signal], prompt: str) -> tuple[Signal, ...]:
+    def _unleaked(self, signals: Sequence[Signal], prompt: str) -> list[Signal]:
         """Returns the signals that show neither the query's prompt nor a test prompt."""
-        kept = []
+        own, kept = disjoint.beginning(prompt), []
         for signal in signals:
-            if signal.kind != "profile" and _key(signal.prompt) == _key(prompt):
+            begun = None if signal.kind == "profile" else disjoint.beginning(signal.prompt)
+            if begun is None or (begun != own and begun not in self._beginnings):
+                kept.append(signal)
+            elif begun == own and disjoint.folded(signal.prompt) == disjoint.folded(prompt):
                 self._drop("signals that show their own query's prompt")
-            elif signal.kind != "profile" and _key(signal.prompt) in self._test_prompts:
+            elif self._job.prompts.found(signal.prompt) is not None:
                 self._drop("signals that show a test prompt")
-            elif signal in self._shown:
+            elif signal in self._job.shown:
                 self._drop("signals that a test user shows, too")
             else:
                 kept.append(signal)
-        return tuple(kept)
+        return kept
 
-    def _flawed(self, record: Mapping[str, Any] | None, fields: Sequence[str], where: str, kind: str) -> bool:
-        """Whether a row or an entry states nothing, because it has null or blank texts or equal responses."""
-        if record is None:
-            return self._leave_out(f"{where}: the entry is null", f"{kind} that are null")
-        for field in fields:
-            if not _text(record[field]):
-                return self._leave_out(
-                    f"{where}: field {field!r} is null or blank", f"{kind} whose {field} is null or blank"
-                )
-        if "chosen" in fields and record["chosen"] == record["rejected"]:
-            return self._leave_out(
-                f"{where}: fields 'chosen' and 'rejected' are the same text",
-                f"{kind} whose responses are the same text",
-            )
-        return False
-
-    def _leave_out(self, message: str, reason: str) -> bool:
+    def _leave_out(self, where: str, flaw: tuple[str, str], kind: str) -> None:
         """Drops something that states nothing; UserError if data.on_null is "error"."""
-        if self._on_null == "error":
-            raise UserError(f"{message}; correct it, or set data.on_null = 'drop' to leave out and count {reason}")
-        self._drop(reason)
-        return True
+        what, reason = flaw
+        if self._job.on_null == "error":
+            raise UserError(
+                f"{where}: {what}; correct it, or set data.on_null = 'drop' to leave out and count {kind} {reason}"
+            )
+        self._drop(f"{kind} {reason}")
 
     def _drop(self, reason: str) -> None:
-        self._counts[f"{self._split} {reason}"] += 1
+        self._dropped.ranks.append(self._rank)
+        self._dropped.reasons.append(f"{self._job.split} {reason}")
 
 
-def _pools(data: Data) -> dict[str, Pool]:
-    """Returns the rows to train and to test on."""
-    names = tuple(TEST_FILES.values())
-    # The test files' names state no split, which would be refused if those of the files beside them do.
-    splits = tables.splits(data.path, without=names)
-    files = splits.get("train", [])
-    if not files:
-        raise UserError(f"{data.path}: no training files; set data.path to a folder with those of AlignX")
-    source, flag = (data.test_path, "data.test_path") if data.test_path else (data.path, "data.path")
-    named = tables.named(source, names, flag)
-    if named or data.test_path:
-        return {"train": _all(files), "test": _variant(named, source, data.variant)}
-    if splits.get("test"):
-        return {"train": _all(files), "test": _all(splits["test"], data.variant)}
-    if data.protocol == "published":
-        raise UserError(f"{data.path}: has no test files; set data.test_path or use data.protocol = 'disjoint'")
-    held = _held_out(files, data)
-    return {"train": Pool(files, np.flatnonzero(~held)), "test": Pool(files, np.flatnonzero(held), data.variant)}
+def _flaw(record: Mapping[str, Any] | None, fields: Sequence[str] | Mapping[str, Any]) -> tuple[str, str] | None:
+    """Returns what is wrong with a row or an entry that states nothing, in two wordings; None if it states something.
+
+    It has null or blank texts or equal responses.
+    """
+    if record is None:
+        return "the entry is null", "that are null"
+    for field in fields:
+        text = record[field]
+        if not text or text.isspace():
+            return f"field {field!r} is null or blank", f"whose {field} is null or blank"
+    if "chosen" in fields and record["chosen"] == record["rejected"]:
+        return "fields 'chosen' and 'rejected' are the same text", "whose responses are the same text"
+    return None
 
 
-def _all(files: Sequence[pathlib.Path], mode: str = "") -> Pool:
-    return Pool(files, np.arange(tables.count(files)), mode)
+def _comment(row: tables.Row, place: int) -> Signal:
+    entry = row.values[COMMENTS][place]
+    provenance = f"{row.source}/comments/{place}"
+    return Signal("comment", entry["prompt"], text=entry["comment"], provenance=provenance)
 
 
-def _variant(named: Mapping[str, pathlib.Path], source: str, variant: str) -> Pool:
-    """Returns the rows of a variant's test file, with the personas of the DEMO file."""
-    for name in (TEST_FILES[variant], TEST_FILES["DEMO"]):
-        if name not in named:
-            raise UserError(
-                f"{source}: no file {name}, which data.variant = {variant!r} needs; add it, or set data.test_path to"
-                " the folder or hub id that has it"
-            )
-    shown, demo = named[TEST_FILES[variant]], named[TEST_FILES["DEMO"]]
-    rows, personas = tables.count([shown]), tables.count([demo])
-    if rows != personas:
-        raise UserError(f"{shown}: {rows} rows, but {demo} has {personas}; take both files from the same release")
-    return Pool([shown], np.arange(rows), variant, demo)
+def _pair(row: tables.Row, place: int) -> Signal:
+    entry = row.values[PAIRS][place]
+    provenance = f"{row.source}/pairs/{place}"
+    return Signal("pair", entry["prompt"], entry["chosen"], entry["rejected"], provenance=provenance)
 
 
-def _held_out(files: Sequence[pathlib.Path], data: Data) -> np.ndarray:
-    """Returns for each row whether it is held out. Whole prompts are, in random order, as long as they fit."""
-    number_of: dict[bytes, int] = {}
-    prompts = (_key(row.values["prompt"]) for row in tables.rows(files, {"prompt": str}))
-    prompt_of_row = np.array([number_of.setdefault(prompt, len(number_of)) for prompt in prompts], int)
-    sizes = np.bincount(prompt_of_row)
-    held = np.zeros(len(sizes), bool)
-    room = round(data.test_fraction * len(prompt_of_row))
-    for prompt in np.random.default_rng((data.seed, _HOLD_OUT_STREAM)).permutation(len(sizes)):
-        if sizes[prompt] <= room:
-            held[prompt] = True
-            room -= sizes[prompt]
-    if not held.any() or held.all():
-        raise UserError(
-            f"{data.path}: {len(prompt_of_row)} rows of {len(sizes)} prompts cannot be split at data.test_fraction ="
-            f" {data.test_fraction}; change it, add rows or set data.test_path"
-        )
-    return held[prompt_of_row]
-
-
-def _prompts(pool: Pool) -> frozenset[bytes]:
-    """Returns the keys of the prompts of a pool's rows."""
-    wanted = set(pool.indices.tolist())
-    rows = enumerate(tables.rows(pool.files, {"prompt": str}))
-    return frozenset(_key(row.values["prompt"]) for index, row in rows if index in wanted)
-
-
-def _identity(user: User) -> bytes:
+def identity(example: Example) -> int:
     """Returns the key of what two rows have in common if one repeats the other. Their histories may differ."""
-    return _key(*(user.row.values[field] for field in _QUERY), user.persona)
+    (query,) = example.queries
+    return disjoint.key(query.prompt, query.chosen, query.rejected, example.persona)
 
 
-def _key(*texts: str | None) -> bytes:
-    """Returns 16 bytes that stand for the folded texts, which are too long to keep for every row."""
-    plain = [text and folded(text) for text in texts]
-    return hashlib.blake2b(repr(plain).encode(), digest_size=16).digest()
+def resemblance(example: Example) -> int:
+    """Returns a number that is the same for rows that repeat another, and for few others. It takes less time."""
+    (query,) = example.queries
+    prompt, chosen, rejected = map(disjoint.beginning, (query.prompt, query.chosen, query.rejected))
+    return (prompt << 32) ^ (chosen << 16) ^ rejected
 
 
 def _text(value: str | None) -> str:
     """Returns a text as it is; "" if it is null or blank."""
-    return value if value and value.strip() else ""
+    return value if value and not value.isspace() else ""
