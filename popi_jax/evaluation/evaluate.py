@@ -128,7 +128,6 @@ class Evaluator:
         With method popi, they include the generator's accuracy if it is told the persona, where all have one, and if it
         is told nothing: how much it could gain now from what it is told.
         """
-
         users = self.config.eval.users
         examples = [test[i] for i in range(min(users, len(test)) if users else len(test))]
         row = result_row(self.records(phi, theta, examples, step), self.config, self.config.method)
