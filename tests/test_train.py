@@ -378,7 +378,7 @@ def test_popi_uses_the_schedule_of_its_name_or_of_the_config():
 
 
 @pytest.mark.slow  # The time limit needs an otherwise idle machine.
-@pytest.mark.parametrize("name", ["quickstart", "psoups_smollm2", "users", "llama3_3b", "llama3_8b"])
+@pytest.mark.parametrize("name", ["quickstart", "psoups_smollm2", "free", "users", "llama3_3b", "llama3_8b"])
 def test_runlocal_takes_less_than_a_minute(name, tmp_path):
     started = time.monotonic()
     out = run(tmp_path, config=f"--config={ROOT}/configs/{name}.py:runlocal")
