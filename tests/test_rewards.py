@@ -144,6 +144,24 @@ def test_the_warm_start_imitates_the_personas(run, tmp_path):
     assert any(packed[i : i + len(told.prefix)] == told.prefix for i in range(len(packed)))
 
 
+@pytest.mark.parametrize("name", ["persona", "raw_signals"])
+def test_the_warm_up_tells_the_generator_what_informs(run, tmp_path, name):
+    config = changed(CONFIG, {"schedule.n_generator_warmup": 1, "schedule.generator_warmup": name})
+    own = dataclasses.replace(run, config=config)
+    state = own.initial_state()
+    maker = BatchMaker(
+        config, own.sampler, own.scorer, own.references(tmp_path), WrittenSummaries(tmp_path / "written.jsonl")
+    )
+    batch, _ = maker.make(state.phi, state.theta, users(), 0, "generator_warmup")
+    assert batch.inference is None and batch.learned is None
+    assert batch.generator.weight_R.shape[1] == own.shapes.users * 1 * 2  # One context, two queries.
+    packed = np.asarray(batch.generator.bins.tokens_CxL).ravel().tolist()
+    for example in users():
+        told = Told(example.persona) if name == "persona" else own.encoder.raw_signals(example)
+        prefix = own.scorer.packer.row(Item(example.queries[0], told)).prefix
+        assert any(packed[i : i + len(prefix)] == prefix for i in range(len(packed)))
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
