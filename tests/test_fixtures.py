@@ -1,7 +1,6 @@
 """The made-up data of experiments/fixtures: schemas, pitfalls, and that every builder can read and learn from it."""
 
 import collections
-import importlib
 import json
 import pathlib
 from typing import Any
@@ -16,6 +15,7 @@ from experiments import make_fixtures
 from popi_jax import config
 from popi_jax.config import Data
 from popi_jax.data.builders import stylebook_text
+from popi_jax.data.prepared import LOADERS
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError
 
@@ -100,8 +100,7 @@ def settings(name: str, **changes: Any) -> Data:
 
 
 def load(name: str, **changes: Any) -> dict[str, list[Example]]:
-    builder = importlib.import_module(f"popi_jax.data.builders.{name}")
-    return builder.load(settings(name, **changes), collections.Counter())
+    return LOADERS[name](settings(name, **changes), collections.Counter())
 
 
 def files(root: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -160,5 +160,8 @@ def test_command_runs(command, folder):
     assert all(output.exists() for output in outputs)
     if not outputs:
         (workdir,) = (pathlib.Path(word.split("=", 1)[1]) for word in words if word.startswith("--workdir="))
+        if "--mode=prepare" in words:
+            assert json.loads((workdir / "data_card.json").read_text())["splits"]
+            return
         assert (workdir / "report.html").exists()
         assert json.loads((workdir / "results.json").read_text())["rows"]
