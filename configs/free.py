@@ -47,8 +47,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.limits.signals, c.limits.prompt, c.limits.response, c.limits.bin = 1024, 1152, 384, 512
     c.limits.summary = 32
     c.limits.on_overflow = "drop"
-    # With both responses shown, only their labels would tell which one the user likes. A model of this size rarely
-    # learns to read them.
+    # With both responses shown, only their labels would tell which one the user likes. Prompts would be longer, too.
     c.prompts.pair_fields = ("chosen",)
     c.prompts.inference_instruction = "In one short sentence, what does this user prefer?"
     c.sampling.k = 8
