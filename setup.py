@@ -26,14 +26,14 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    package_dir={"": "."},  # An editable install puts the root on the path, so that configs/ is found from anywhere.
+    # popi_jax/configs is a link to configs/, so that a wheel has them.
     packages=setuptools.find_packages(include=["popi_jax", "popi_jax.*"]),
-    package_data={"popi_jax": ["assets/*", "assets/*/*", "assets/*/*/*"]},
+    package_data={"popi_jax": ["py.typed", "assets/*", "assets/*/*", "assets/*/*/*", "configs/shapes/*"]},
+    entry_points={"console_scripts": ["popi = popi_jax.modes.cli:popi"]},
     install_requires=[
         *JAX,
         "absl-py>=2.1",
         "array_record>=0.8",
-        "chex>=0.1.90",
         "etils[epath]>=1.9",
         "filelock>=3.16",  # JAX's limit on the folder of compiled programs needs it, and does not require it by itself.
         "gguf>=0.17",
@@ -57,6 +57,7 @@ setuptools.setup(
     ],
     extras_require={
         "test": [
+            "chex>=0.1.90",
             "hypothesis",
             "ipykernel",
             "mypy",
@@ -69,7 +70,7 @@ setuptools.setup(
         ],
         "docs": [*DOCS, "ruff"],  # ruff formats the signatures.
         "compile": ["libtpu"],  # The TPU compiler, for --mode=compile on a machine without a TPU.
-        "torch": ["torch==2.13.0"],  # Parity tests only.
+        "torch": ["torch==2.13.0", "peft>=0.18"],  # Parity tests only.
         "gpu": ['jax[cuda12]==0.10.2; python_version < "3.12"', 'jax[cuda12]>=0.11.1; python_version >= "3.12"'],
         "tpu": ['jax[tpu]==0.10.2; python_version < "3.12"', 'jax[tpu]>=0.11.1; python_version >= "3.12"'],
     },

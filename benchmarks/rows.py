@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cases import Sizes
-from configs import psoups_smollm2
 from popi_jax import config
+from popi_jax.configs import psoups_smollm2
 from popi_jax.data.builders import psoups
 from popi_jax.data.encoding import Encoder
 from popi_jax.data.layouts import PLAIN, Told

@@ -10,7 +10,7 @@ sets: DEMO, UGC, PAIR or arbitrary. The arguments are those of elix.py.
 
 import ml_collections
 
-from configs.elix import FIXTURES, SMALL, published
+from popi_jax.configs.elix import FIXTURES, SMALL, published
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

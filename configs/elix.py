@@ -9,7 +9,7 @@ the same schema. --config.data.protocol=disjoint keeps what the test split shows
 
 import ml_collections
 
-from configs import check_arg, llama3_3b, quickstart
+from popi_jax.configs import check_arg, llama3_3b, quickstart
 
 FIXTURES = "experiments/fixtures"
 SMALL = ("smoke", "runlocal")

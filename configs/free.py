@@ -11,8 +11,8 @@ kinds of steps on stylebook, with the tiny model of quickstart.py.
 
 import ml_collections
 
-from configs import base, check_arg, quickstart
-from configs.elix import METHODS, SMALL
+from popi_jax.configs import base, check_arg, quickstart
+from popi_jax.configs.elix import METHODS, SMALL
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

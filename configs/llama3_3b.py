@@ -12,7 +12,7 @@ import pathlib
 
 import ml_collections
 
-from configs import base, check_arg, users
+from popi_jax.configs import base, check_arg, users
 
 ARGS = ("full", "lora", "runlocal")
 SHAPES = pathlib.Path(__file__).resolve().parent / "shapes"

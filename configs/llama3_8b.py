@@ -8,7 +8,7 @@ The arguments are those of llama3_3b.py.
 
 import ml_collections
 
-from configs import check_arg, llama3_3b
+from popi_jax.configs import check_arg, llama3_3b
 
 
 def get_config(arg: str = "full") -> ml_collections.ConfigDict:

@@ -11,7 +11,7 @@ The data are the folder `benchmark_dataset` of the repository amazon-science/Pre
 
 import ml_collections
 
-from configs.traits import small_model
+from popi_jax.configs.traits import small_model
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

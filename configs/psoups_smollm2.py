@@ -10,7 +10,7 @@ instead of four, for evaluating a trained pair. `runlocal` makes the same kinds 
 
 import ml_collections
 
-from configs import base, check_arg, quickstart
+from popi_jax.configs import base, check_arg, quickstart
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

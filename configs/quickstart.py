@@ -8,7 +8,7 @@ argument `runlocal` shrinks the experiment to under a minute.
 
 import ml_collections
 
-from configs import base, check_arg
+from popi_jax.configs import base, check_arg
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -2,8 +2,8 @@
 
 import ml_collections
 
-from configs import base
 from popi_jax import config
+from popi_jax.configs import base
 from popi_jax.data import checks
 from popi_jax.errors import UserError
 

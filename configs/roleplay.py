@@ -7,7 +7,7 @@ The arguments are those of elix.py.
 
 import ml_collections
 
-from configs.elix import SMALL, published
+from popi_jax.configs.elix import SMALL, published
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

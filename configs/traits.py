@@ -10,8 +10,8 @@ tiny model of quickstart.py and a few statements in the same format.
 
 import ml_collections
 
-from configs import check_arg, free, quickstart
-from configs.elix import SMALL, shrink
+from popi_jax.configs import check_arg, free, quickstart
+from popi_jax.configs.elix import SMALL, shrink
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -8,11 +8,14 @@ signals in full, and its instruction does not say what a summary should be about
 higher config.limits. The argument `runlocal` takes the tiny model of quickstart.py and a dozen made-up users instead.
 """
 
+import pathlib
+
 import ml_collections
 
-from configs import base, check_arg, psoups_smollm2, quickstart
+import popi_jax
+from popi_jax.configs import base, check_arg, psoups_smollm2, quickstart
 
-EXAMPLE = "experiments/users_example.jsonl"
+EXAMPLE = str(pathlib.Path(popi_jax.__file__).parent / "assets/examples/users.jsonl")
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

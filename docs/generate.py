@@ -20,9 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks import summary
-from configs import base
 from experiments import tpu_table
 from popi_jax.config import Config, Section
+from popi_jax.configs import base
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

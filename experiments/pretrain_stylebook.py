@@ -32,7 +32,7 @@ import optax
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from configs import quickstart
+from popi_jax.configs import quickstart
 from popi_jax.data.builders import stylebook
 from popi_jax.data.builders import stylebook_text as text
 from popi_jax.data.builders.stylebook_exact import difference

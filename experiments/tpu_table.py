@@ -66,7 +66,7 @@ def run_case(case: str, folder: pathlib.Path) -> dict[str, Any]:
         return found
     module, arg, topology, split, schedule = parts.groups()
     try:
-        config = importlib.import_module(f"configs.{module}").get_config(arg)
+        config = importlib.import_module(f"popi_jax.configs.{module}").get_config(arg)
     except (ImportError, AttributeError, UserError) as error:
         raise UserError(f"--cases: {case!r}: {error}") from error
     if split is not None:

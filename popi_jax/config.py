@@ -106,6 +106,8 @@ class Lora(Section):
     rank: Annotated[int, Field(ge=0, le=2**16)]
     alpha: Scale
     targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...]
+    init_inference: Path = ""
+    init_generator: Path = ""
 
 
 class Data(Section):
@@ -309,6 +311,9 @@ class Config(Section):
         ):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"config.{key} is {shown(values)}; give at least one value, and each only once")
+        for key in ("init_inference", "init_generator"):
+            if getattr(self.lora, key) and not self.lora.rank:
+                raise ValueError(f"config.lora.{key} is an adapter, but config.lora.rank is 0; set it to the adapter's")
         if 0 < self.eval.temperature < 1e-6:
             raise ValueError(f"config.eval.temperature is {self.eval.temperature}; it must be 0 or at least 1e-06")
         if schedule.name in ("alternate", "two_phase") and schedule.n_phi + schedule.n_theta < 1:

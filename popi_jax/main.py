@@ -8,6 +8,7 @@ if __name__ == "__main__":  # The other imports take seconds, in which a signal 
 
 import json
 import pathlib
+from typing import Any
 
 import jax
 from absl import flags
@@ -18,9 +19,14 @@ from popi_jax.data import files
 from popi_jax.errors import UserError, first_line
 from popi_jax.modes import cli, compilation_cache, signals
 
+FORMATS = ("hub", "peft", "orbax")
 MODES = ("train", "prepare", "evaluate", "summarize", "generate", "export", "compile")
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: configs/NAME.py[:arg].", lock_config=True)
+USES = ("evaluate", "summarize", "generate", "export")  # The modes that take a run's own config if none is given.
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The experiment: configs/NAME.py[:arg], or NAME[:arg] of popi_jax's.", lock_config=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder for the run's files. An existing run there is resumed.")
 _DISTRIBUTED = flags.DEFINE_string(
     "distributed",
@@ -29,9 +35,23 @@ _DISTRIBUTED = flags.DEFINE_string(
 )
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "The mode to run. prepare: only the data, without the model.")
 _STEP = flags.DEFINE_integer("step", None, "The step of the checkpoint to use; the newest by default.")
-_INPUT = flags.DEFINE_string("input", None, "summarize: users.jsonl. generate: prompts.jsonl.")
+_INPUT = flags.DEFINE_string(
+    "input", None, "summarize: users.jsonl. generate: prompts.jsonl. 'example' takes one that popi_jax has."
+)
 _OUTPUT = flags.DEFINE_string(
     "output", None, "summarize, generate: the JSONL file to write. export, evaluate: a folder. compile: a JSON file."
+)
+_SUMMARIES = flags.DEFINE_string("summaries", None, "generate: the summaries; summaries.jsonl beside --input if none.")
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", None, "summarize, generate: 0 is greedy; the config's eval.temperature by default."
+)
+_TOP_P = flags.DEFINE_float("top_p", None, "summarize, generate: nucleus sampling; the config's eval.top_p by default.")
+_MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", None, "summarize, generate: the longest text; limits.summary or limits.response by default."
+)
+_N = flags.DEFINE_integer("n", None, "summarize, generate: texts per user or prompt; 1 by default.")
+_FORMAT = flags.DEFINE_enum(
+    "format", "hub", FORMATS, "export: whole models for transformers and vLLM, adapters for PEFT, or Orbax checkpoints."
 )
 _TOPOLOGY = flags.DEFINE_string("topology", None, "compile: a TPU slice, such as v5e:4x4, or 'here' for these devices.")
 
@@ -40,9 +60,7 @@ def main(argv: list[str]) -> None:
     """Runs one mode."""
     if len(argv) > 1:
         raise UserError(f"argument {argv[1]!r} is not a flag; give flags as --name=value")
-    if _CONFIG.value is None:
-        raise UserError("--config is missing; give e.g. --config=configs/quickstart.py")
-    config = config_lib.parse(_CONFIG.value)
+    config = _config()
     if _MODE.value == "compile":
         _compile(config)
         return
@@ -62,12 +80,40 @@ def main(argv: list[str]) -> None:
     signals.say(lambda: f"the run in {workdir} is safe, and {output or 'its evaluation'} may be incomplete")
     if _MODE.value == "evaluate":
         print(json.dumps(evaluate.evaluate_checkpoint(config, workdir, output, _STEP.value), indent=2))
-    elif _MODE.value == "summarize":
-        personalize.summarize(config, workdir, _path(_INPUT), _path(_OUTPUT), _STEP.value)
-    elif _MODE.value == "generate":
-        personalize.generate(config, workdir, _path(_INPUT), _path(_OUTPUT), _STEP.value)
+    elif _MODE.value == "export":
+        export.export(config, workdir, _path(_OUTPUT), _STEP.value, _FORMAT.value)
     else:
-        export.export(config, workdir, _path(_OUTPUT), _STEP.value)
+        write = personalize.summarize if _MODE.value == "summarize" else personalize.generate
+        write(config, workdir, _personalize_flags())
+
+
+def _personalize_flags() -> Any:
+    from popi_jax.modes import personalize
+
+    given = (_TEMPERATURE, _TOP_P, _MAX_TOKENS, _N)
+    source = _path(_INPUT)
+    if _INPUT.value == "example" and not source.exists():
+        source = personalize.EXAMPLES / ("users.jsonl" if _MODE.value == "summarize" else "prompts.jsonl")
+    return personalize.Flags(
+        input=source,
+        output=_path(_OUTPUT),
+        step=_STEP.value,
+        drawing={flag.name: flag.value for flag in given},
+        summaries=None if _SUMMARIES.value is None else _path(_SUMMARIES),
+    )
+
+
+def _config() -> config_lib.Config:
+    """Returns the settings of --config, or in use of a run those in its workdir."""
+    if _CONFIG.value is not None:
+        return config_lib.parse(_CONFIG.value)
+    if _MODE.value in USES and _WORKDIR.value is not None:
+        recorded = _path(_WORKDIR) / "config.json"
+        if recorded.is_file():
+            from popi_jax.configs import recorded as recorded_config
+
+            return config_lib.parse(recorded_config.get_config(str(recorded)))
+    raise UserError("--config is missing; give e.g. --config=configs/quickstart.py")
 
 
 def _compile(config: config_lib.Config) -> None:

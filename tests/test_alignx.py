@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from configs import base
 from popi_jax.config import parse
+from popi_jax.configs import base
 from popi_jax.data import tables
 from popi_jax.data.builders import alignx, alignx_parts
 from popi_jax.data.builders.alignx import COMMENTS, DEMOGRAPHICS, PAIRS, TEST_FILES

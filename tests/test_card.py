@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from configs import quickstart
 from popi_jax.config import changed, parse
+from popi_jax.configs import quickstart
 from popi_jax.data import card, disjoint
 from popi_jax.data.schema import Example, Query, Signal
 

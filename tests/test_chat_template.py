@@ -13,8 +13,8 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from configs import users
 from popi_jax import config
+from popi_jax.configs import users
 from popi_jax.data import encoding, schema
 from popi_jax.errors import UserError
 from popi_jax.model.tokenizer import Tokenizer

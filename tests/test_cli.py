@@ -12,7 +12,7 @@ from popi_jax import config
 from popi_jax.errors import UserError
 from popi_jax.modes import cli
 
-BASE = "from configs import base\n\ndef get_config():\n    c = base.get_config()\n"
+BASE = "from popi_jax.configs import base\n\ndef get_config():\n    c = base.get_config()\n"
 
 
 def parsed(*arguments):
@@ -100,11 +100,14 @@ def test_a_config_that_is_not_there_is_one_line_with_the_remedy(path, message, o
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("nosuch=1", "--config.KEY=VALUE: no such key (nosuch); configs/base.py has all of them"),
-        ("model.nosuch=1", "--config.KEY=VALUE: no such key (nosuch); configs/base.py has all of them"),
-        ("limits.buckets[0]=3", "--config.KEY=VALUE: no such key (0 is not a valid index"),
-        ("model.path.x=3", "--config.KEY=VALUE: no such key ("),
-        ("=3", "--config.KEY=VALUE: no such key ("),
+        ("nosuch=1", "--config.nosuch: no such key; configs/base.py has all keys"),
+        ("model.nosuch=1", "--config.model.nosuch: no such key; configs/base.py has all keys"),
+        ("train.steps=1", "--config.train.steps: no such key; did you mean --config.schedule.steps?"),
+        ("optim.lr=1", "--config.optim.lr: no such key; did you mean --config.optim.lr_generator?"),
+        ("objective.betta=1", "--config.objective.betta: no such key; did you mean --config.objective.beta?"),
+        ("limits.buckets[0]=3", "--config.limits.buckets[0]: no such key; did you mean --config.limits.buckets?"),
+        ("model.path.x=3", "--config.model.path.x: no such key; did you mean --config.model.path?"),
+        ("=3", "--config.: no such key"),
         ("seed=None", "flag --config.seed=None: invalid literal for int()"),
         ("seed=9223372036854775808", "config.seed is 9223372036854775808; it must be less than 4294967296"),
         ("seed=" + "9" * 5000, "flag --config.seed=9999"),
@@ -157,6 +160,26 @@ def test_an_override_that_is_right_is_taken():
     assert (settings.table.seeds, settings.name, settings.eval.temperature) == ((1, 2), "sweep[/b]", 0.0)
 
 
+def test_a_config_that_ships_is_found_by_its_name_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parsed("--config=quickstart:runlocal", "--config.seed=3").seed == 3
+    (tmp_path / "quickstart").mkdir()  # The user's own.
+    assert refused("--config=quickstart").startswith("--config: Is a directory: 'quickstart'; give")
+
+
+def test_help_lists_flags_and_keys_and_ends_with_0():
+    done = subprocess.run(
+        [sys.executable, "-m", "popi_jax.main", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "--workdir" in done.stdout and "--config.objective.beta=0.1\n" in done.stdout
+
+
+def test_the_package_is_imported_without_jax():
+    code = "import popi_jax, sys; assert 'jax' not in sys.modules; popi_jax.Personalizer; assert 'jax' in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -203,7 +226,11 @@ def test_main_exits_with_2_and_one_line(tmp_path, arguments, message):
             ["--cases=quickstart:x@v5e:2x2"],
             "error: --cases: 'quickstart:x@v5e:2x2': configs/quickstart.py",
         ),
-        ("tpu_table", ["--cases=nosuch:x@v5e:2x2"], "error: --cases: 'nosuch:x@v5e:2x2': No module named 'configs.nos"),
+        (
+            "tpu_table",
+            ["--cases=nosuch:x@v5e:2x2"],
+            "error: --cases: 'nosuch:x@v5e:2x2': No module named 'popi_jax.configs.nos",
+        ),
     ],
 )
 def test_experiments_exit_with_2_and_one_line(tmp_path, module, arguments, message):

@@ -15,8 +15,8 @@ import numpy as np
 import optax
 import pytest
 
-from configs import base
 from popi_jax import config
+from popi_jax.configs import base
 from popi_jax.data import encoding
 from popi_jax.data.schema import Query
 from popi_jax.errors import UserError

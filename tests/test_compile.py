@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import llama3_3b, llama3_8b, quickstart
 from popi_jax.config import Config, changed, parse
+from popi_jax.configs import llama3_3b, llama3_8b, quickstart
 from popi_jax.data import packing, prepared
 from popi_jax.data.shapes import Shapes
 from popi_jax.errors import UserError

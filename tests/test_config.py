@@ -4,9 +4,9 @@ import typing
 
 import pytest
 
-from configs import base
 from popi_jax import config as settings
 from popi_jax.config import Config, Section
+from popi_jax.configs import base
 from popi_jax.data import layouts
 from popi_jax.model import kernels, remat
 from popi_jax.model.config import LORA_TARGETS

@@ -8,8 +8,8 @@ import tokenize
 
 import pytest
 
-from configs import base, recorded
 from popi_jax.config import parse
+from popi_jax.configs import base, recorded
 from popi_jax.data import files
 from popi_jax.errors import UserError
 
@@ -35,7 +35,7 @@ EACH = [(name, arg) for name, arguments in ARGUMENTS.items() for arg in ("", *ar
 
 
 def get_config(name, arg):
-    return importlib.import_module(f"configs.{name}").get_config(arg)
+    return importlib.import_module(f"popi_jax.configs.{name}").get_config(arg)
 
 
 def leaves(config, prefix=""):

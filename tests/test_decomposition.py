@@ -7,8 +7,8 @@ import types
 import numpy as np
 import pytest
 
-from configs import base
 from popi_jax.config import changed, parse
+from popi_jax.configs import base
 from popi_jax.data.builders import stylebook, stylebook_exact, stylebook_text
 from popi_jax.data.layouts import Told
 from popi_jax.errors import UserError

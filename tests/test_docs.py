@@ -102,7 +102,7 @@ def get_config():
 
 
 def test_every_key_is_in_the_reference(generate):
-    from configs import base
+    from popi_jax.configs import base
 
     page = (DOCS / "reference" / "configuration.md").read_text(encoding="utf-8")
     config = base.get_config()

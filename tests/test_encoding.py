@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from configs import base
 from popi_jax.config import parse
+from popi_jax.configs import base
 from popi_jax.data import encoding
 from popi_jax.data.layouts import Told
 from popi_jax.data.schema import Example, Query, Signal

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from configs import quickstart
 from experiments import make_fixtures
 from popi_jax import config
 from popi_jax.config import Data
+from popi_jax.configs import quickstart
 from popi_jax.data.builders import stylebook_text
 from popi_jax.data.prepared import LOADERS
 from popi_jax.data.schema import Example

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import config_flags
 
-from configs import base, recorded
 from popi_jax import config
+from popi_jax.configs import base, recorded
 from popi_jax.data import prompts, users
 from popi_jax.data.builders import psoups
 from popi_jax.errors import UserError

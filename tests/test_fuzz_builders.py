@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs import quickstart
 from popi_jax import config
+from popi_jax.configs import quickstart
 from popi_jax.data import prepared
 from popi_jax.data.builders import alignx
 from popi_jax.data.schema import from_json, to_json

@@ -417,9 +417,9 @@ def test_missing_or_broken_config(folder: pathlib.Path):
 
 def test_an_adapter_is_not_ignored(folder: pathlib.Path):
     (folder / "adapter_config.json").write_text("{}")
-    assert f"{folder}/adapter_config.json: adapters are not read" in refused(folder)
+    assert f"{folder}/adapter_config.json: an adapter is not a model" in refused(folder)
     (folder / "config.json").unlink()
-    assert f"{folder}/adapter_config.json: adapters are not read" in refused(folder)
+    assert f"{folder}/adapter_config.json: an adapter is not a model" in refused(folder)
 
 
 def test_a_hub_id_loads_like_a_folder(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from configs import quickstart
-from configs import users as users_config
 from experiments import results_table
 from popi_jax import checkpoint
 from popi_jax.config import changed, local_path, parse
+from popi_jax.configs import quickstart
+from popi_jax.configs import users as users_config
 from popi_jax.data import files, prepared
 from popi_jax.data.layouts import Told
 from popi_jax.data.schema import Query

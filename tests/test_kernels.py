@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import quickstart
 from popi_jax.config import parse
+from popi_jax.configs import quickstart
 from popi_jax.data.batch import PrefixBatch
 from popi_jax.errors import UserError
 from popi_jax.model import attention, kernels, sharding

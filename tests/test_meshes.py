@@ -12,9 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from configs import quickstart
 from popi_jax import checkpoint
 from popi_jax.config import parse
+from popi_jax.configs import quickstart
 from popi_jax.data.batch import Batch, GeneratorBatch, InferenceBatch
 from popi_jax.data.encoding import Encoder
 from popi_jax.data.schema import Example, Query, Signal

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
 from popi_jax.config import changed, parse
+from popi_jax.configs import base
 from popi_jax.modes import programs
 from popi_jax.training import optim
 from tests import tiny

@@ -9,14 +9,16 @@ import stat
 import subprocess
 import sys
 import types
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 
-from popi_jax.data import files
+from popi_jax.data import files, lines
 from popi_jax.errors import UserError
 from popi_jax.model import hub
+from popi_jax.model.tokenizer import Tokenizer
 from popi_jax.modes import compile as compile_lib
 from popi_jax.modes import evaluate, export, personalize
 
@@ -95,52 +97,81 @@ def test_a_link_stays_a_link(tmp_path):
 ENTRIES = [{"row": i, "user": f"名前 {i}"} for i in range(1, 6)]
 
 
-def identity(entry):
-    return {"user": entry["user"], "run": "0a1b", "step": 3}
+SUMMARY = ("summary", "summary_tokens", "signal_tokens", "signals_dropped", "finished")
 
 
-def summaries(part, batch):
-    for place, entry in enumerate(part):
-        made = {"summary": f"é {batch}.{place}", "summary_tokens": 3, "signal_tokens": 9, "signals_dropped": 0}
-        yield {"user": entry["user"], **made, "finished": True, **identity(entry)}
+def made(batch, what="summaries"):
+    for place in batch:
+        if what == "summaries":
+            yield dict(zip(SUMMARY, (f"é {place}", 3, 9, 0, True), strict=True))
+        else:
+            yield {"response": f"é {place}", "response_tokens": 3, "finished": True}
 
 
-def responses(part, batch):
-    for place, entry in enumerate(part):
-        yield entry | {"run": "0a1b", "response": f"é {batch}.{place}", "response_tokens": 3, "finished": True}
-
-
-def write(path, what="summaries", entries=ENTRIES):
+def plan(what="summaries", entries=ENTRIES, signals="s", **changes):
     if what == "summaries":
-        personalize._resumable(path, entries, identity, summaries, 2, what)
-    else:
-        personalize._resumable(path, entries, lambda entry: entry | {"run": "0a1b"}, responses, 2, what)
+        source = {"run": "0a1b", "step": 3, "signals": signals} | changes
+        own = [{"user": entry["user"], **source} for entry in entries]
+        return lines.Plan(own, key=("user",), changeable=("signals",), made=SUMMARY, head=("user",), what=what)
+    own = [entry | {"run": "0a1b"} | changes for entry in entries]
+    fields = ("response", "response_tokens", "finished")
+    return lines.Plan(own, key=("row",), changeable=("prompt",), made=fields, head=list(own[0]), what=what)
+
+
+def write(path, what="summaries", entries=ENTRIES, batches=((4, 1), (0, 2), (3,)), make=made, **changes):
+    own = [[place for place in batch if place < len(entries)] for batch in batches]
+    lines.write(path, plan(what, entries, **changes), own, lambda batch: list(make(batch, what)))
 
 
 @pytest.mark.parametrize("what", ["summaries", "responses"])
-def test_a_file_cut_at_any_byte_is_completed(what, tmp_path, monkeypatch):
-    monkeypatch.setattr(personalize.rich.progress, "track", lambda parts, description: parts)
-    path = tmp_path / "out.jsonl"
+def test_a_file_cut_at_any_byte_is_completed_in_the_order_of_the_input(what, tmp_path, monkeypatch):
+    monkeypatch.setattr(lines.rich.progress, "Progress", lambda *columns: mock.MagicMock())
+    path, kept = tmp_path / "out.jsonl", []
     write(path, what)
     whole = path.read_bytes()
     assert [json.loads(line)["user"] for line in whole.splitlines()] == [entry["user"] for entry in ENTRIES]
-    for size in range(len(whole) + 1):
-        path.write_bytes(whole[:size])
-        write(path, what)
-        assert path.read_bytes() == whole, size
+    path.unlink()
+    monkeypatch.setattr(lines.files, "write_jsonl", lambda path, rows: kept.append(path.read_bytes()))
+    write(path, what)
+    monkeypatch.undo()
+    monkeypatch.setattr(lines.rich.progress, "Progress", lambda *columns: mock.MagicMock())
+    for data in (whole, kept[-1]):  # In order, and as it was written, batch by batch.
+        for size in range(len(data) + 1):
+            path.write_bytes(data[:size])
+            write(path, what)
+            assert path.read_bytes() == whole, size
 
 
 def test_lines_that_are_there_are_not_drawn_again(tmp_path):
     path = tmp_path / "out.jsonl"
     write(path, entries=ENTRIES[:3])
-    kept = path.read_bytes().replace("é 0.0".encode(), b"as drawn before")
+    kept = path.read_bytes().replace("é 0".encode(), b"as drawn before")
     path.write_bytes(kept)
     write(path)
     assert path.read_bytes().startswith(kept) and path.read_bytes().count(b"\n") == 5
 
 
+def test_only_inputs_that_changed_are_drawn_again(tmp_path, capsys):
+    path, batches = tmp_path / "out.jsonl", []
+
+    def make(batch, what):
+        batches.append(batch)
+        return made(batch, what)
+
+    write(path)
+    before = path.read_bytes().splitlines()
+    changed = plan()
+    changed.entries[1]["signals"] = "new"
+    lines.write(path, changed, [[0, 1], [2, 3, 4]], lambda batch: list(make(batch, "summaries")))
+    after = path.read_bytes().splitlines()
+    assert batches == [[0, 1]] and json.loads(after[1])["signals"] == "new"
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True, True, True]
+    assert "1 summaries are of inputs that changed since" in capsys.readouterr().out
+
+
 def line(**changes):
-    return (json.dumps(next(summaries(ENTRIES[:1], 0)) | changes, ensure_ascii=False) + "\n").encode()
+    own = plan().line(0, next(made([0])))
+    return (json.dumps(own | changes, ensure_ascii=False) + "\n").encode()
 
 
 FOREIGN = {
@@ -192,7 +223,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path):
     path.unlink()
     with small_disk(len(whole) - 200), pytest.raises(UserError, match="cannot be written"):
         write(path)
-    assert whole.startswith(path.read_bytes()) and path.read_bytes().endswith(b"\n")
+    assert set(path.read_bytes().splitlines()) < set(whole.splitlines()) and path.read_bytes().endswith(b"\n")
     write(path)
     assert path.read_bytes() == whole
 
@@ -200,12 +231,12 @@ def test_a_full_disk_leaves_whole_lines(tmp_path):
 def test_two_processes_do_not_mix_their_lines(tmp_path):
     path = tmp_path / "out"
 
-    def second(part, batch):
+    def second(batch, what):
         with pytest.raises(UserError, match="another process writes this file"):
             write(path)
-        yield from summaries(part, batch)
+        yield from made(batch, what)
 
-    personalize._resumable(path, ENTRIES, identity, second, 2, "summaries")
+    write(path, make=second)
     assert path.read_bytes().count(b"\n") == 5
 
 
@@ -225,7 +256,7 @@ def test_impossible_outputs_are_refused_before_anything_is_loaded(how, tmp_path,
         "device": "/dev/null",
     }
     with pytest.raises(UserError, match="choose another --output"):
-        personalize.summarize(None, None, given, pathlib.Path(output.get(how, how)), None)
+        personalize.summarize(None, None, personalize.Flags(given, pathlib.Path(output.get(how, how))))
     assert content(tmp_path) == before
 
 
@@ -233,7 +264,7 @@ def test_generate_does_not_write_over_the_summaries(tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why?", "user": "u"}\n')
     (tmp_path / "summaries.jsonl").write_text('{"user": "u", "summary": "Likes novels."}\n')
     with pytest.raises(UserError, match="which this command reads"):
-        personalize.generate(None, None, tmp_path / "prompts.jsonl", tmp_path / "summaries.jsonl", None)
+        personalize.generate(None, None, personalize.Flags(tmp_path / "prompts.jsonl", tmp_path / "summaries.jsonl"))
 
 
 # Exported folders.
@@ -357,7 +388,7 @@ def test_every_file_of_an_export_names_the_same_ends(tmp_path):
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert tokenizer["additional_special_tokens"] == ["<turn>"]
     assert not {"backend", "auto_map", "extra_special_tokens"} & tokenizer.keys()
-    assert hub.tokenizer_lib.Tokenizer.load(tmp_path / "out").stop_ids == (0, 2, 3)
+    assert Tokenizer.load(tmp_path / "out").stop_ids == (0, 2, 3)
 
 
 @pytest.fixture
@@ -366,15 +397,16 @@ def exporting(monkeypatch):
     checkpoint = hub.load(FIXTURES / "qwen3")
     policy = types.SimpleNamespace(config=checkpoint.config, fuse=lambda base, delta: delta)
     run = types.SimpleNamespace(
-        programs=types.SimpleNamespace(policy=policy), base=None, tokenizer_path=FIXTURES / "qwen3"
+        programs=types.SimpleNamespace(policy=policy), base=None, tokenizer_path=FIXTURES / "qwen3", encoder=None
     )
     scale = iter(range(1, 100))
 
     def trained(*_):
         phi, theta = (jax.tree.map(lambda x, by=next(scale): x * by, checkpoint.params) for _ in range(2))
-        return run, types.SimpleNamespace(phi=phi, theta=theta), {}
+        return run, types.SimpleNamespace(phi=phi, theta=theta, step=3), {}
 
     monkeypatch.setattr(export, "trained", trained)
+    monkeypatch.setattr(export.exported, "texts", lambda *_, **__: {"popi.json": "{}\n"})
     return lambda output: export.export(None, None, output, None)
 
 

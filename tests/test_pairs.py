@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import quickstart
 from popi_jax.config import parse
+from popi_jax.configs import quickstart
 from popi_jax.data.layouts import Told
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.data.shapes import Measured

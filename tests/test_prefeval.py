@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from configs import base
 from popi_jax.config import Data
+from popi_jax.configs import base
 from popi_jax.data.builders import prefeval
 from popi_jax.data.schema import Example, Signal
 from popi_jax.errors import UserError

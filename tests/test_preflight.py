@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 
-from configs import quickstart
 from popi_jax.config import changed, parse
+from popi_jax.configs import quickstart
 from popi_jax.data import layouts, packing, prepared
 from popi_jax.data.layouts import PLAIN, Told
 from popi_jax.data.schema import Query, Signal

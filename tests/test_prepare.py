@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from configs import alignx as alignx_config
-from configs import base
 from popi_jax.config import Data, parse
+from popi_jax.configs import alignx as alignx_config
+from popi_jax.configs import base
 from popi_jax.data import card, counting, parts, prepared, progress, specs, tables, workers
 from popi_jax.data.builders import alignx, alignx_parts
 from popi_jax.errors import UserError

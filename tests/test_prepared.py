@@ -12,8 +12,8 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from configs import base
 from popi_jax.config import parse
+from popi_jax.configs import base
 from popi_jax.data import locks, parts, prepared, sources, users
 from popi_jax.data.schema import Example, Query, Signal, from_json, to_json
 from popi_jax.errors import UserError

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import quickstart
 from popi_jax.config import SUMMARIZED, Config, changed, parse
+from popi_jax.configs import quickstart
 from popi_jax.data.batch import Batch, GeneratorBatch, PackedBatch
 from popi_jax.data.builders.stylebook import draw_example
 from popi_jax.data.schema import Example, Query

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from configs import base
 from popi_jax import main
+from popi_jax.configs import base
 from popi_jax.data import users
 from popi_jax.data.builders import stylebook
 

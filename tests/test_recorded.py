@@ -5,8 +5,8 @@ import json
 import pydantic
 import pytest
 
-from configs import psoups_smollm2, recorded
 from popi_jax.config import Data
+from popi_jax.configs import psoups_smollm2, recorded
 from popi_jax.errors import UserError
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import quickstart
 from popi_jax.config import parse
+from popi_jax.configs import quickstart
 from popi_jax.errors import UserError
 from popi_jax.model import remat
 from popi_jax.model.config import LORA_TARGETS, LoraConfig, ModelConfig

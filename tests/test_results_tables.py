@@ -8,9 +8,9 @@ import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from configs import quickstart
 from experiments import results_table
 from popi_jax.config import changed, parse
+from popi_jax.configs import quickstart
 from popi_jax.data.schema import Example, Signal
 from popi_jax.errors import UserError
 from popi_jax.evaluation import plots, published, report, tables

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import quickstart
 from popi_jax.config import changed, parse
+from popi_jax.configs import quickstart
 from popi_jax.data.builders.stylebook import draw_example
 from popi_jax.data.layouts import Told
 from popi_jax.data.schema import Example, Query, Signal

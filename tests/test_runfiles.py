@@ -6,8 +6,8 @@ import pathlib
 
 import pytest
 
-from configs import quickstart, recorded
 from popi_jax.config import changed, parse
+from popi_jax.configs import quickstart, recorded
 from popi_jax.data import files
 from popi_jax.errors import UserError
 from popi_jax.evaluation import final

@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 
-from configs import base
 from popi_jax.config import changed, parse
+from popi_jax.configs import base
 from popi_jax.training import schedule
 
 CONFIG = parse(base.get_config())

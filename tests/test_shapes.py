@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import quickstart
 from popi_jax.config import Config, changed, parse
+from popi_jax.configs import quickstart
 from popi_jax.data.batch import GeneratorBatch
 from popi_jax.data.shapes import Bins, Measured, Shapes, abstract_bins, shardings_of
 from popi_jax.model import sharding

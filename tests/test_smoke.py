@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from configs import elix
 from popi_jax.config import parse
+from popi_jax.configs import elix
 from popi_jax.data import prepared
 from popi_jax.data.encoding import Encoder
 from popi_jax.model import hub
@@ -51,7 +51,7 @@ def test_smoke(name, folder):
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_the_full_config_reads_the_same_files(name):
     """The whole input pipeline at the published lengths, except for the model's own tokenizer."""
-    full, small = (importlib.import_module(f"configs.{name}").get_config(arg) for arg in ("", "smoke"))
+    full, small = (importlib.import_module(f"popi_jax.configs.{name}").get_config(arg) for arg in ("", "smoke"))
     full.data.path, full.data.test_path = small.data.path, small.data.test_path
     full.data.train_users = 0 if name != "traits" else 20
     full.data.test_users = 0 if name != "traits" else 10

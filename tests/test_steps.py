@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from configs import quickstart
 from popi_jax.config import changed, parse
+from popi_jax.configs import quickstart
 from popi_jax.data.batch import Batch, GeneratorBatch, InferenceBatch
 from popi_jax.model import sharding
 from popi_jax.model.policy import Policy

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import quickstart
 from experiments import pretrain_stylebook
+from popi_jax.configs import quickstart
 from popi_jax.data.builders import stylebook
 from popi_jax.data.builders import stylebook_exact as exact
 from popi_jax.data.builders import stylebook_text as text

@@ -15,11 +15,11 @@ import types
 import numpy as np
 import pytest
 
-from configs import psoups_smollm2, quickstart
-from configs import users as users_config
 from experiments import results_table
 from popi_jax import checkpoint
 from popi_jax.config import changed, parse
+from popi_jax.configs import psoups_smollm2, quickstart
+from popi_jax.configs import users as users_config
 from popi_jax.data import prepared
 from popi_jax.data.layouts import Told
 from popi_jax.errors import UserError
@@ -159,7 +159,9 @@ def test_summarize_generate_export(finished, tmp_path):
     (tmp_path / "users.jsonl").write_text(json.dumps(users[0]) + "\n")
     fewer = run(finished, *flags, mode="summarize")  # Existing lines are not overwritten.
     assert fewer.returncode == 2, fewer.stderr
-    assert re.search(r"summaries.jsonl: .*3 lines.*input 1; choose another --output", fewer.stderr), fewer.stderr
+    assert re.search(r"summaries.jsonl:2: the input has no user 'u1'; choose another --output", fewer.stderr), (
+        fewer.stderr
+    )
     prompts = [{"prompt": "How do I bake bread?", "user": "u1"}, {"prompt": "Why?", "summary": "Likes lists."}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     flags = (f"--input={tmp_path / 'prompts.jsonl'}", f"--output={tmp_path / 'responses.jsonl'}", *FLAGS)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs import base
 from popi_jax.config import Data
+from popi_jax.configs import base
 from popi_jax.data.builders import traits
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from configs import base
 from popi_jax.config import parse
+from popi_jax.configs import base
 from popi_jax.data.builders import elix, review, roleplay
 from popi_jax.data.schema import Example
 from popi_jax.errors import UserError

@@ -18,8 +18,8 @@ import numpy as np
 import optax
 import pytest
 
-from configs import base as base_config
 from popi_jax.config import Config, Method, changed, parse
+from popi_jax.configs import base as base_config
 from popi_jax.data.batch import Batch, GeneratorBatch, InferenceBatch, PrefixBatch
 from popi_jax.data.schema import Example, Query
 from popi_jax.evaluation.evaluate import Record, informativeness, result_row

@@ -151,6 +151,10 @@ class Encoder:
         """Raises UserError if a prompt without known responses exceeds limits.prompt."""
         self._check(f"prompt {prompt[:40]!r}", len(self.prompt(prompt, told)), "prompt")
 
+    def check_response(self, response: str) -> None:
+        """Raises UserError if a response exceeds limits.response."""
+        self._check(f"response {response[:40]!r}", len(self.tokenizer.encode(response)) + 1, "response")
+
     def _check(self, what: str, tokens: int, limit: str) -> None:
         most = getattr(self.limits, limit)
         if tokens > most:

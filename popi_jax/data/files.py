@@ -78,12 +78,12 @@ def check_folder(path: pathlib.Path, flag: str) -> None:
 
 def write_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes one JSON object per line. JSON has no non-finite numbers, so they become null."""
-    write_bytes(path, _lines(rows))
+    write_bytes(path, jsonl(rows))
 
 
 def append_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Appends one JSON object per line, under the same rules as `append`."""
-    append(path, _lines(rows))
+    append(path, jsonl(rows))
 
 
 def append(path: pathlib.Path, data: bytes) -> None:
@@ -157,7 +157,8 @@ def _reported(path: pathlib.Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written ({reason}); free space, or choose another place") from error
 
 
-def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def jsonl(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Returns the bytes of a JSONL file with these rows."""
     return "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows).encode()
 
 

@@ -194,6 +194,8 @@ def load(name: str) -> Layout:
         )
     remedy = f"see {_FOLDER.name}/plain.json in the package for an example"
     value = checks.as_object(checks.parse_json(checks.read_text(path, remedy), str(path), remedy=remedy), str(path))
+    if path.name == "popi.json":  # Of an export, which has other things beside its layout.
+        value = checks.as_object(value.get("layout"), f"{path}: layout")
     try:
         layout = Layout.model_validate(_tuples(value))
         layout.model_dump_json()

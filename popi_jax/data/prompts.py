@@ -9,10 +9,10 @@ from popi_jax.errors import UserError, shown
 FIELDS = ("prompt", "summary", "user")
 
 
-def read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads prompts. If a line has no summary, its user's summary comes from summaries.jsonl in the same folder.
+def read_prompts(path: pathlib.Path, beside: pathlib.Path | None = None) -> list[dict[str, Any]]:
+    """Reads prompts. If a line has no summary, its user's comes from `beside`, or summaries.jsonl in the same folder.
 
-    That file may have other fields, which --mode=summarize writes, but one line per user.
+    That file may have other fields, which --mode=summarize writes. Of several samples of a user, the first counts.
 
     Returns:
         A dict with "row" (the line number), "prompt", "summary", and "user" if given, for each prompt.
@@ -20,7 +20,7 @@ def read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
     Raises:
         UserError: one line that names the file, the line, the field and the remedy.
     """
-    beside = summaries_beside(path)
+    beside = beside or summaries_beside(path)
     summaries = _read_summaries(beside) if beside.exists() else {}
     entries: list[dict[str, Any]] = []
     for number, record in files.numbered_objects(path, "give the path of a prompts.jsonl file"):
@@ -54,6 +54,8 @@ def _read_summaries(path: pathlib.Path) -> dict[str, str]:
     for number, record in files.numbered_objects(path, "run --mode=summarize again"):
         where = f"{path}:{number}"
         user = checks.text_field(record, "user", where)
+        if record.get("sample", 0) != 0:
+            continue
         if user in summaries:
             raise UserError(f"{where}: field 'user': {shown(user)} is on an earlier line, too; keep one of them")
         summaries[user] = checks.text_field(record, "summary", where, blank=True)  # A model can write nothing.

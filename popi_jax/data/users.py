@@ -10,7 +10,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from popi_jax.data import checks, files
@@ -37,7 +37,7 @@ def read_users(path: str | pathlib.Path, split: str = "train", require_queries: 
     line_of: dict[str, int] = {}
     examples = []
     for number, record in files.numbered_objects(path, "give the path of a users.jsonl file"):
-        example = _parse_user(record, path, number, split, require_queries)
+        example = _parse_user(record, f"{path}:{number}", f"{path.name}:{number}", split, require_queries)
         if example.user in line_of:
             first = line_of[example.user]
             raise UserError(
@@ -51,14 +51,24 @@ def read_users(path: str | pathlib.Path, split: str = "train", require_queries: 
     return examples
 
 
+def parse_users(people: Sequence[Example | Mapping[str, Any]]) -> list[Example]:
+    """Returns users that are given as in users.jsonl, without queries; UserError names the user and the field."""
+    if isinstance(people, Mapping | str):
+        raise UserError("users is a single user; give a list of them")
+    return [
+        person
+        if isinstance(person, Example)
+        else _parse_user(checks.as_object(person, f"users[{i}]"), f"users[{i}]", f"users[{i}]", "test", False)
+        for i, person in enumerate(people)
+    ]
+
+
 def write_users(path: str | pathlib.Path, examples: Iterable[Example]) -> None:
     """Writes users.jsonl. `read_users` returns the same examples except for provenance, split and group."""
     files.write_jsonl(pathlib.Path(path), [_user_record(example) for example in examples])
 
 
-def _parse_user(record: dict[str, Any], path: pathlib.Path, number: int, split: str, require_queries: bool) -> Example:
-    where = f"{path}:{number}"
-    source = f"{path.name}:{number}"
+def _parse_user(record: dict[str, Any], where: str, source: str, split: str, require_queries: bool) -> Example:
     checks.only_fields(record, FIELDS, where)
     user = checks.text_field(record, "user", where)
     signals = tuple(

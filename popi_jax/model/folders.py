@@ -33,7 +33,8 @@ def new(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         names = sorted(path.name for path in scratch.iterdir())
         (scratch / _LIST).write_text(json.dumps({"files": names}, indent=2) + "\n", encoding="utf-8")
         for name in names:  # safetensors lets only the owner read its files; the umask has set the mode of the list.
-            shutil.copymode(scratch / _LIST, scratch / name)
+            if (scratch / name).is_file():
+                shutil.copymode(scratch / _LIST, scratch / name)
         if folder.exists():
             folder.rename(old)
         scratch.rename(folder)

@@ -11,8 +11,7 @@ import logging
 import math
 import os
 import pathlib
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import huggingface_hub
@@ -23,8 +22,7 @@ import safetensors
 import safetensors.numpy
 
 from popi_jax.errors import UserError, first_line
-from popi_jax.model import folders
-from popi_jax.model import tokenizer as tokenizer_lib
+from popi_jax.model import folders, tokenizer_files
 from popi_jax.model.config import ModelConfig
 from popi_jax.model.policy import Policy
 
@@ -33,7 +31,6 @@ Params = dict[str, Any]
 STYLEBOOK = pathlib.Path(__file__).resolve().parent.parent / "assets" / "stylebook"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_TEMPLATE = "chat_template.jinja"
 _ADAPTER = "adapter_config.json"
 _DOWNLOADED = (
     "config.json",
@@ -328,7 +325,10 @@ def read_config(path: pathlib.Path, **options: Any) -> ModelConfig:
         UserError: the file is missing or broken, or the model is not supported.
     """
     if (adapter := path.with_name(_ADAPTER)).exists():  # transformers would load it on top of its base.
-        raise UserError(f"{adapter}: adapters are not read; merge it into its base model and take the merged folder")
+        raise UserError(
+            f"{adapter}: an adapter is not a model; give its base model, and start a role from the"
+            " adapter with config.lora.init_generator or .init_inference"
+        )
     return ModelConfig.from_hub(_read_json(path), str(path), **options)
 
 
@@ -394,6 +394,7 @@ def save(
     *,
     dtype: str = "float32",
     shard_bytes: int = 4 * 2**30,
+    more: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a hub folder that load(), transformers 4 and 5 and vLLM read alike.
 
@@ -401,49 +402,18 @@ def save(
         folder: the folder; see `folders.new`.
         config: the model's shape.
         params: the full parameter tree (fuse an adapter first).
-        tokenizer_path: a folder whose tokenizer files are copied. generation_config.json keeps only the ends of a
-            response, since nothing else in it applies here. A chat template that reads the date or a thinking mode
-            gets the values that the model was trained with.
+        tokenizer_path: a folder whose tokenizer files are copied, see `tokenizer_files.save`.
         dtype: dtype of the weights on disk. With float32, saving and loading float32 parameters is exact to the bit.
         shard_bytes: larger weights are split into several files with an index; one file at a time is in memory.
+        more: the names and texts of other files for the folder.
     """
-    source = pathlib.Path(tokenizer_path)
-    tokenizer, settings = tokenizer_lib.Tokenizer.load(source), source / "tokenizer_config.json"
-    templates = tokenizer.template, tokenizer.fixed_template
-    old, new = (json.dumps(template, ensure_ascii=False) for template in templates)
-    ids = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
-    written = {
-        "config.json": {**config.to_hub(), **ids, "torch_dtype": dtype},
-        "generation_config.json": ids,  # It wins over config.json.
-        "tokenizer_config.json": _portable(_read_json(settings) if settings.is_file() else {}),
-    }
-    stored = _read_json(source / "tokenizer.json")
-    if stored.get("truncation") or stored.get("padding") or stored["model"].get("dropout"):
-        # As Tokenizer reads it: no text is cut or padded, and no token is drawn at random.
-        model = stored["model"] | {"dropout": None}
-        written["tokenizer.json"] = stored | {"truncation": None, "padding": None, "model": model}
     with folders.new(pathlib.Path(folder)) as scratch:
-        for name in tokenizer_lib.FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, scratch / name)
-        for name, value in written.items():
-            text = json.dumps(value, indent=2, ensure_ascii=False).replace(old, new)
-            (scratch / name).write_text(text + "\n", encoding="utf-8")
-        if (scratch / _TEMPLATE).exists():
-            (scratch / _TEMPLATE).write_text(templates[1], encoding="utf-8")
+        ids = tokenizer_files.save(scratch, tokenizer_path)
+        description = {**config.to_hub(), **ids, "torch_dtype": dtype}
+        (scratch / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        for name, text in (more or {}).items():
+            (scratch / name).write_text(text, encoding="utf-8")
         _save_weights(scratch, config, params, jnp.dtype(dtype), shard_bytes)
-
-
-def _portable(tokenizer_config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a tokenizer_config.json that transformers 4 and 5 read with the class that reads it here."""
-    # Without the names, version 4 adds token_type_ids, which its models refuse.
-    fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
-    tokenizer_config = tokenizer_config | fixed
-    for name in ("backend", "auto_map"):  # Of version 5 alone; of code that is not copied.
-        tokenizer_config.pop(name, None)
-    if isinstance(tokenizer_config.get("extra_special_tokens"), list):  # Version 4 has another name for the list.
-        tokenizer_config["additional_special_tokens"] = tokenizer_config.pop("extra_special_tokens")
-    return tokenizer_config
 
 
 def _save_weights(folder: pathlib.Path, config: ModelConfig, params: Params, dtype: np.dtype, shard_bytes: int) -> None:

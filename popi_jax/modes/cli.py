@@ -1,5 +1,6 @@
 """The start of every command: flags, logging, and the exit codes of errors."""
 
+import difflib
 import logging as python_logging
 import os
 import pathlib
@@ -8,14 +9,25 @@ import signal
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 
 from popi_jax.errors import UserError, disk_full, first_line
 from popi_jax.modes import signals
 
+_CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+_NAMED = re.compile(r"(--?config=)(\w+)(:.*)?", re.DOTALL)
 _LIBRARIES = (str(pathlib.Path(flags.__file__).parents[2]), sysconfig.get_path("stdlib"))
+
+
+def popi() -> None:
+    """Runs the command `popi`, which is `python -m popi_jax.main` under a shorter name."""
+    signals.listen()  # The next import takes seconds, in which a signal may come, too.
+    from popi_jax import main
+
+    run(main.main)
 
 
 def run(entry: Callable[[list[str]], None]) -> None:
@@ -69,6 +81,7 @@ def run(entry: Callable[[list[str]], None]) -> None:
 
 
 def _parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    argv = [argv[0], *map(_with_path, argv[1:])]
     # Parsing runs the config file, which can raise anything.
     # ml_collections warns of a config that returns None, which is an error here.
     python_logging.disable(python_logging.WARNING)
@@ -85,8 +98,10 @@ def _parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> lis
     except (Exception, SystemExit) as error:
         told = _config_error(error)
         if told is None:
-            if isinstance(error, SystemExit):  # --help
-                raise
+            if isinstance(error, SystemExit):  # --help, which ends with code 1 in absl.
+                if "config" in values:
+                    print(_all_keys())
+                sys.exit(0)
             text = str(error).strip()
             told = " ".join(text[:300].split())
             if "Traceback" in text:  # ml_collections quotes the whole trace of a get_config that could not be called.
@@ -94,11 +109,57 @@ def _parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> lis
             elif getattr(error, "name", None) == "get_config":
                 told = "--config: the file has no function get_config; see configs/quickstart.py for an example"
             elif not isinstance(error, flags.Error):
-                key = told.strip("\"'")
-                told = f"--config.KEY=VALUE: no such key ({key}); configs/base.py has all of them"
+                told = _unknown_key(argv) or f"--config.KEY=VALUE: {told}; configs/base.py has all keys"
         raise UserError(told) from error
     finally:
         python_logging.disable(python_logging.NOTSET)
+
+
+def _with_path(argument: str) -> str:
+    """Replaces the name of a config that ships with the package by its path: --config=quickstart:runlocal."""
+    found = _NAMED.fullmatch(argument)
+    path = _CONFIGS / f"{found[2]}.py" if found else None
+    if found is None or path is None or not path.exists() or pathlib.Path(found[2]).exists():
+        return argument
+    return f"{found[1]}{path}{found[3] or ''}"
+
+
+def _defaults() -> dict[str, Any]:
+    """Returns every key of a config with its default in configs/base.py."""
+    from popi_jax.configs import base
+
+    def flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            if isinstance(value, Mapping):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    return dict(flat(base.get_config().to_dict(), ""))
+
+
+def _all_keys() -> str:
+    """Returns the part of --help that lists the keys of a config."""
+    lines = (f"  --config.{key}={value}" for key, value in _defaults().items())
+    return "\n".join(("\nkeys of the config, with the defaults that configs/base.py explains:", *lines))
+
+
+def _unknown_key(argv: Sequence[str]) -> str | None:
+    """Returns what is wrong with the first --config.KEY that is no key; None if all are."""
+    keys = _defaults()
+    for argument in argv:
+        given = argument.lstrip("-").partition("=")[0]
+        if argument.startswith("-") and given.startswith("config.") and given.removeprefix("config.") not in keys:
+            key = given.removeprefix("config.")
+            name = key.rpartition(".")[2]
+            near = (
+                [other for other in keys if other.rpartition(".")[2] == name]
+                or [other for other in keys if other.startswith(key)]
+                or difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
+            )
+            advice = f"did you mean --config.{near[0]}?" if near else "configs/base.py has all keys"
+            return f"--config.{key:.80}: no such key; {advice}"
+    return None
 
 
 def _config_error(error: BaseException) -> str | None:
@@ -118,6 +179,6 @@ def _config_error(error: BaseException) -> str | None:
             return f"{found.filename or '--config'}:{found.lineno or 1}: {found.msg}"
         if isinstance(found, OSError) and called and found.__cause__ is None:
             reason = re.sub(r"^.Errno .*?. ", "", str(found).strip().rpartition("\n")[2].strip(" ."))
-            return f"--config: {reason}; give a config file, such as configs/quickstart.py"
+            return f"--config: {reason}; give a config file, or the name of one that popi_jax has, such as quickstart"
         found = found.__cause__ or found.__context__
     return None

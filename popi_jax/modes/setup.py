@@ -18,7 +18,7 @@ from popi_jax.data.schema import Example
 from popi_jax.data.shapes import Shapes
 from popi_jax.errors import UserError
 from popi_jax.evaluation.evaluate import Evaluator
-from popi_jax.model import hub, kernels, sharding
+from popi_jax.model import hub, kernels, peft, sharding
 from popi_jax.model.config import LoraConfig, ModelConfig
 from popi_jax.model.policy import Policy
 from popi_jax.model.tokenizer import Tokenizer
@@ -121,9 +121,29 @@ class Run:
         """Returns the evaluator that uses these references."""
         return Evaluator(self.config, self.sampler, self.scorer, references)
 
+    def other_weights(self, path: pathlib.Path) -> Tree:
+        """Loads the weights of another hub folder; UserError if its model has another shape."""
+        other = hub.load(path, mesh=self.programs.mesh, **model_options(self.config, self.programs.mesh))
+        model = self.programs.policy.config
+        if dataclasses.replace(other.config, n_tokens=model.n_tokens) != model:
+            raise UserError(f"{path}: its model has another shape than {self.config.model.path}; export both again")
+        return other.params
+
     def initial_state(self) -> steps.TrainState:
-        """Returns the state before the first step."""
-        return self.programs.init_state(stream_key(self.config.seed, "init", 0), self.base)
+        """Returns the state before the first step; UserError if an adapter that a role starts from does not fit."""
+        state = self.programs.init_state(stream_key(self.config.seed, "init", 0), self.base)
+        given, shardings = self.config.lora, self.programs.state_shardings
+        if given.init_inference and state.phi is not None:
+            state = dataclasses.replace(state, phi=self._adapter(given.init_inference, state.phi, shardings.phi))
+        if given.init_generator:
+            state = dataclasses.replace(state, theta=self._adapter(given.init_generator, state.theta, shardings.theta))
+        return state
+
+    def _adapter(self, folder: str, fresh: Tree, shardings: Any) -> Tree:
+        lora = self.programs.policy.lora
+        assert lora is not None
+        host = peft.load(pathlib.Path(folder), fresh, lora)
+        return jax.tree.map(lambda x, like, place: jax.device_put(x.astype(like.dtype), place), host, fresh, shardings)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -183,7 +203,7 @@ def read_inputs(config: Config, examples: Mapping[str, Sequence[Example]]) -> di
     """
     folder = hub.resolve(config.model.path)
     tokenizer = Tokenizer.load(config.model.tokenizer or folder)
-    return _inputs(config, hub.fingerprint(folder), tokenizer.fingerprint, examples)
+    return _inputs(config, hub.fingerprint(folder), tokenizer.fingerprint, examples) | adapters(config)
 
 
 def _inputs(config: Config, model: str, tokenizer: str, examples: Mapping[str, Sequence[Example]]) -> dict[str, str]:
@@ -195,6 +215,12 @@ def _own_layout(config: Config) -> dict[str, str]:
     """Returns the fingerprint of a layout in the user's own file. For those of the package, the config has the name."""
     name = config.prompts.layout
     return {} if name in layouts.NAMES else {"layout": layouts.fingerprint(name)}
+
+
+def adapters(config: Config) -> dict[str, str]:
+    """Returns the fingerprints of the adapters that the roles start from. Only training reads them."""
+    given = {key: getattr(config.lora, key) for key in ("init_inference", "init_generator")}
+    return {key: peft.fingerprint(pathlib.Path(folder)) for key, folder in given.items() if folder}
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:

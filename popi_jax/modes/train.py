@@ -54,7 +54,7 @@ def train(config: Config, workdir: pathlib.Path, shared: pathlib.Path | None = N
     run = run.fitted(examples)
     print(preview.of_examples(config, run.encoder, examples["train"]))
     with locks.held(workdir):
-        inputs, total = run.inputs(found.examples), schedule.total_steps(config)
+        inputs, total = run.inputs(found.examples) | setup.adapters(config), schedule.total_steps(config)
         begin = _start(run, workdir, inputs) if total else _Start(run.initial_state())
         runfiles.claim(workdir, config, inputs)
         whole = all(part.all for part in examples.values())
@@ -100,6 +100,11 @@ def _start(run: Run, workdir: pathlib.Path, inputs: Mapping[str, str]) -> _Start
         raise UserError(
             f"{workdir}: the checkpoint was trained on other examples than config.data gives now; restore those"
             " examples, or choose another --workdir"
+        )
+    if meta.get("adapters", {}) != setup.adapters(run.config):
+        raise UserError(
+            f"{workdir}: the checkpoint started from another adapter than config.lora.init_inference and"
+            " .init_generator name now; restore it, or choose another --workdir"
         )
     if meta["test"] != inputs["test"]:
         print(
@@ -175,6 +180,7 @@ def _loop(
                 meta = run.identity | {
                     "data": inputs["train"],
                     "test": inputs["test"],
+                    "adapters": setup.adapters(config),
                     "iterator": iterator.get_state(),
                     "written": written.digest(),
                     "metrics": log.written,

@@ -146,7 +146,8 @@ def sample(
 
     When at most half of each device's prompts are unfinished, they continue in a batch of half the size; this happens
     at most twice. The samples do not depend on it, except for rounding.
-    A prompt of length 0 is padding, and nothing is drawn for it. All arguments after `key` are static under jit.
+    A prompt of length 0 is padding, and nothing is drawn for it. `key` is one key, or [B], one for each prompt, whose
+    draws then do not depend on its place. All arguments after `key` are static under jit.
     """
     B, T = prompt_BxT.shape
     N, S = branches, max_tokens
@@ -220,13 +221,19 @@ def _draw(
     stop_ids: tuple[int, ...],
     pad_id: int,
 ) -> _DecodeState:
-    """Draws the next token of each continuation. The noise depends on the prompt's place among all `prompts`."""
+    """Draws the next token of each continuation.
+
+    The noise depends on the prompt's place among all `prompts`, or on its own key.
+    """
     with jax.named_scope("logits"):
         logp_BxNxV = truncate(logits_BxNxV, temperature=temperature, top_p=top_p)
-    noise_BxNxV = jax.random.gumbel(jax.random.fold_in(key, state.index), (prompts, *logp_BxNxV.shape[1:]))
-    if len(logp_BxNxV) < prompts:
-        noise_BxNxV = _pick(noise_BxNxV, state.place_B.reshape(devices, -1))
-    token_BxN = _first_largest(logp_BxNxV + noise_BxNxV)  # As jax.random.categorical, which uses argmax.
+    chosen_BxNxV = logp_BxNxV
+    if temperature > 0:
+        noise_BxNxV = _noise(key, state.index, (prompts, *logp_BxNxV.shape[1:]))
+        if len(logp_BxNxV) < prompts:
+            noise_BxNxV = _pick(noise_BxNxV, state.place_B.reshape(devices, -1))
+        chosen_BxNxV = logp_BxNxV + noise_BxNxV
+    token_BxN = _first_largest(chosen_BxNxV)  # As jax.random.categorical, which uses argmax.
     logp_BxN = jnp.take_along_axis(logp_BxNxV, token_BxN[..., None], axis=-1)[..., 0]
     token_BxN = jnp.where(state.done_BxN, pad_id, token_BxN).astype(jnp.int32)
     stopped_BxN = jnp.isin(token_BxN, jnp.asarray(stop_ids, jnp.int32)) & ~state.done_BxN
@@ -239,6 +246,13 @@ def _draw(
         length_BxN=state.length_BxN + ~state.done_BxN,
         done_BxN=state.done_BxN | stopped_BxN,
     )
+
+
+def _noise(key: jax.Array, index: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Gumbel noise of this shape for the token of this index, from one key, or from one for each prompt."""
+    if key.ndim == 0:
+        return jax.random.gumbel(jax.random.fold_in(key, index), shape)
+    return jax.vmap(lambda own: jax.random.gumbel(jax.random.fold_in(own, index), shape[1:]))(key)
 
 
 def _draw_all(

@@ -84,7 +84,7 @@ class TextSampler:
         start: str = "",
         more_stop_ids: tuple[int, ...] = (),
     ) -> Drawn:
-        """Draws `branches` texts after each prompt.
+        """Draws `branches` texts after each prompt, with one key or with one for each prompt.
 
         `start` is the end of the prompts that belongs to the text: returned texts begin with it, samples do not.
         `more_stop_ids` also end a text, in addition to the tokenizer's stop ids, and are part of it.
@@ -92,6 +92,8 @@ class TextSampler:
         tokenizer, mesh = self.encoder.tokenizer, self.shapes.mesh
         shape = self.shapes.lines(sampling.batch_size, max(map(len, prefixes)))
         lines = packing.pad_rows(prefixes, shape, tokenizer.pad_id)
+        if key.ndim:  # Padding gets the last prompt's.
+            key = key[np.minimum(np.arange(shape[0]), len(prefixes) - 1)]
         samples = self.sample(
             self.base,
             delta,

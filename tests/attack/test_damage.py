@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import recorded
 from popi_jax import checkpoint
 from popi_jax.config import parse
+from popi_jax.configs import recorded
 from popi_jax.data import prepared
 from popi_jax.errors import UserError
 from popi_jax.evaluation import evaluate, stored
