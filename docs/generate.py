@@ -310,7 +310,7 @@ def api_pages() -> dict[pathlib.Path, str]:
     """A page per package, and one for the modules beside them, with each module's docstrings (mkdocstrings)."""
     package = ROOT / "popi_jax"
     groups = {"popi_jax": sorted(path for path in package.glob("*.py") if path.stem != "__init__")}
-    for folder in sorted(path.parent for path in package.rglob("*/__init__.py")):
+    for folder in sorted(path.parent for path in package.rglob("*/__init__.py") if not path.parent.is_symlink()):
         groups[".".join(folder.relative_to(ROOT).parts)] = sorted(
             path for path in folder.glob("*.py") if path.stem != "__init__"
         )

@@ -1,4 +1,4 @@
-"""The command line: python -m popi_jax.main --config=configs/NAME.py[:arg] --workdir=DIR [--mode=MODE]."""
+"""The command line: popi, or python -m popi_jax.main, --config=configs/NAME.py[:arg] --workdir=DIR [--mode=MODE]."""
 # ruff: noqa: E402
 
 if __name__ == "__main__":  # The other imports take seconds, in which a signal may come, too.

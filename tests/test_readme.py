@@ -31,7 +31,7 @@ COMMANDS = list(
     )
 )
 # What `make quickstart` leaves is what others read: its command, with fewer methods, comes first.
-PYTHON = sorted((c for c in COMMANDS if ".venv/bin/python" in c), key=lambda c: "results_table" not in c)
+PYTHON = sorted((c for c in COMMANDS if ".venv/bin/p" in c), key=lambda c: "results_table" not in c)
 
 
 def table(page: str, first_header: str) -> list[str]:
@@ -150,7 +150,8 @@ def folder(tmp_path_factory):
 def test_command_runs(command, folder):
     command = re.sub(r"(configs/\w+\.py)(?!:)", r"\1:runlocal", command)
     command = re.sub(r"(?<==)(runs/|\w+\.jsonl)", rf"{folder}/\1", command)
-    words = [sys.executable if word == ".venv/bin/python" else word for word in shlex.split(command)]
+    command = command.replace(".venv/bin/", f"{pathlib.Path(sys.executable).parent}/")
+    words = shlex.split(command)
     settings = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
     words = [word for word in words if word.split("=", 1)[0] not in settings]
     environment = os.environ | {"XLA_FLAGS": ""} | settings  # One device, as a newcomer has.
