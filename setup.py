@@ -26,6 +26,7 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    package_dir={"": "."},  # An editable install puts the root on the path, so that scripts find benchmarks/.
     # popi_jax/configs is a link to configs/, so that a wheel has them.
     packages=setuptools.find_packages(include=["popi_jax", "popi_jax.*"]),
     package_data={"popi_jax": ["py.typed", "assets/*", "assets/*/*", "assets/*/*/*", "configs/shapes/*"]},
