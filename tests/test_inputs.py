@@ -54,7 +54,7 @@ class Scorer:
 
     scored = 0
 
-    def logps(self, _, items):
+    def logps(self, _, items, **__):
         self.scored += len(items)
         return np.array([[len(item.query.prompt), 0.0] for item in items])
 

@@ -163,9 +163,9 @@ def test_error_names_the_metrics_that_are_not_finite(bad):
     assert "\n" not in str(error.value)
 
 
-def show(terminal: bool, clock, monkeypatch) -> str:
+def show(terminal: bool, clock, monkeypatch, width: int = 160) -> str:
     out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=160, color_system=None)
+    console = Console(file=out, force_terminal=terminal, width=width, color_system=None)
     monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
     with metrics.Progress(total=10, start=2, name="run", console=console) as progress:
         for step in range(3, 11):
@@ -176,14 +176,19 @@ def show(terminal: bool, clock, monkeypatch) -> str:
 
 def test_progress_prints_lines_without_a_terminal(monkeypatch):
     lines = show(False, [0.0], monkeypatch).splitlines()
-    assert lines[0] == "run step 3/10  loss 0.5  reward -0.25  kl 0.1  200 tokens/s  1:24 left"
+    assert lines[0] == "run step 3/10  1:24 left  loss 0.5  reward -0.25  kl 0.1  200 tokens/s"
     assert len(lines) == 8
-    assert lines[-1].endswith("0:00 left")
+    assert "  0:00 left  " in lines[-1]
 
 
 def test_progress_shows_a_bar_on_a_terminal(monkeypatch):
     shown = show(True, [0.0], monkeypatch)
     assert "10/10" in shown and "200 tokens/s" in shown and "loss 0.5" in shown
+
+
+def test_a_narrow_terminal_shows_step_and_time_left(monkeypatch):
+    shown = show(True, [0.0], monkeypatch, width=60)
+    assert "run ━━━━━━━━━━ 10/10 0:00 left  loss 0.5" in shown
 
 
 def test_parameter_overview():

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from popi_jax.config import parse
+from popi_jax.config import changed, parse
 from popi_jax.configs import quickstart
 from popi_jax.data.layouts import Told
 from popi_jax.data.schema import Example, Query, Signal
 from popi_jax.data.shapes import Measured
 from popi_jax.errors import UserError
 from popi_jax.modes import setup
-from popi_jax.rollout import text
+from popi_jax.rollout import references, text
 from popi_jax.rollout.pairs import Item
 
 
@@ -64,3 +64,38 @@ def test_micro_batches_divide_the_bins_of_all_rows():
     # Each row has its lengths in one micro-batch, the sixth in that of the equal first row, the padding row in none.
     assert (lengths_AxR > 0).sum(axis=0).tolist() == [1] * 6 + [0]
     assert (lengths_AxR[:, 5] == lengths_AxR[:, 0]).all()
+
+
+def test_an_interrupted_reference_pass_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    run = setup.load(changed(parse(quickstart.get_config("runlocal")), {"eval.users_per_batch": 2}))
+    items = [Item(Query(f"What is {n} times {n}?", f"It is {n * n}.", "Who knows?"), None) for n in range(200)]
+    expected = run.references(tmp_path / "whole")
+    expected.remember(items)
+    monkeypatch.setattr(references, "_SAVE_EVERY", -1.0)
+    scored = []
+
+    def score(*arguments):
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        scored.append(arguments)
+        return run.programs.score(*arguments)
+
+    scorer = dataclasses.replace(run.scorer, score=score)
+    half = references.References(scorer, tmp_path / "half", expected._identity)
+    with pytest.raises(KeyboardInterrupt):
+        half.remember(items)
+    (left,) = (tmp_path / "half").iterdir()
+    assert left.name.startswith("unfinished_")
+    counts = {}
+    for name in ("half", "other"):
+        calls: list[int] = []
+        counting = dataclasses.replace(
+            run.scorer, score=lambda *given, calls=calls: calls.append(1) or run.programs.score(*given)
+        )
+        whole = references.References(counting, tmp_path / name, expected._identity)
+        whole.remember(items)
+        counts[name] = len(calls)
+    assert counts["half"] == counts["other"] - 2 > 0  # Two parts were kept.
+    whole = references.References(run.scorer, tmp_path / "half", expected._identity)
+    np.testing.assert_array_equal(whole.lookup(items), expected.lookup(items))
+    assert [path.name.startswith("reference_") for path in (tmp_path / "half").iterdir()] == [True]

@@ -183,7 +183,7 @@ class CountingScorer:
     def __init__(self) -> None:
         self.scored = 0
 
-    def logps(self, theta, items):
+    def logps(self, theta, items, **_):
         self.scored += len(items)
         weight = 0.5 if theta is None else 1.0
         return np.array([[weight * self.logp(y, item.told) for y in self.responses(item)] for item in items])

@@ -56,8 +56,19 @@ def finish(
     write_results(workdir, config, [row], checksum(workdir, [row]))
     if jax.process_index() == 0:
         report.write(workdir)
-        print(f"{evaluator.sampler.encoder.overflow}\n{workdir / 'report.html'}")
+        print(_told(row, config.limits.summary), evaluator.sampler.encoder.overflow, workdir / "report.html", sep="\n")
     return row
+
+
+def _told(row: Mapping[str, Any], limit: int) -> str:
+    """Returns the result in a line or two, for the end of a run."""
+    low, high = (100 * value for value in row["accuracy_ci95"])
+    told = f"{row['method']}: accuracy {100 * row['accuracy']:.1f}% [{low:.1f}, {high:.1f}] on {row['n']} test pairs"
+    if row.get("context_tokens_mean"):
+        told += f", with {row['context_tokens_mean']:.0f} tokens of context"
+    if row.get("summaries_cut"):
+        told += f"\n{100 * row['summaries_cut']:.0f}% of the summaries were cut at limits.summary = {limit} tokens"
+    return told
 
 
 def describe_summaries(

@@ -115,12 +115,26 @@ class PairScorer:
     base: weights.Tree
     packer: Packer
 
-    def logps(self, theta: weights.Tree | None, items: Sequence[Item], at_a_time: int | None = None) -> np.ndarray:
+    def logps(
+        self,
+        theta: weights.Tree | None,
+        items: Sequence[Item],
+        at_a_time: int | None = None,
+        known: np.ndarray | None = None,
+        done: Callable[[np.ndarray], None] | None = None,
+    ) -> np.ndarray:
         """Log pi(y+|x,z) and log pi(y-|x,z) of each item, [items, 2], in nats; theta None is the reference.
 
-        UserError if one is not finite: as a number in a table it would be an accuracy of 0 or a missing figure. About
-        `at_a_time` items (None: eval.rows) are scored together, and all parts have one shape. Equal items are
-        scored once, since a trained model writes many equal summaries.
+        UserError if one is not finite: as a number in a table it would be an accuracy of 0 or a missing figure. Equal
+        items are scored once, since a trained model writes many equal summaries.
+
+        Args:
+            theta: the generator's weights or adapter.
+            items: the pairs.
+            at_a_time: about how many items are scored together; None: eval.rows. All parts have one shape.
+            known: what an interrupted call had found, NaN elsewhere. The parts that it has are not scored again, and
+                the others are the same as without it.
+            done: called with what is found so far, NaN elsewhere, after each part.
         """
         shapes = self.packer.shapes
         planted = self.packer.plant(items)
@@ -131,13 +145,17 @@ class PairScorer:
         bins = [Bins(planted.length, planted.bins.scored[i * n_bins : (i + 1) * n_bins]) for i in range(len(parts))]
         # Rounded up, so that other calls have the same number of rows.
         like = shapes.scoring(packing.coarse(max(map(len, members))), n_bins, bins)
-        logps = np.zeros((len(items), 2), np.float32)
+        logps = np.full((len(items), 2), np.nan, np.float32) if known is None else known.copy()
         for part, chosen in zip(parts, members, strict=True):
+            if np.isfinite(logps[chosen]).all():
+                continue
             place = {r: n for n, r in enumerate(chosen)}
             own = [[tree.renumbered(place) for tree in part_bin] for part_bin in part]
             packed = self.packer.pack_rows([planted.rows[r] for r in chosen], own, like)
             out = self.score(self.base, theta, jax.device_put(packed, shardings_of(like)))
             logps[chosen] = sharding.to_host(out)[: len(chosen)]
+            if done is not None:
+                done(logps)
         logps = logps[planted.first_R]
         for item, logp in zip(items, logps, strict=True):
             if not np.isfinite(logp).all():

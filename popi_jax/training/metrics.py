@@ -20,7 +20,7 @@ import rich.progress
 import tensorboardX
 from absl import logging
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from popi_jax.data import files
 from popi_jax.errors import UserError, shown
@@ -176,12 +176,17 @@ class Progress:
         self._said = 0.0
         self._bar: rich.progress.Progress | None = None
         if jax.process_index() == 0 and self._console.is_terminal:
+            widths = min(len(name), 20), 10, 2 * len(f"{total}") + 1
+            rest = self._console.width - sum(widths) - len(widths)
+            fixed = [Column(width=width, no_wrap=True) for width in widths]
+            # What does not fit into the line is left out at its end.
+            shown = Column(max_width=max(rest, 10), no_wrap=True, overflow="ellipsis")
             self._bar = rich.progress.Progress(
-                rich.progress.TextColumn("{task.description}", markup=False),  # A name may look like markup.
-                rich.progress.BarColumn(),
-                "{task.completed}/{task.total}",
-                "{task.fields[shown]}",
-                rich.progress.TimeElapsedColumn(),
+                # A name may look like markup.
+                rich.progress.TextColumn("{task.description}", markup=False, table_column=fixed[0]),
+                rich.progress.BarColumn(table_column=fixed[1]),
+                rich.progress.TextColumn("{task.completed}/{task.total}", table_column=fixed[2]),
+                rich.progress.TextColumn("{task.fields[shown]}", table_column=shown),
                 console=self._console,
             )
             self._task = self._bar.add_task(name, total=total, completed=start, shown="compiling")
@@ -193,11 +198,10 @@ class Progress:
         now = time.monotonic()
         first, step_first = self._recent[0]
         self._recent.append((now, step))
-        parts = [f"{name} {values[name]:.4g}" for name in SHOWN if name in values]
+        left = (now - first) / max(step - step_first, 1) * (self._total - step)
+        parts = [f"{_duration(left)} left", *(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)]
         if "tokens_per_s" in values:
             parts.append(f"{values['tokens_per_s']:,.0f} tokens/s")
-        left = (now - first) / max(step - step_first, 1) * (self._total - step)
-        parts.append(f"{_duration(left)} left")
         shown = "  ".join(parts)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, shown=shown)
