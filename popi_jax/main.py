@@ -20,7 +20,7 @@ from popi_jax.errors import UserError, first_line
 from popi_jax.modes import cli, compilation_cache, signals
 
 FORMATS = ("hub", "peft", "orbax")
-MODES = ("train", "prepare", "evaluate", "summarize", "generate", "export", "compile")
+MODES = ("train", "prepare", "evaluate", "summarize", "generate", "export", "report", "compile")
 
 USES = ("evaluate", "summarize", "generate", "export")  # The modes that take a run's own config if none is given.
 
@@ -60,6 +60,9 @@ def main(argv: list[str]) -> None:
     """Runs one mode."""
     if len(argv) > 1:
         raise UserError(f"argument {argv[1]!r} is not a flag; give flags as --name=value")
+    if _MODE.value == "report":
+        _report(_path(_WORKDIR))
+        return
     config = _config()
     if _MODE.value == "compile":
         _compile(config)
@@ -101,6 +104,15 @@ def _personalize_flags() -> Any:
         drawing={flag.name: flag.value for flag in given},
         summaries=None if _SUMMARIES.value is None else _path(_SUMMARIES),
     )
+
+
+def _report(workdir: pathlib.Path) -> None:
+    from popi_jax.evaluation import report
+
+    if not (workdir / "results.json").is_file():
+        raise UserError(f"{workdir}: no results.json; give the workdir of a finished run, or of a table")
+    report.write(workdir)
+    print(workdir / "report.html")
 
 
 def _config() -> config_lib.Config:

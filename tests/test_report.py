@@ -72,7 +72,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.references += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
-        if tag not in ("meta", "br", "link", "img"):
+        if tag not in ("meta", "br", "link", "img", "input"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -98,7 +98,7 @@ def test_page_is_complete_and_has_no_external_reference(workdir):
     page = Page(raw)
     assert page.open == []
     assert all(reference.startswith("#") for reference in page.references)
-    assert "http" not in raw and "@import" not in raw and "<script" not in raw
+    assert "http" not in raw and "@import" not in raw and raw.count("<script") == 1
     assert page.tags.count("svg") == 2
     assert raw.count("<style>") == 1 and "@media print" in raw  # The stylesheet is inside.
 
@@ -110,6 +110,27 @@ def test_page_shows_the_content_of_the_files(workdir):
     for field in ("persona", "summary", "prompt", "response", "chosen", "rejected", "signals"):
         assert SAMPLE[field] in text, field
     assert "I(o; z), nats" not in text  # No row has a value for it.
+
+
+def test_every_test_user_is_shown_with_right_and_wrong(tmp_path):
+    make_workdir(tmp_path)
+    hs = {"u1": (0.5, -1.5), "u2": (2.0, 0.25)}
+    records = [
+        evaluate.Record(i, user, "g", f"persona of {user}", "", f"<b>{user}</b> likes tea", 5, True, 9, h, h)
+        for user, own in hs.items()
+        for i, h in enumerate(own)
+    ]
+    evaluate.write_records(tmp_path / "eval_records.jsonl", records)
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(SAMPLE | {"h": h}) + "\n" for h in (0.5, -1.5)))
+    report.write(tmp_path)
+    raw = (tmp_path / "report.html").read_text()
+    text = " ".join(" ".join(Page(raw).text).split())
+    assert "All 2 test users" in text and "<b>u1</b> likes tea" in text
+    assert "1 of 2 -0.50" in text and "2 of 2 +1.12" in text
+    assert "✓ ranked right, h = +0.50 nats" in text and "✗ ranked wrong, h = -1.50 nats" in text
+    # What the filter reads: a class for mistakes, and the words to find.
+    assert re.findall(r'<tr class="(\w+)" data-find="(\w+) persona', raw) == [("wrong", "u1"), ("right", "u2")]
+    assert re.findall(r'<article class="sample (\w+)"', raw) == ["right", "wrong"]
 
 
 def test_plots_are_written_and_not_blank(workdir):

@@ -174,12 +174,17 @@ class Evaluator:
             max_tokens=config.eval.response_tokens,
         )
         logps = self.scorer.logps(theta, items, len(items))
+        told = [encoder.raw_signals(example) for example in examples]
+        which = config.objective.reference_context
+        asked = [reference_item(which, item, signals) for item, signals in zip(items, told, strict=True)]
+        # As in `records`: method base has no implicit reward.
+        h = (logps - (0 if config.method == "base" else self.references.lookup(asked))) @ (1, -1)
         return [
             {
                 "user": example.user,
                 "persona": example.persona,
-                "signals": encoder.raw_signals(example).text,
-                "signal_tokens": encoder.cost(encoder.raw_signals(example).text),
+                "signals": signals.text,
+                "signal_tokens": encoder.cost(signals.text),
                 "summary": context.text if config.method in SUMMARIZED else "",
                 "prompt": query.prompt,
                 "response": response[0],
@@ -187,9 +192,10 @@ class Evaluator:
                 "rejected": query.rejected,
                 "logp_chosen": float(logp[0]),
                 "logp_rejected": float(logp[1]),
+                "h": float(own),
             }
-            for example, context, query, response, logp in zip(
-                examples, first, queries, drawn.texts_UxK, logps, strict=True
+            for example, signals, context, query, response, logp, own in zip(
+                examples, told, first, queries, drawn.texts_UxK, logps, h, strict=True
             )
         ]
 

@@ -4,12 +4,13 @@ import io
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
 
 from popi_jax.data import files
-from popi_jax.evaluation import plots, stored, summaries_table, tables
+from popi_jax.evaluation import evaluate, plots, stored, summaries_table, tables
 from popi_jax.evaluation.plots import Summary
 from popi_jax.training import metrics
 
@@ -55,6 +56,7 @@ def write(workdir: pathlib.Path) -> None:
         written=summaries_table.cells(results["rows"]) if results else None,
         written_note=summaries_table.NOTE,
         samples=stored.samples(workdir),
+        users=_users(workdir),
         svgs={name: _svg(figure) for name, figure in drawn.items()},
     )
     files.write_text(workdir / "report.html", page)
@@ -78,6 +80,25 @@ def _tiles(summaries: Sequence[Summary]) -> list[tuple[str, str]]:
             ratio = popi.raw_signal_tokens / popi.context_tokens
             tiles.append((f"{ratio:,.1f}×", f"shorter than the raw signals ({popi.raw_signal_tokens:,.0f} tokens)"))
     return tiles
+
+
+def _users(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns what the page shows of each test user: the queries that are ranked as they did, and the mean h."""
+    path = workdir / "eval_records.jsonl"
+    by_user: dict[str, list[evaluate.Record]] = {}
+    for record in evaluate.read_records(path) if path.exists() else []:
+        by_user.setdefault(record.user, []).append(record)
+    return [
+        {
+            "user": user,
+            "persona": own[0].persona,
+            "context": own[0].context or "",
+            "right": sum(record.h > 0 for record in own),
+            "scored": len(own),
+            "h": sum(record.h for record in own) / len(own),
+        }
+        for user, own in by_user.items()
+    ]
 
 
 def _svg(figure: Figure) -> str:

@@ -59,6 +59,7 @@ class _Sample(_Stored):
     signal_tokens: int = 0
     logp_chosen: Number = None
     logp_rejected: Number = None
+    h: Number = None  # Runs of older versions do not have it.
 
 
 class _Environment(_Stored):
