@@ -30,7 +30,7 @@ setuptools.setup(
     # popi_jax/configs is a link to configs/, so that a wheel has them.
     packages=setuptools.find_packages(include=["popi_jax", "popi_jax.*"]),
     package_data={"popi_jax": ["py.typed", "assets/*", "assets/*/*", "assets/*/*/*", "configs/shapes/*"]},
-    entry_points={"console_scripts": ["popi = popi_jax.modes.cli:popi"]},
+    entry_points={"console_scripts": ["popi = popi_jax.main:popi"]},
     install_requires=[
         *JAX,
         "absl-py>=2.1",

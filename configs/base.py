@@ -49,10 +49,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.lora.alpha = 16.0  # Scale of the adapters: their product is multiplied by alpha / rank.
     # The matrices of each layer that get an adapter: q, k, v and o of attention; gate, up and down of the MLP.
     c.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
-    # Folders of PEFT adapters that the two models start from; "" is a fresh adapter. The references, and method
-    # zero_shot_summary, stay without them.
+    # The folder of a PEFT adapter that the inference model starts from; "" is a fresh adapter. The reference, and method
+    # zero_shot_summary, stay without it.
     c.lora.init_inference = ""
-    c.lora.init_generator = ""
+    c.lora.init_generator = ""  # The same for the generator.
 
     # The users to train and test on.
     c.data = ml_collections.ConfigDict()

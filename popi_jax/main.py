@@ -1,13 +1,16 @@
 """The command line: popi, or python -m popi_jax.main, --config=configs/NAME.py[:arg] --workdir=DIR [--mode=MODE]."""
 # ruff: noqa: E402
 
-if __name__ == "__main__":  # The other imports take seconds, in which a signal may come, too.
+import pathlib
+import sys
+
+# The other imports take seconds, in which a signal may come, too.
+if __name__ == "__main__" or pathlib.Path(sys.argv[0]).name == "popi":
     from popi_jax.modes import signals
 
     signals.listen()
 
 import json
-import pathlib
 from typing import Any
 
 import jax
@@ -165,5 +168,10 @@ def _path(flag: flags.FlagHolder) -> pathlib.Path:
     return config_lib.local_path(flag.value, f"--{flag.name}")
 
 
-if __name__ == "__main__":
+def popi() -> None:
+    """Runs the command `popi`, which is `python -m popi_jax.main` under a shorter name."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    popi()

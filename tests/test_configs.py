@@ -13,7 +13,7 @@ from popi_jax.configs import base, recorded
 from popi_jax.data import files
 from popi_jax.errors import UserError
 
-CONFIGS = pathlib.Path(base.__file__).parent
+CONFIGS = pathlib.Path(base.__file__).resolve().parent
 
 # The arguments of each config; recorded takes the path of a file instead.
 ARGUMENTS = {

@@ -22,14 +22,6 @@ _NAMED = re.compile(r"(--?config=)(\w+)(:.*)?", re.DOTALL)
 _LIBRARIES = (str(pathlib.Path(flags.__file__).parents[2]), sysconfig.get_path("stdlib"))
 
 
-def popi() -> None:
-    """Runs the command `popi`, which is `python -m popi_jax.main` under a shorter name."""
-    signals.listen()  # The next import takes seconds, in which a signal may come, too.
-    from popi_jax import main
-
-    run(main.main)
-
-
 def run(entry: Callable[[list[str]], None]) -> None:
     """Parses the flags and runs `entry`. A user's mistake prints one line on stderr and exits with code 2.
 
