@@ -49,8 +49,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.lora.alpha = 16.0  # Scale of the adapters: their product is multiplied by alpha / rank.
     # The matrices of each layer that get an adapter: q, k, v and o of attention; gate, up and down of the MLP.
     c.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
-    # The folder of a PEFT adapter that the inference model starts from; "" is a fresh adapter. The reference, and method
-    # zero_shot_summary, stay without it.
+    # The folder of a PEFT adapter that the inference model starts from; "" is a fresh adapter. The reference and method
+    # zero_shot_summary stay without it.
     c.lora.init_inference = ""
     c.lora.init_generator = ""  # The same for the generator.
 
