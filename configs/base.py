@@ -248,7 +248,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # profile. (): no trace.
     c.train.profile_steps = ()
 
-    # Evaluation. --mode=summarize and --mode=generate use temperature, top_p, users_per_batch and response_tokens, too.
+    # Evaluation. --mode=summarize and --mode=generate use temperature, top_p and users_per_batch, too.
     c.eval = ml_collections.ConfigDict()
     # Training steps from one evaluation to the next; 0: only at the end, where there is always one.
     c.eval.every = 0
@@ -260,7 +260,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # most 1. 1: all tokens.
     c.eval.top_p = 1.0
     c.eval.samples = 8  # Test users shown in samples.jsonl, each with a generated response; 0: none.
-    c.eval.response_tokens = 64  # Longest generated response, in tokens.
+    c.eval.response_tokens = 64  # Longest response that is generated for samples.jsonl, in tokens.
     c.eval.bootstrap = 2000  # Bootstrap resamples behind each 95% interval.
 
     # The runs of experiments/results_table.py, unless its flags say otherwise.

@@ -24,7 +24,6 @@ from popi_jax.modes import cli, compilation_cache, signals
 
 FORMATS = ("hub", "peft", "orbax")
 MODES = ("train", "prepare", "evaluate", "summarize", "generate", "export", "report", "compile")
-
 USES = ("evaluate", "summarize", "generate", "export")  # The modes that take a run's own config if none is given.
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -53,6 +52,7 @@ _MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", None, "summarize, generate: the longest text; limits.summary or limits.response by default."
 )
 _N = flags.DEFINE_integer("n", None, "summarize, generate: texts per user or prompt; 1 by default.")
+_DRAWING = (_TEMPERATURE, _TOP_P, _MAX_TOKENS, _N)
 _FORMAT = flags.DEFINE_enum(
     "format", "hub", FORMATS, "export: whole models for transformers and vLLM, adapters for PEFT, or Orbax checkpoints."
 )
@@ -63,6 +63,7 @@ def main(argv: list[str]) -> None:
     """Runs one mode."""
     if len(argv) > 1:
         raise UserError(f"argument {argv[1]!r} is not a flag; give flags as --name=value")
+    _check_flags()
     if _MODE.value == "report":
         _report(_path(_WORKDIR))
         return
@@ -70,8 +71,6 @@ def main(argv: list[str]) -> None:
     if _MODE.value == "compile":
         _compile(config)
         return
-    if _TOPOLOGY.value is not None:
-        raise UserError("--topology is for --mode=compile; leave it out")
     workdir = _path(_WORKDIR)
     if _DISTRIBUTED.value is not None:
         _join(_DISTRIBUTED.value)
@@ -93,10 +92,22 @@ def main(argv: list[str]) -> None:
         write(config, workdir, _personalize_flags())
 
 
+def _check_flags() -> None:
+    """Raises UserError for a flag that the mode does not read."""
+    for flag, modes in (
+        (_INPUT, ("summarize", "generate")),
+        (_SUMMARIES, ("generate",)),
+        *((flag, ("summarize", "generate")) for flag in _DRAWING),
+        (_FORMAT, ("export",)),
+        (_TOPOLOGY, ("compile",)),
+    ):
+        if flag.present and _MODE.value not in modes:
+            raise UserError(f"--{flag.name} is for --mode={' and '.join(modes)}; leave it out")
+
+
 def _personalize_flags() -> Any:
     from popi_jax.modes import personalize
 
-    given = (_TEMPERATURE, _TOP_P, _MAX_TOKENS, _N)
     source = _path(_INPUT)
     if _INPUT.value == "example" and not source.exists():
         source = personalize.EXAMPLES / ("users.jsonl" if _MODE.value == "summarize" else "prompts.jsonl")
@@ -104,7 +115,7 @@ def _personalize_flags() -> Any:
         input=source,
         output=_path(_OUTPUT),
         step=_STEP.value,
-        drawing={flag.name: flag.value for flag in given},
+        drawing={flag.name: flag.value for flag in _DRAWING},
         summaries=None if _SUMMARIES.value is None else _path(_SUMMARIES),
     )
 

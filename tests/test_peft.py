@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_what_is_written_is_what_peft_computes(base, tmp_path):
         expected = weight if a is None else weight + 6 / 3 * b @ a  # PEFT: W + alpha / r B A.
         np.testing.assert_allclose(after[name], expected, atol=1e-5)
     back = peft.load(tmp_path / "out", fresh(tiny.LORA, base), tiny.LORA)
-    jax.tree.map(np.testing.assert_array_equal, back, jax.device_get(delta))
+    chex.assert_trees_all_equal(back, jax.device_get(delta))
 
 
 @pytest.mark.parametrize(
@@ -119,8 +120,10 @@ REFUSED = {
     "bias": ({"bias": "all"}, 'bias is "all"; adapters with it are not read'),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
     "layers": ({"layers_to_transform": [0]}, "layers_to_transform is [0]"),
+    "an init that changes the base": ({"init_lora_weights": "lora_ga"}, 'init_lora_weights is "lora_ga"'),
+    "excluded": ({"exclude_modules": ["k_proj"]}, "exclude_modules is"),
     "a future setting": ({"nosuch": 1}, "nosuch is 1; adapters with it are not read"),
-    "another base": ({"init_lora_weights": "pissa_niter_4"}, "belongs to another base"),
+    "another base": ({"init_lora_weights": "pissa_niter_4"}, "whose adapter may belong to another base"),
     "another method": ({"peft_type": "LOHA"}, "peft_type is not LORA"),
     "head": ({"target_modules": ["q_proj", "lm_head"]}, None),
     "rank": ({"r": 0}, "r is 0; it must be a whole number above 0"),

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import chex
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -99,6 +100,26 @@ def test_scores_are_the_implicit_rewards_of_the_pairs(pair, run, state):
     assert pair.score("Why?", []) == []
 
 
+@pytest.mark.parametrize("which", ["summary", "signals"])
+def test_the_reference_of_a_reward_reads_what_it_read_in_training(which, run, state):
+    values = {"lora.rank": 4, "objective.reference_context": which}
+    other = dataclasses.replace(run, config=changed(run.config, values))
+    [found] = Personalizer(other, state.phi, state.theta, 6, "weights", has_reference=True).score(
+        "Why?", ["No."], "Prose."
+    )
+    if which == "signals":  # They are not given.
+        assert found.reward is None
+        return
+    item = Item(Query("Why?", "No.", "No."), Told("Prose."))
+    logp, reference = (run.scorer.logps(theta, [item])[0, 0] for theta in (state.theta, None))
+    np.testing.assert_allclose(found.reward, run.config.objective.beta * (logp - reference), atol=1e-4)
+
+
+def test_a_run_of_before_adapters_could_start_a_role_is_still_read(run):
+    lora = run.identity["config"]["lora"]
+    assert lora == {"rank": 4, "alpha": run.config.lora.alpha, "targets": list(run.config.lora.targets)}
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -158,14 +179,13 @@ def test_orbax_alone_reads_the_arrays(run, state, exports):
     with ocp.StandardCheckpointer() as checkpointer:
         read = checkpointer.restore(exports / "orbax" / "generator" / "params")
     expected = jax.device_get(run.programs.policy.fuse(run.base, state.theta))
-    jax.tree.map(np.testing.assert_array_equal, read, expected)
+    chex.assert_trees_all_equal(read, expected)
 
 
 def test_an_adapter_starts_a_role(run, state, exports):
     folders = {f"lora.init_{role}": str(exports / "peft" / role) for role in exported.ROLES}
     start = setup.load(changed(run.config, folders)).initial_state()
-    jax.tree.map(np.testing.assert_array_equal, start.phi, state.phi)
-    jax.tree.map(np.testing.assert_array_equal, start.theta, state.theta)
+    chex.assert_trees_all_equal((start.phi, start.theta), (state.phi, state.theta))
     assert setup.adapters(changed(run.config, folders)).keys() == {"init_inference", "init_generator"}
 
 

@@ -255,6 +255,8 @@ def test_mistakes_in_the_flags_are_one_line(tmp_path):
         ("broken", "--config.seed=0", f"{tmp_path / 'broken' / 'config.json'}:1: not JSON"),
         ("new", "--config.seed=-1", "config.seed is -1; it must be at least 0"),
         ("new", "--topology=v5e:2x2", "--topology is for --mode=compile"),
+        ("new", "--temperature=0.5", "--temperature is for --mode=summarize and generate; leave it out"),
+        ("new", "--format=peft", "--format is for --mode=export; leave it out"),
         ("new", "--distributed=host:1,2,5", "--distributed=host:1,2,5: give auto, or HOST:PORT,COUNT,INDEX"),
     ]:
         out = run(tmp_path / workdir, flag)

@@ -127,9 +127,10 @@ def write(
                 if not missing:
                     continue
                 made = dict(zip(batch, make(batch), strict=True))
-                files.append_jsonl(output, [plan.line(place, made[place]) for place in missing])
-                for place in missing:
-                    lines[place] = plan.line(place, made[place])
+                new = {place: plan.line(place, made[place]) for place in missing}
+                files.append_jsonl(output, list(new.values()))
+                for place, line in new.items():
+                    lines[place] = line
                 progress.advance(task, len(missing))
         complete = [line for line in lines if line is not None]
         if not _is(output, complete):  # They were written batch by batch.

@@ -4,7 +4,7 @@ import contextlib
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import safetensors
 
@@ -14,11 +14,11 @@ _LIST = "export.json"
 
 
 @contextlib.contextmanager
-def new(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields an empty folder, which takes the place of `folder` if the block ends without an error.
+def new(folder: pathlib.Path, texts: Mapping[str, str] | None = None) -> Iterator[pathlib.Path]:
+    """Yields a folder, which takes the place of `folder` if the block ends without an error.
 
-    Otherwise `folder` stays as it was. The new folder gets a list of its files, `export.json`. What a killed process
-    left beside the folder is removed or put back.
+    If the block fails, `folder` stays as it was. The new folder has files of these names and texts, and gets a
+    list of its files, `export.json`. What a killed process left beside the folder is removed or put back.
 
     Raises:
         UserError: `check_replaceable` refuses the folder, or it cannot be written.
@@ -29,6 +29,8 @@ def new(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         _put_back(folder, scratch, old)
         scratch.mkdir(parents=True)
+        for name, text in (texts or {}).items():
+            (scratch / name).write_text(text, encoding="utf-8")
         yield scratch
         names = sorted(path.name for path in scratch.iterdir())
         (scratch / _LIST).write_text(json.dumps({"files": names}, indent=2) + "\n", encoding="utf-8")

@@ -394,7 +394,7 @@ def save(
     *,
     dtype: str = "float32",
     shard_bytes: int = 4 * 2**30,
-    more: Mapping[str, str] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a hub folder that load(), transformers 4 and 5 and vLLM read alike.
 
@@ -405,14 +405,12 @@ def save(
         tokenizer_path: a folder whose tokenizer files are copied, see `tokenizer_files.save`.
         dtype: dtype of the weights on disk. With float32, saving and loading float32 parameters is exact to the bit.
         shard_bytes: larger weights are split into several files with an index; one file at a time is in memory.
-        more: the names and texts of other files for the folder.
+        texts: the names and texts of other files for the folder.
     """
-    with folders.new(pathlib.Path(folder)) as scratch:
+    with folders.new(pathlib.Path(folder), texts) as scratch:
         ids = tokenizer_files.save(scratch, tokenizer_path)
         description = {**config.to_hub(), **ids, "torch_dtype": dtype}
         (scratch / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        for name, text in (more or {}).items():
-            (scratch / name).write_text(text, encoding="utf-8")
         _save_weights(scratch, config, params, jnp.dtype(dtype), shard_bytes)
 
 

@@ -30,11 +30,12 @@ _READ = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "targ
 # Settings that do not change what a trained adapter computes, or whose work is in its tensors.
 _ASIDE = (
     "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config"
-    " exclude_modules inference_mode layers_pattern loftq_config lora_dropout megatron_core peft_version"
+    " inference_mode layers_pattern loftq_config lora_dropout megatron_core peft_version"
     " qalora_group_size revision runtime_config task_type"
 ).split()
-# These start from other weights than the base model's own, which the adapter alone does not have.
-_OTHER_BASE = ("pissa", "olora", "corda", "loftq")
+# The initializations that leave the base model's weights as they are. Others, such as PiSSA, change them, and their
+# adapter belongs to weights that it does not have.
+_INIT = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def save(
@@ -43,7 +44,7 @@ def save(
     settings: LoraConfig,
     base: str,
     tokenizer_path: str,
-    more: Mapping[str, str],
+    texts: Mapping[str, str],
 ) -> None:
     """Writes an adapter as a folder that PEFT loads on top of its base model.
 
@@ -53,7 +54,7 @@ def save(
         settings: its rank, alpha and targets.
         base: the path or hub id of the base model, for PEFT to find it.
         tokenizer_path: a folder whose tokenizer files are copied.
-        more: the names and texts of other files for the folder.
+        texts: the names and texts of other files for the folder.
     """
     alpha = int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha
     description = {
@@ -76,11 +77,9 @@ def save(
             # Copied, since safetensors writes a transposed view in its old order.
             tensors[f"{path}.lora_A.weight"] = a[layer].reshape(-1, settings.rank).T.copy()
             tensors[f"{path}.lora_B.weight"] = b[layer].reshape(settings.rank, -1).T.copy()
-    with folders.new(folder) as scratch:
+    with folders.new(folder, texts) as scratch:
         tokenizer_files.save(scratch, tokenizer_path)
         (scratch / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        for name, text in more.items():
-            (scratch / name).write_text(text, encoding="utf-8")
         safetensors.numpy.save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -183,17 +182,15 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type is not LORA; only LoRA adapters are read")
     init = value.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_OTHER_BASE):
+    if init not in _INIT:
         raise UserError(
-            f"{path}: init_lora_weights is {init!r}, whose adapter belongs to another base; convert it with PEFT's"
-            " path_initial_model_for_weight_conversion"
+            f"{path}: init_lora_weights is {json.dumps(init)[:60]}, whose adapter may belong to another base; convert"
+            " it with PEFT's path_initial_model_for_weight_conversion"
         )
     for key, setting in value.items():
         off = setting in (None, False, [], {}, "none", 0)
         if key not in (*_READ, *_ASIDE, "init_lora_weights", "bias") and not off or key == "bias" and setting != "none":
             raise UserError(f"{path}: {key} is {json.dumps(setting)[:60]}; adapters with it are not read")
-    if value.get("exclude_modules"):
-        raise UserError(f"{path}: exclude_modules is set; name the adapted modules in target_modules alone")
     described = {"r": 8, "lora_alpha": 8, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}} | value
     for key, valid, kind in (
         ("r", type(described["r"]) is int and described["r"] > 0, "a whole number above 0"),

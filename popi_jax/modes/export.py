@@ -26,7 +26,7 @@ def export(config: Config, workdir: pathlib.Path, output: pathlib.Path, step: in
 
     * hub: the whole model, which transformers, vLLM and `Personalizer` load.
     * peft: the adapter alone, which PEFT loads on top of config.model.path.
-    * orbax: the whole model as a tree of numpy arrays in `params`, whose names docs/howto/export.md lists.
+    * orbax: the whole model as a tree of numpy arrays in `params`, whose names docs/howto/use.md lists.
     """
     runfiles.one_process("export")
     _check_output(output)
@@ -51,15 +51,13 @@ def _write(run: Run, folder: pathlib.Path, delta: Tree | None, form: str, texts:
     if form == "peft":
         assert policy.lora is not None
         if delta is None:  # Without an inference model, q_0 is in use: an adapter that changes nothing.
-            delta = run.initial_state().theta
+            delta = policy.init_delta(run.base, jax.random.key(0))
         peft.save(folder, delta, policy.lora, run.config.model.path, run.tokenizer_path, texts)
     elif form == "hub":
-        hub.save(folder, policy.config, policy.fuse(run.base, delta), run.tokenizer_path, more=texts)
+        hub.save(folder, policy.config, policy.fuse(run.base, delta), run.tokenizer_path, texts=texts)
     else:
-        with folders.new(folder) as scratch:
+        with folders.new(folder, texts) as scratch:
             tokenizer_files.save(scratch, run.tokenizer_path)
-            for name, text in texts.items():
-                (scratch / name).write_text(text, encoding="utf-8")
             # Arrays on several devices could only be read on as many; numpy arrays can be read anywhere.
             params = jax.device_get(policy.fuse(run.base, delta))
             with ocp.StandardCheckpointer() as checkpointer:

@@ -172,8 +172,8 @@ def _card(role: str, config: Config, described: dict[str, Any], workdir: pathlib
         "",
         f"# {config.name}: the {role} model",
         "",
-        f"{_ABOUT[role]} {_OTHER[role]} The two were trained together by POPI ([arXiv 2510.17881]"
-        f"(https://arxiv.org/abs/2510.17881)) with popi_jax {popi_jax.__version__}: method {config.method}, data set"
+        f"{_ABOUT[role]} {_OTHER[role]} The two are of one run of popi_jax {popi_jax.__version__} (POPI,"
+        f" [arXiv 2510.17881](https://arxiv.org/abs/2510.17881)): method {config.method}, data set"
         f" {config.data.dataset}, {described['step']} steps, seed {config.seed}.",
         "",
         *_results(workdir),

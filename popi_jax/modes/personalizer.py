@@ -12,7 +12,8 @@ import numpy as np
 
 from popi_jax import config as config_lib
 from popi_jax.config import Config
-from popi_jax.data import files, users
+from popi_jax.configs import recorded
+from popi_jax.data import users
 from popi_jax.data.encoding import Encoder
 from popi_jax.data.layouts import Told
 from popi_jax.data.schema import Example, Query
@@ -23,6 +24,7 @@ from popi_jax.modes.evaluate import trained
 from popi_jax.modes.setup import Run
 from popi_jax.rollout import text
 from popi_jax.rollout.pairs import Item
+from popi_jax.rollout.references import reference_item
 from popi_jax.training.rng import stream_key
 
 
@@ -62,8 +64,9 @@ class Score:
 
     Attributes:
         logp: log pi_theta(y|x, z) in nats, the end token included; the mean over tokens with logp_reduction = "mean".
-        reward: beta (logp - log pi_ref(y|x)), the implicit reward of DPO (POPI section 2), which ranks responses. None
-            for an export, which does not have the reference model.
+        reward: beta (logp - log pi_ref), the implicit reward of DPO (POPI section 2), which ranks responses. The
+            reference reads what objective.reference_context says. None if there is no such reward: for an export, which
+            does not have the reference model; for method base; and where the reference reads the user's signals.
     """
 
     logp: float
@@ -145,11 +148,10 @@ class Personalizer:
             if step is not None:
                 raise UserError(f"{path}: an export has a single step; leave step out")
             return cls._of_export(path, settings or {})
-        recorded = files.read_json(path / "config.json")
-        if recorded is None:
+        if not (path / "config.json").is_file():
             raise UserError(f"{path}: neither a run (config.json) nor an export (inference/popi.json); give one")
-        config = config_lib.changed(config_lib.validated(config_lib.tuples(recorded)), settings or {})
-        return cls.of_run(config, path, step)
+        config = config_lib.parse(recorded.get_config(str(path / "config.json")))
+        return cls.of_run(config_lib.changed(config, settings or {}), path, step)
 
     @classmethod
     def of_run(cls, config: Config, workdir: pathlib.Path, step: int | None = None) -> "Personalizer":
@@ -250,10 +252,11 @@ class Personalizer:
         for response in responses:
             self.encoder.check_response(response)
         logps = self._run.scorer.logps(self._theta, items).ravel()[: len(responses)]
-        if not self._has_reference:
+        which = self.config.objective.reference_context
+        if not self._has_reference or self.config.method == "base" or which == "signals":
             return [Score(float(logp), None) for logp in logps]
-        alone = [Item(item.query, None) for item in items]
-        references = self._run.scorer.logps(None, alone).ravel()[: len(responses)]
+        asked = [reference_item(which, item, None) for item in items]
+        references = self._run.scorer.logps(None, asked).ravel()[: len(responses)]
         beta = self.config.objective.beta
         return [Score(float(logp), float(beta * (logp - ref))) for logp, ref in zip(logps, references, strict=True)]
 

@@ -148,7 +148,8 @@ class Run:
     @property
     def identity(self) -> dict[str, Any]:
         """The entries by which a checkpoint's record must match this model."""
-        lora = self.config.lora.model_dump(mode="json")
+        # Where the adapters started does not change what they are, and older checkpoints do not have these keys.
+        lora = self.config.lora.model_dump(mode="json", exclude={"init_inference", "init_generator"})
         # The LoRA settings are compared by key. A comparison of shapes alone would report dozens of missing weights.
         return {
             "model": self.model_fingerprint,
